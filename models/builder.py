@@ -1,0 +1,208 @@
+"""Building a YOLO from a YOLOv5 model description."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from models.activations import make_activation
+from models.blocks import (
+    C3,
+    DEFAULT_ACTIVATION,
+    SPP,
+    SPPF,
+    Bottleneck,
+    BottleneckCSP,
+    Concat,
+    Conv,
+    DWConv,
+    Focus,
+    batch_norm,
+)
+from models.description import LayerSpec, check_description, layer_specs
+from models.detect import Detect
+from models.errors import ModelError
+from models.ghost import C3Ghost, GhostBottleneck, GhostConv
+from models.yolo import YOLO
+
+# Blocks whose first argument is a width, scaled by width_multiple, and whose constructor starts (in, out, ...).
+WIDE_BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "Conv": Conv,
+    "DWConv": DWConv,
+    "Bottleneck": Bottleneck,
+    "BottleneckCSP": BottleneckCSP,
+    "C3": C3,
+    "SPP": SPP,
+    "SPPF": SPPF,
+    "Focus": Focus,
+    "GhostConv": GhostConv,
+    "GhostBottleneck": GhostBottleneck,
+    "C3Ghost": C3Ghost,
+    "Conv2d": nn.Conv2d,
+    "ConvTranspose2d": nn.ConvTranspose2d,
+}
+# Blocks that repeat inside themselves: (in, out, repeats, ...).
+REPEATING_BLOCKS = frozenset({"BottleneckCSP", "C3", "C3Ghost"})
+# Blocks that keep the width and take their arguments as they are.
+PLAIN_BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "Upsample": nn.Upsample,
+    "MaxPool2d": nn.MaxPool2d,
+    "AvgPool2d": nn.AvgPool2d,
+    "ZeroPad2d": nn.ZeroPad2d,
+    "Identity": nn.Identity,
+}
+KNOWN_BLOCKS = (*WIDE_BLOCKS, *PLAIN_BLOCKS, "BatchNorm2d", "Concat", "Detect")
+
+_WORDS: dict[str, Any] = {"None": None, "True": True, "False": False}
+_DRY_SIDE_PX = 256
+
+
+@dataclass(frozen=True)
+class _Settings:
+    num_classes: int
+    anchors_px: list[list[float]] | int
+    width_multiple: float
+    depth_multiple: float
+    channel_multiple: int
+    activation: str
+    csp_activation: str
+
+
+def build_model(description: Mapping[str, Any], num_classes: int | None = None) -> YOLO:
+    """A freshly initialised YOLO, in training mode, from the dict of a YOLOv5 model YAML.
+
+    ``num_classes`` replaces ``nc``. Besides YOLOv5's keys, ``activation`` names the activation of all blocks (default
+    SiLU) and ``csp_activation`` the one after BottleneckCSP's batch norm (default: the same).
+    Raises ModelError for unknown blocks, missing keys, wrong types and layers that do not fit together.
+    """
+    checked = check_description(description, num_classes)
+    activation = checked.get("activation") or DEFAULT_ACTIVATION
+    settings = _Settings(
+        num_classes=checked["nc"],
+        anchors_px=checked["anchors"],
+        width_multiple=checked.get("width_multiple", 1.0),
+        depth_multiple=checked.get("depth_multiple", 1.0),
+        channel_multiple=checked.get("channel_multiple", 8),
+        activation=activation,
+        csp_activation=checked.get("csp_activation") or activation,
+    )
+    for name in (settings.activation, settings.csp_activation):
+        make_activation(name)
+    specs = layer_specs(checked)
+    if not specs or _short_name(specs[-1]) != "Detect":
+        raise ModelError("model description: the last layer of head must be Detect")
+    layers: list[nn.Module] = []
+    widths: dict[int, int] = {-1: checked.get("ch", 3)}
+    for spec in specs:
+        layer, widths[spec.index] = _build_layer(spec, [widths[source] for source in spec.sources], settings)
+        layers.append(layer)
+    model = YOLO(checked, layers, [spec.sources for spec in specs], [spec.takes_list for spec in specs])
+    model.detect.calibrate(_measure_strides(model, specs, widths[-1]))
+    return model
+
+
+def _short_name(spec: LayerSpec) -> str:
+    return spec.block.removeprefix("torch.").removeprefix("nn.")
+
+
+def _build_layer(spec: LayerSpec, in_channels: list[int], settings: _Settings) -> tuple[nn.Module, int]:
+    """The layer and the width of its output."""
+    name = _short_name(spec)
+    if name not in KNOWN_BLOCKS:
+        raise ModelError(f"layer {spec.index}: block {spec.block!r} is not known; known are {', '.join(KNOWN_BLOCKS)}")
+    if spec.takes_list != (name in ("Concat", "Detect")):
+        expected = "one index" if spec.takes_list else "a list"
+        raise ModelError(f"{spec}: takes {expected} in 'from', found {list(spec.sources)}")
+    args = [_resolve(arg, settings) for arg in spec.args]
+    try:
+        if name == "Detect":
+            return _build_detect(args, in_channels), 0
+        if name == "Concat":
+            return Concat(*args), sum(in_channels)
+        if name == "BatchNorm2d":
+            return batch_norm(in_channels[0]), in_channels[0]
+        repeats = max(round(spec.repeats * settings.depth_multiple), 1) if spec.repeats > 1 else 1
+        if name in PLAIN_BLOCKS:
+            return _chain([PLAIN_BLOCKS[name](*args) for _ in range(repeats)]), in_channels[0]
+        return _build_wide(name, repeats, args, in_channels[0], settings)
+    except (TypeError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        raise ModelError(f"{spec}: arguments {list(spec.args)} do not fit: {error}") from None
+
+
+def _build_wide(
+    name: str, repeats: int, args: list[Any], in_channels: int, settings: _Settings
+) -> tuple[nn.Module, int]:
+    width = args[0]
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"the width is {width!r}, expected a whole number from 1")
+    multiple = settings.channel_multiple
+    out_channels = max(math.ceil(width * settings.width_multiple / multiple) * multiple, multiple)
+    rest = args[1:]
+    options: dict[str, str] = {}
+    if name not in ("Conv2d", "ConvTranspose2d"):
+        options["activation"] = settings.activation
+    if name == "BottleneckCSP":
+        options["csp_activation"] = settings.csp_activation
+    block = WIDE_BLOCKS[name]
+    if name in REPEATING_BLOCKS:
+        return block(in_channels, out_channels, repeats, *rest, **options), out_channels
+    inputs = [in_channels] + [out_channels] * (repeats - 1)
+    return _chain([block(width, out_channels, *rest, **options) for width in inputs]), out_channels
+
+
+def _chain(blocks: list[nn.Module]) -> nn.Module:
+    return blocks[0] if len(blocks) == 1 else nn.Sequential(*blocks)
+
+
+def _build_detect(args: Sequence[Any], in_channels: list[int]) -> Detect:
+    if len(args) != 2:
+        raise ValueError("expected [nc, anchors]")
+    num_classes, anchors = args
+    if isinstance(anchors, int):
+        # Only a count is given: placeholders, to be replaced by a checkpoint's anchors or by clustering.
+        anchors = [list(range(1, 2 * anchors + 1))] * len(in_channels)
+    if len(anchors) != len(in_channels):
+        raise ValueError(f"{len(anchors)} levels of anchors for {len(in_channels)} inputs")
+    return Detect(num_classes, anchors, in_channels)
+
+
+def _resolve(arg: Any, settings: _Settings) -> Any:
+    """YOLOv5's YAML writes some values as words; everything else is taken as it stands."""
+    if arg == "nc":
+        return settings.num_classes
+    if arg == "anchors":
+        return settings.anchors_px
+    return _WORDS.get(arg, arg) if isinstance(arg, str) else arg
+
+
+def _measure_strides(model: YOLO, specs: Sequence[LayerSpec], channels: int) -> tuple[int, ...]:
+    """Strides of the head's inputs, from one pass over shapes alone (meta tensors: no arithmetic, no memory)."""
+    outputs: dict[int, Any] = {-1: torch.empty(1, channels, _DRY_SIDE_PX, _DRY_SIDE_PX, device="meta")}
+    for spec, layer in zip(specs, model.model, strict=True):
+        state = {name: tensor.to("meta") for name, tensor in _tensors(layer).items()}
+        inputs = [outputs[source] for source in spec.sources]
+        try:
+            with torch.no_grad():
+                outputs[spec.index] = functional_call(layer, state, (inputs if spec.takes_list else inputs[0],))
+        except (RuntimeError, ValueError, TypeError) as error:
+            shapes = [tuple(x.shape) for x in inputs]
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{spec}: does not fit inputs of the shapes {shapes}: {reason}") from None
+    strides = []
+    for level in outputs[len(specs) - 1]:
+        height = level.shape[2]
+        if _DRY_SIDE_PX % height or level.shape[2] != level.shape[3]:
+            size = tuple(level.shape[2:4])
+            raise ModelError(f"{specs[-1]}: a {_DRY_SIDE_PX} px image gives a map of {size}; no stride fits")
+        strides.append(_DRY_SIDE_PX // height)
+    return tuple(strides)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

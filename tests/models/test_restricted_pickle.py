@@ -1,0 +1,162 @@
+"""Hostile checkpoints: nothing of them runs, and what they asked for is named."""
+
+import io
+import pathlib
+import pickle
+import zipfile
+
+import pytest
+
+import models
+from models.restricted_pickle import Stub, read_checkpoint
+
+
+def write_program(path, program):
+    with zipfile.ZipFile(path, "w") as target:
+        target.writestr("archive/data.pkl", program)
+    return path
+
+
+def text(value):
+    encoded = value.encode()
+    return b"X" + len(encoded).to_bytes(4, "little") + encoded
+
+
+def global_(module, name):
+    return f"c{module}\n{name}\n".encode()
+
+
+def stub(module="models.common", name="Conv"):
+    return global_(module, name) + b")\x81"
+
+
+def hostile(tmp_path, target):
+    """Programs that would create ``target`` if anything of them ran, and the global to be named."""
+    command = f"touch {target}"
+    run = b"(" + text(command) + b"tR"
+    evaluate = b"(" + text(f"open({str(target)!r}, 'w')") + b"tR"
+    nested = io.BytesIO()
+    pickle.dump({"a": 1}, nested)
+    planted = b"}" + text("__setstate__") + global_("os", "system") + b"sb" + text(command) + b"b"
+    return {
+        "call": (global_("os", "system") + run, "os.system"),
+        "posix": (global_("posix", "system") + run, "posix.system"),
+        "eval": (global_("builtins", "eval") + evaluate, "builtins.eval"),
+        "python 2 eval": (global_("__builtin__", "eval") + evaluate, "__builtin__.eval"),
+        "stack global": (b"\x8c\x02os\x8c\x06system\x93" + run, "os.system"),
+        "dotted": (b"\x8c\x0dmodels.common\x8c\x09os.system\x93" + run, "models.common.os.system"),
+        "dotted class": (b"\x8c\x0dmodels.common\x8c\x08Conv.mro\x93" + run, "models.common.Conv.mro"),
+        "instance": (b"(" + text(command) + b"ios\nsystem\n", "os.system"),
+        "old object": (b"(" + global_("os", "system") + text(command) + b"o", "os.system"),
+        "getattr": (global_("builtins", "getattr") + run, "builtins.getattr"),
+        "function of an allowed package": (
+            global_("torch.nn.modules.utils", "_pair") + run,
+            "torch.nn.modules.utils._pair",
+        ),
+        "nested load": (
+            global_("torch.storage", "_load_from_bytes")
+            + b"(C"
+            + bytes([len(nested.getvalue())])
+            + nested.getvalue()
+            + b"tR",
+            "torch.storage._load_from_bytes",
+        ),
+        "hub": (global_("torch.hub", "load") + run, "torch.hub.load"),
+        "partial": (global_("functools", "partial") + run, "functools.partial"),
+        "planted __setstate__": (stub() + planted, "os.system"),
+        "as an argument of a stub": (
+            global_("models.common", "Conv") + b"(" + global_("os", "system") + b"tR",
+            "os.system",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", hostile(pathlib.Path(), "x"))
+def test_functions_are_refused_by_name(tmp_path, case):
+    target = tmp_path / "touched"
+    program, name = hostile(tmp_path, target)[case]
+    program = b"\x80\x04" + program + b"."
+    path = write_program(tmp_path / "hostile.pt", program)
+    with pytest.raises(models.ModelError, match=f"asks for {name}, ") as caught:
+        models.import_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert not target.exists()
+
+
+def test_the_hostile_program_is_one(tmp_path):
+    """The check above can fail: an ordinary unpickler does create the file."""
+    target = tmp_path / "touched"
+    program, _ = hostile(tmp_path, target)["call"]
+    pickle.loads(b"\x80\x04" + program + b".")
+    assert target.exists()
+
+
+def test_planted_setstate_is_data(tmp_path):
+    """An allowed class planted as ``__setstate__`` is kept as state; the next state still goes to the stub."""
+    program = b"\x80\x02" + stub() + b"}" + text("__setstate__") + global_("models.common", "C3") + b"sb"
+    program += b"}" + text("answer") + b"K\x2asb."
+    content = read_checkpoint(write_program(tmp_path / "a.pt", program))
+    assert isinstance(content, Stub)
+    assert content.state["answer"] == 42
+    assert content.state["__setstate__"].qualified_name == "models.common.C3"
+    assert not hasattr(content, "__dict__")
+
+
+TENSOR = (
+    global_("torch._utils", "_rebuild_tensor_v2")
+    + b"("
+    + b"("
+    + text("storage")
+    + global_("torch", "FloatStorage")
+    + text("0")
+    + text("cpu")
+    + b"K\x01tQ"
+    + b"K\x00K\x01\x85K\x01\x85\x89NtR"
+)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        global_("torch._utils", "_rebuild_tensor_v2"),
+        global_("torch", "FloatStorage"),
+        global_("collections", "OrderedDict"),
+        global_("builtins", "set"),
+        global_("models.common", "Conv"),
+        global_("copyreg", "_reconstructor"),
+        TENSOR,
+    ],
+)
+@pytest.mark.parametrize("slots", [False, True])
+def test_state_for_what_has_none(tmp_path, target, slots):
+    """BUILD may set attributes of nothing but stubs, be it by __dict__ or, with slots, by setattr."""
+    state = b"}" + text("__call__") + stub() + b"s"
+    program = b"\x80\x02" + target + (b"N" + state + b"\x86" if slots else state) + b"b."
+    with pytest.raises(models.ModelError, match="damaged"):
+        read_checkpoint(write_program(tmp_path / "a.pt", program))
+
+
+@pytest.mark.parametrize("size", [1 << 30, -1])
+def test_tensors_cannot_ask_for_more_than_is_stored(tmp_path, size):
+    yaml = text("yaml") + b"}" + text("backbone") + b"]ss"
+    tensor = TENSOR.replace(b"K\x01\x85K\x01\x85", b"J" + (size % 2**32).to_bytes(4, "little") + b"\x85K\x00\x85")
+    state = b"}" + yaml[:-1] + b"s" + text("_parameters") + b"}" + text("w") + tensor + b"ss"
+    path = write_program(tmp_path / "a.pt", b"\x80\x02" + stub() + state + b"b.")
+    with zipfile.ZipFile(path, "a") as target:
+        target.writestr("archive/data/0", b"\0" * 4)
+    with pytest.raises(models.ModelError, match=r"does not fit record|malformed tensor"):
+        models.import_checkpoint(path)
+
+
+def test_modules_that_contain_themselves(tmp_path):
+    """A cycle in the module tree ends in an error, not in endless recursion."""
+    yaml = text("yaml") + b"}" + text("backbone") + b"]s"
+    program = b"\x80\x02" + stub() + b"q\x00}" + yaml + b"s" + text("_modules") + b"}" + text("me") + b"h\x00ssb."
+    with pytest.raises(models.ModelError, match="nested deeper"):
+        models.import_checkpoint(write_program(tmp_path / "a.pt", program))
+
+
+def test_memo_bomb(tmp_path):
+    path = write_program(tmp_path / "a.pt", b"\x80\x02Nr\xff\xff\xff\x7f.")
+    with pytest.raises(models.ModelError, match="memo index"):
+        models.import_checkpoint(path)
