@@ -1,0 +1,29 @@
+"""slim: gates, dependency graph, planning and surgery for channel pruning of any ``torch.nn.Module``."""
+
+from slim.checkpoint import load as load
+from slim.checkpoint import pack as pack
+from slim.checkpoint import read as read
+from slim.checkpoint import restore as restore
+from slim.checkpoint import save as save
+from slim.checkpoint import widths_of as widths_of
+from slim.checkpoint import write_atomically as write_atomically
+from slim.cost import Cost as Cost
+from slim.cost import cost as cost
+from slim.errors import SlimError as SlimError
+from slim.fold import fold_gates as fold_gates
+from slim.gate import CLOSED as CLOSED
+from slim.gate import Gate as Gate
+from slim.gate import SmallestHalfL1 as SmallestHalfL1
+from slim.gate import closed_share as closed_share
+from slim.gate import gate_vectors as gate_vectors
+from slim.gate import strength_for as strength_for
+from slim.graph import ChannelGraph as ChannelGraph
+from slim.graph import ChannelGroup as ChannelGroup
+from slim.insert import add_gates as add_gates
+from slim.plan import Plan as Plan
+from slim.score import score as score
+from slim.solver import make_plan as make_plan
+from slim.surgery import apply_plan as apply_plan
+from slim.surgery import mask as mask
+from slim.surgery import max_difference as max_difference
+from slim.trace import trace as trace

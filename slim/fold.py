@@ -1,0 +1,221 @@
+"""Folds gates into the weights that read what they scale, so that no gate is left in the deployed network.
+
+Which weights read a gate's output is found by propagation: every element carries the gate entry that scales it, linear
+readers take it up, and whatever does not commute with a non-negative factor makes that entry unfoldable.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from slim.errors import SlimError
+from slim.gate import Gate, gates_in
+from slim.insert import unwrap
+from slim.labels import spread
+from slim.propagate import Propagation
+from slim.surgery import get_tensor
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+
+HOMOGENEOUS = {
+    "relu", "leaky_relu", "prelu", "_prelu_kernel", "clone", "contiguous", "detach", "alias", "to", "_to_copy", "neg",
+    "dropout", "native_dropout", "copy",
+}  # fmt: skip
+"""f(g * x) = g * f(x) for g >= 0."""
+ADDITIVE = {"add", "sub", "maximum", "minimum"}
+
+
+class GatePropagation(Propagation):
+    """Labels are entries of gate vectors; element n of the concatenation of all vectors has label n + 1."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.start: dict[int, int] = {}
+        count = 1
+        for _, gate in gates_in(model):
+            for vector in gate.vectors:
+                if id(vector) not in self.start:
+                    self.start[id(vector)] = count
+                    count += vector.numel()
+        self.unfoldable: dict[int, str] = {}
+        self.readers: dict[tuple[str, int], Tensor] = {}
+
+    def fail(self, labels: Tensor | None, name: str) -> None:
+        """These entries cannot be folded: an operator met them that does not commute with a factor."""
+        if labels is not None:
+            for label in torch.unique(labels).tolist():
+                if label:
+                    self.unfoldable.setdefault(label, f"{name} in {self.where() or 'the model'}")
+
+    def before_module(self, path: str, module: nn.Module) -> None:
+        self.muted = self.muted or isinstance(module, Gate)
+
+    def after_module(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(module, Gate):
+            return
+        self.muted = False
+        self.fail(self.get(args[0]), "a second gate")
+        entries = torch.cat([torch.arange(v.numel()) + self.start[id(v)] for v in module.vectors])
+        shape = [1] * output.ndim
+        shape[module.axis] = -1
+        labels = (entries if module.index is None else entries[module.index.cpu()]).reshape(shape)
+        if self.get(args[0]) is not None:
+            self.fail(labels, "a gate before it")
+        self.put(output, labels)
+
+    def unknown(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        for tensor in inputs:
+            self.fail(self.get(tensor), name)
+        for tensor in outputs:
+            self.put(tensor, None)
+
+    def elementwise(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        """A sum keeps a factor that both sides have; a product keeps the one that one side has."""
+        labels = [self.get(t) for t in inputs]
+        scaled = [x for x in labels if x is not None]
+        if not scaled:
+            result = None
+        elif name in ADDITIVE and len(inputs) > 1:
+            full = [spread(x, t).broadcast_to(outputs[0].shape) for x, t in zip(labels, inputs, strict=True)]
+            differing = torch.zeros(outputs[0].shape, dtype=torch.bool)
+            for other in full[1:]:
+                differing |= other != full[0]
+            for x in full:
+                self.fail(x[differing], name)
+            result = scaled[0] if len(scaled) == len(inputs) else None
+        elif len(scaled) == 1 and (name in HOMOGENEOUS or name == "mul" or (name == "div" and labels[0] is not None)):
+            result = scaled[0].reshape((1,) * (outputs[0].ndim - scaled[0].ndim) + tuple(scaled[0].shape))
+        else:
+            return self.unknown(name, func, args, kwargs, inputs, outputs)
+        for tensor in outputs:
+            self.put(tensor, result)
+
+    def spatial(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Max and mean over windows of one map commute with its factor."""
+        labels = self.get(inputs[0])
+        if labels is not None and any(size > 1 for size in labels.shape[2:]):
+            return self.unknown(name, func, args, kwargs, inputs, outputs)
+        for tensor in outputs:
+            self.put(tensor, labels)
+
+    def reduce(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Means and maxima over axes along which the factor does not change."""
+        labels = self.get(inputs[0])
+        dims = args[1] if len(args) > 1 else kwargs.get("dim")
+        axes = [d % inputs[0].ndim for d in ([dims] if isinstance(dims, int) else dims or range(inputs[0].ndim))]
+        if labels is None or name in ("var", "std", "prod") or any(labels.shape[a] > 1 for a in axes):
+            return self.unknown(name, func, args, kwargs, inputs, outputs)
+        keep = outputs[0].ndim == inputs[0].ndim
+        self.put(outputs[0], labels.reshape([s for a, s in enumerate(labels.shape) if keep or a not in axes]))
+
+    def batch_norm(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        self.unknown(name, func, args, kwargs, inputs, outputs)
+
+    def convolution(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        """Takes the factors of its input channels up into its weight."""
+        x, weight, transposed, groups = args[0], args[1], bool(args[6]), int(args[8])
+        known, entries = self.weight_of(weight), self.channel_labels(x, 1)
+        if known is None or entries is None:
+            return self.unknown(name, func, args, kwargs, inputs, outputs)
+        # Grouped: input i meets rows of its own group only, so its factor belongs to a block, not to a whole column.
+        per_group = len(entries) // groups
+        if transposed:
+            self.read(known[0], entries.reshape(-1, 1).expand(-1, weight.shape[1]))
+        else:
+            block = entries.reshape(groups, 1, per_group).expand(-1, weight.shape[0] // groups, -1)
+            self.read(known[0], block.reshape(weight.shape[0], per_group))
+        self.put(outputs[0], None)
+
+    def matmul(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        x, weight = (args[1], args[2]) if name == "addmm" else (args[0], args[1])
+        known, entries = self.weight_of(weight), self.channel_labels(x, x.ndim - 1)
+        if known is None or entries is None:
+            return self.unknown(name, func, args, kwargs, inputs, outputs)
+        stored_in_axis = known[1][1] if name == "linear" else known[1][0]
+        out = weight.shape[0] if name == "linear" else weight.shape[1]
+        block = entries.reshape(1, -1).expand(out, -1)
+        self.read(known[0], block if stored_in_axis == 1 else block.t())
+        self.put(outputs[0], None)
+
+    def read(self, param: str, entries: Tensor) -> None:
+        """A weight reads these entries' channels, by its first two axes."""
+        before = self.readers.setdefault((param, 0), entries)
+        if before is not entries and not torch.equal(before, entries):
+            self.fail(before, f"{param} is used again on other channels")
+            self.fail(entries, f"{param} is used again on other channels")
+
+
+def fold_gates(model: Model, example_inputs: Any = None) -> Model:
+    """A new model with the gates multiplied into the weights that read them; exact.
+
+    Nothing is left in any YOLOv5. Where an operator between gate and reader does not commute with a factor, that gate stays
+    and a warning says which and why. ``example_inputs`` may be left out when ``slim.add_gates`` placed the gates.
+    """
+    folded = copy.deepcopy(model)
+    if not any(True for _ in gates_in(folded)):
+        return folded
+    run = GatePropagation(folded)
+    for tensor in run.run(example_of(folded) if example_inputs is None else example_inputs):
+        run.fail(run.get(tensor), "the model's output")
+    factors = torch.cat([torch.ones(1), *[v.detach().float().cpu() for v in distinct_vectors(folded)]])
+    if bool((factors < 0).any()):
+        raise SlimError("a gate is negative; call SmallestHalfL1.project() (or step) after every optimizer step")
+    stuck = stuck_vectors(run, folded)
+    for label in (label for vector, labels in stuck.items() for label in labels):
+        factors[label] = 1.0
+    with torch.no_grad():
+        for (param, _), entries in run.readers.items():
+            weight = get_tensor(folded, param)
+            factor = factors[entries].to(weight.device, weight.dtype)
+            weight.mul_(factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2)))
+        remove_folded(folded, stuck)
+    return folded
+
+
+def distinct_vectors(model: nn.Module) -> list[nn.Parameter]:
+    """Gate vectors in the order in which their entries are numbered."""
+    return list({id(v): v for _, gate in gates_in(model) for v in gate.vectors}.values())
+
+
+def stuck_vectors(run: GatePropagation, model: nn.Module) -> dict[int, range]:
+    """id and labels of the vectors of which some entry cannot be folded; each is logged with its reason."""
+    stuck: dict[int, range] = {}
+    for vector in distinct_vectors(model):
+        labels = range(run.start[id(vector)], run.start[id(vector)] + vector.numel())
+        reason = next((run.unfoldable[x] for x in labels if x in run.unfoldable), None)
+        if reason is not None:
+            stuck[id(vector)] = labels
+            groups = {g for _, gate in gates_in(model) for g, v in zip(gate.groups, gate.vectors, strict=True) if v is vector}
+            logger.warning("the gate of group %s stays: its factor does not pass through %s", ", ".join(groups), reason)
+    return stuck
+
+
+def remove_folded(model: nn.Module, stuck: dict[int, range]) -> None:
+    """Unwrap the gates whose vectors are all folded; set folded vectors of other gates to 1."""
+    for path, gate in list(gates_in(model)):
+        if not any(id(v) in stuck for v in gate.vectors):
+            unwrap(model, path.removesuffix(".gate"))
+    for vector in distinct_vectors(model):
+        if id(vector) not in stuck:
+            vector.fill_(1.0)
+
+
+def example_of(model: nn.Module) -> tuple[Tensor, ...]:
+    """Inputs of the shapes with which the gates were placed."""
+    spec = getattr(model, "slim_example", None)
+    if spec is None:
+        raise SlimError("fold_gates needs example_inputs for this model: its gates were placed without tensor inputs")
+    device = next(model.parameters()).device
+    return tuple(torch.zeros(shape, dtype=getattr(torch, kind), device=device) for shape, kind in spec)

@@ -1,0 +1,162 @@
+"""Gates: learnable per-channel factors placed after activations.
+
+After the activation, gate 0 means that the map *is* 0, so removing the channel changes nothing; a batch norm's weight is
+followed by a bias and a non-linearity and promises no such thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from slim.errors import SlimError
+
+CLOSED = 0.01
+"""A gate below this is closed."""
+
+
+class Gate(nn.Module):
+    """Multiplies each channel of one activation by its factor.
+
+    The factors of the activation's channels come from one vector per group (FP32 parameters, shared between the gates of
+    one group when tied); ``index`` [channels] picks them from the vectors' concatenation, None when in order.
+    """
+
+    index: Tensor | None
+
+    def __init__(
+        self, groups: Sequence[str], vectors: Sequence[nn.Parameter], index: Tensor | None = None, axis: int = 1
+    ) -> None:
+        super().__init__()
+        self.groups = tuple(groups)
+        self.vectors = nn.ParameterList(vectors)
+        self.register_buffer("index", index, persistent=False)
+        self.axis = axis
+        self.transparent = False
+
+    def factors(self) -> Tensor:
+        """The factor of each channel of the activation, [channels]."""
+        joined = self.vectors[0] if len(self.vectors) == 1 else torch.cat(list(self.vectors))
+        return joined if self.index is None else joined[self.index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.transparent:
+            return x
+        shape = [1] * x.ndim
+        shape[self.axis] = -1
+        return x * self.factors().to(x.dtype).view(shape)
+
+    def extra_repr(self) -> str:
+        return f"groups={list(self.groups)}, channels={self.factors().numel()}"
+
+
+class GatedActivation(nn.Module):
+    """An activation module with a gate behind it; takes the activation's place in its parent."""
+
+    def __init__(self, activation: nn.Module, gate: Gate) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.gate(self.activation(x))
+        return out
+
+
+def gates_in(model: nn.Module) -> Iterator[tuple[str, Gate]]:
+    """(path, gate) of every gate in a model."""
+    for path, module in model.named_modules():
+        if isinstance(module, Gate):
+            yield path, module
+
+
+def gate_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every distinct gate vector of a model by name.
+
+    The name is the group's when the gates of a group are tied, otherwise ``group@activation path``.
+    """
+    found: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for path, gate in gates_in(model):
+        for group, vector in zip(gate.groups, gate.vectors, strict=True):
+            known = found.setdefault(group, [])
+            if all(vector is not other for _, other in known):
+                known.append((path.removesuffix(".gate"), vector))
+    names: dict[str, nn.Parameter] = {}
+    for group, vectors in found.items():
+        for path, vector in vectors:
+            names[group if len(vectors) == 1 else f"{group}@{path}"] = vector
+    return names
+
+
+def closed_share(model: nn.Module) -> float:
+    """Share of gates that are closed, 0..1; 0 for a model without gates."""
+    vectors = [v.detach() for v in gate_vectors(model).values()]
+    total = sum(v.numel() for v in vectors)
+    return sum(int((v.abs() < CLOSED).sum()) for v in vectors) / total if total else 0.0
+
+
+class SmallestHalfL1:
+    """The L1 pull on the smallest part of every gate vector, as a proximal step.
+
+    Take it once, right after ``optimizer.step()``: in each vector the ``fraction`` of entries that is smallest by
+    magnitude (the ranking is fresh at each step; of equal entries the ones of lower index) becomes
+    ``max(0, gate - lr * strength)``; the others become ``max(0, gate)``. Unlike a term in the loss it reaches exactly 0
+    and owes nothing to batch size, loss scale, momentum or AMP. (Proximal operator of the L1 norm: Parikh and Boyd,
+    "Proximal Algorithms", 2014, section 6.5.2.)
+    """
+
+    def __init__(self, model: nn.Module, *, strength: float, fraction: float = 0.5) -> None:
+        if not 0.0 <= fraction <= 1.0:
+            raise SlimError(f"fraction is {fraction}; expected 0 to 1, the part of each gate vector that is pulled")
+        if not strength >= 0.0:
+            raise SlimError(f"strength is {strength}; expected a number of at least 0")
+        self.vectors = gate_vectors(model)
+        if not self.vectors:
+            raise SlimError("the model has no gates to pull; call slim.add_gates(model, graph) first")
+        self.strength = strength
+        self.fraction = fraction
+
+    def pulled(self, vector: Tensor) -> Tensor:
+        """Indices of the entries that the next step pulls, [floor(size * fraction)]."""
+        return torch.sort(vector.detach().abs(), stable=True).indices[: int(vector.numel() * self.fraction)]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Pull once with learning rate ``lr``, in place."""
+        for vector in self.vectors.values():
+            if self.strength > 0:
+                vector[self.pulled(vector)] -= lr * self.strength
+            vector.clamp_(min=0.0)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Only keep the gates at or above 0, in place."""
+        for vector in self.vectors.values():
+            vector.clamp_(min=0.0)
+
+    @torch.no_grad()
+    def penalty(self) -> float:
+        """Sum of the magnitudes of the entries that the next step would pull."""
+        return float(sum(v[self.pulled(v)].abs().sum() for v in self.vectors.values()))
+
+    @torch.no_grad()
+    def closed_share(self) -> float:
+        """Share of all gates that are closed, 0..1."""
+        total = sum(v.numel() for v in self.vectors.values())
+        return sum(int((v.abs() < CLOSED).sum()) for v in self.vectors.values()) / total
+
+    def gates(self) -> dict[str, Tensor]:
+        """The gate vectors by name, detached (for histograms)."""
+        return {name: vector.detach() for name, vector in self.vectors.items()}
+
+
+def strength_for(total_lr: float, travel: float = 2.0) -> float:
+    """The strength with which an unopposed gate travels ``travel`` (a gate starts at 1; the data resists).
+
+    ``total_lr`` is the sum of the learning rates over the steps that pull.
+    """
+    if not total_lr > 0:
+        raise SlimError(f"the learning rates of the sparse steps sum to {total_lr}; expected more than 0 (train longer)")
+    return travel / total_lr

@@ -1,0 +1,138 @@
+"""The channel graph: what must be removed together, what it costs, and what is frozen why. Plain data, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+Role = Literal["out", "in", "depthwise", "scale"]
+"""How a parameter's axis meets a channel: produces it, consumes it linearly, or acts on it alone."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One axis of one parameter or buffer that a group's channels occupy.
+
+    ``index`` holds for channel 0, then channel 1, ... the positions on that axis, equally many for each.
+    """
+
+    param: str
+    axis: int
+    role: Role
+    index: tuple[int, ...]
+
+    @property
+    def layer(self) -> str:
+        """Path of the module that owns the parameter."""
+        return self.param.rpartition(".")[0]
+
+    def positions(self, channels: tuple[int, ...] | list[int], size: int) -> list[int]:
+        """The positions that some of the group's ``size`` channels occupy."""
+        per_channel = len(self.index) // size
+        return [p for c in channels for p in self.index[c * per_channel : (c + 1) * per_channel]]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """``size`` channels that are alike in where they occur; each can be removed, with all that it occupies."""
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    frozen_reason: str | None = None
+
+    @property
+    def prunable(self) -> bool:
+        return self.frozen_reason is None
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """A convolution or linear layer; MACs = elements of its weight * output positions per image."""
+
+    path: str
+    weight: str
+    shape: tuple[int, ...]
+    positions: int
+
+    @property
+    def macs(self) -> int:
+        return prod(self.shape) * self.positions
+
+
+@dataclass(frozen=True)
+class Site:
+    """An activation module's output: for each channel its (group index, channel of the group); axis is the channel axis."""
+
+    path: str
+    axis: int
+    channels: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class UnknownOp:
+    """An operator without a channel rule, the module that called it, and what it froze."""
+
+    op: str
+    path: str
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChannelGraph:
+    """What ``slim.trace`` found. Widths, MACs and parameters are those of the traced model; gates are not counted."""
+
+    groups: tuple[ChannelGroup, ...]
+    layers: tuple[LayerCost, ...]
+    shapes: dict[str, tuple[int, ...]]
+    sites: tuple[Site, ...]
+    unknown_ops: tuple[UnknownOp, ...]
+    example: tuple[tuple[tuple[int, ...], str], ...] | None
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of the convolutions and linear layers for one image."""
+        return sum(layer.macs for layer in self.layers)
+
+    @cached_property
+    def params(self) -> int:
+        """Learnable parameters."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def by_name(self) -> dict[str, ChannelGroup]:
+        return {group.name: group for group in self.groups}
+
+    def group_macs(self, group: ChannelGroup) -> int:
+        """MACs of the layers that produce the group's channels, counted for those channels."""
+        by_weight: dict[str, int] = {}
+        for layer in self.layers:
+            by_weight[layer.weight] = by_weight.get(layer.weight, 0) + layer.macs
+        return sum(
+            by_weight.get(m.param, 0) * len(m.index) // self.shapes[m.param][m.axis]
+            for m in group.members
+            if m.role in ("out", "depthwise") and m.param in by_weight
+        )
+
+    def report(self) -> str:
+        """A table: group, channels, share of the MACs that produce it, what it occupies, and what froze it."""
+        width = max([5, *(len(g.name) for g in self.groups)])
+        lines = [f"{'group':<{width}}  {'size':>5}  {'MACs':>6}  members"]
+        for group in self.groups:
+            share = self.group_macs(group) / self.macs if self.macs else 0.0
+            state = f"{len(group.members)}" if group.prunable else f"frozen: {group.frozen_reason}"
+            lines.append(f"{group.name:<{width}}  {group.size:>5}  {share:>6.1%}  {state}")
+        frozen = sum(self.group_macs(g) for g in self.groups if not g.prunable) / self.macs if self.macs else 0.0
+        prunable = sum(g.prunable for g in self.groups)
+        lines.append(
+            f"{len(self.groups)} groups, {prunable} prunable; {self.macs / 1e6:.1f} M MACs, {self.params / 1e6:.3f} M "
+            f"parameters; {frozen:.1%} of the MACs make frozen channels"
+        )
+        lines += [f"no channel rule for {u.op} in {u.path or 'the model'}: froze {', '.join(u.groups)}"
+                  for u in self.unknown_ops if u.groups]  # fmt: skip
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.report()

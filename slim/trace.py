@@ -1,0 +1,417 @@
+"""Finds a model's channel groups by propagating channel labels through one forward pass.
+
+Method: every convolution or linear layer reads the labels of its input channels, gives its output fresh ones, and records
+which axis of its weight belongs to which label; element-wise operators unite the labels that meet (union-find over single
+channels); operators that move elements move the labels alike. A class of united labels is exactly what must be removed
+together. The dependency-graph idea is that of Fang et al., "DepGraph: Towards Any Structural Pruning" (CVPR 2023), here on
+single channels and on operators instead of on layer types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from slim.gate import Gate
+from slim.graph import ChannelGraph, ChannelGroup, Member, Role, Site, UnknownOp
+from slim.labels import UnionFind, spread, varying_axes
+from slim.propagate import Propagation, transparent_gates
+
+ACTIVATIONS = (
+    nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardswish, nn.Hardtanh, nn.Mish, nn.GELU, nn.ELU,
+    nn.CELU, nn.SELU, nn.Softplus,
+)  # fmt: skip
+"""Activations that a gate may follow. Bounded ones (sigmoid, ...) make factors of other channels, not maps."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The positions of one parameter axis, in order, each under a label."""
+
+    param: str
+    axis: int
+    role: Role
+    labels: Tensor
+
+
+class ChannelPropagation(Propagation):
+    """Labels are channels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.classes = UnionFind()
+        self.records: list[Record] = []
+        self.claims: dict[tuple[str, int], Tensor] = {}
+        self.frozen: list[tuple[Tensor, str]] = []
+        self.unreadable: dict[str, str] = {}
+        self.unknown_ops: list[tuple[str, str, Tensor]] = []
+        self.activations: dict[str, list[Tensor]] = {}
+        self.affine: set[int] = set()
+
+    # -- bookkeeping --------------------------------------------------------------------------------------------
+
+    def get(self, tensor: Tensor) -> Tensor | None:
+        """Labels of a tensor; a parameter along a single axis gets labels of its own on its first use."""
+        if id(tensor) not in self.labels and id(tensor) in self.tensors:
+            wide = varying_axes(tensor)
+            if len(wide) == 1 and tensor.is_floating_point():
+                labels = self.classes.fresh(tensor.numel())
+                self.record(self.tensors[id(tensor)], wide[0], "scale", labels)
+                self.put(tensor, labels.reshape(tensor.shape))
+            elif len(wide) > 1:
+                self.untouchable(tensor, "is read element by element")
+        return self.labels.get(id(tensor))
+
+    def record(self, param: str, axis: int, role: Role, labels: Tensor) -> None:
+        """Note that the positions of a parameter's axis, in order, belong to labels (0: to none)."""
+        before = self.claims.setdefault((param, axis), labels)
+        if before is not labels:
+            # A layer that runs twice has one weight: what meets the same position goes together.
+            self.classes.unite(before, labels)
+            mixed = (before == 0) != (labels == 0)
+            self.freeze(torch.where(mixed, before + labels, 0), f"{param} is also used on channels that are not ours to cut")
+        self.records.append(Record(param, axis, role, labels))
+
+    def freeze(self, labels: Tensor | None, reason: str) -> None:
+        if labels is not None and bool(labels.any()):
+            self.frozen.append((torch.unique(labels), reason))
+
+    def untouchable(self, tensor: Tensor, reason: str) -> None:
+        """A parameter that is read in a way that we do not follow keeps its shape."""
+        weight = self.weight_of(tensor)
+        if weight:
+            self.unreadable.setdefault(weight[0], f"{weight[0]} {reason} in {self.where() or 'the model'}")
+
+    # -- rules --------------------------------------------------------------------------------------------------
+
+    def unknown(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        labels = [self.get(t) for t in inputs]
+        met = [torch.unique(x) for x in labels if x is not None]
+        reason = f"{name} in {self.where() or 'the model'} has no channel rule"
+        for tensor, found in zip(inputs, labels, strict=True):
+            self.freeze(found, reason)
+            self.untouchable(tensor, f"is read by {name}")
+        if met:
+            self.unknown_ops.append((name, self.where(), torch.cat(met)))
+        for tensor in outputs:
+            self.put(tensor, None)
+
+    def elementwise(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        """Labels that meet are united; a channel that meets a constant of fixed size is frozen."""
+        ndim = outputs[0].ndim
+        met = [(self.get(t), t) for t in inputs]
+        aligned = [
+            (x.reshape((1,) * (ndim - x.ndim) + tuple(x.shape)), t) for x, t in met if x is not None and x.ndim <= ndim
+        ]
+        result: Tensor | None = None
+        for labels, _ in aligned:
+            if result is None:
+                result = labels
+            else:
+                self.classes.unite(result, labels)
+                result = torch.where(result != 0, *torch.broadcast_tensors(result, labels))
+        if result is not None:
+            for labels, tensor in met:
+                self.freeze_at_constant(name, result, labels, tensor)
+        for tensor in outputs:
+            self.put(tensor, result if tensor.shape == outputs[0].shape else None)
+        self.affine.discard(id(outputs[0]))
+        if len(aligned) == 1 and id(aligned[0][1]) in self.affine and name in ("clone", "detach", "alias", "_to_copy"):
+            self.affine.add(id(outputs[0]))
+
+    def freeze_at_constant(self, name: str, result: Tensor, labels: Tensor | None, tensor: Tensor) -> None:
+        """Freeze the channels of ``result`` where this operand is unlabelled and yet as long as the channel axis."""
+        for axis in varying_axes(result):
+            own = axis - (result.ndim - tensor.ndim)
+            if own < 0 or tensor.shape[own] == 1:
+                continue
+            present = spread(labels, tensor)
+            missing = present == 0 if labels is not None else None
+            shape = torch.broadcast_shapes(result.shape, tensor.shape)
+            if missing is None:
+                self.freeze(result, f"{name} in {self.where() or 'the model'} meets a tensor of fixed size")
+            elif bool(missing.any()):
+                self.freeze(result.expand(shape)[missing.expand(shape)],
+                            f"{name} in {self.where() or 'the model'} meets a tensor of fixed size")  # fmt: skip
+
+    def spatial(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Windows over trailing axes: labels stay when they are constant over those axes."""
+        labels = self.get(inputs[0])
+        width = spatial_axes(name)
+        if labels is not None and any(axis >= labels.ndim - width for axis in varying_axes(labels)):
+            return self.unknown(name, func, args, kwargs, inputs, outputs)
+        for tensor in outputs:
+            self.put(tensor, labels)
+
+    def reduce(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Means over other axes than the channels'."""
+        labels = self.get(inputs[0])
+        if labels is None:
+            return self.unknown(name, func, args, kwargs, inputs, outputs)
+        dims = args[1] if len(args) > 1 else kwargs.get("dim")
+        keep = bool(args[2]) if len(args) > 2 else bool(kwargs.get("keepdim", False))
+        ndim = inputs[0].ndim
+        axes = sorted({d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))})
+        if any(labels.shape[axis] > 1 for axis in axes):
+            return self.unknown(name, func, args, kwargs, inputs, outputs)
+        shape = [size for axis, size in enumerate(labels.shape) if keep or axis not in axes]
+        self.put(outputs[0], labels.reshape(shape))
+
+    def batch_norm(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        """Records its parameters and statistics under the channels that meet them."""
+        channels = self.channel_labels(inputs[0], 1)
+        if channels is None or any(self.weight_of(t) is None for t in inputs[1:] if t.ndim == 1):
+            return self.unknown(name, func, args, kwargs, inputs, outputs)
+        for tensor in inputs[1:]:
+            param, _ = self.weight_of(tensor) or ("", ())
+            if param:
+                self.record(param, 0, "scale", channels)
+        self.put(outputs[0], self.get(inputs[0]))
+        self.affine.add(id(outputs[0]))
+        for tensor in outputs[1:]:
+            self.put(tensor, None)
+
+    def convolution(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        """Reads labels along the weight's input axis, gives fresh ones along its output axis.
+
+        Groups are cut alike: the same position of every group is one channel, so that groups stay equally wide.
+        """
+        x, weight, bias = args[0], args[1], args[2]
+        transposed, groups = bool(args[6]), int(args[8])
+        known = self.weight_of(weight)
+        channels = self.channel_labels(x, x.ndim - weight.ndim + 1)
+        if known is None or channels is None or (bias is not None and self.weight_of(bias) is None):
+            return self.unknown(name, func, args, kwargs, inputs, outputs)
+        param = known[0]
+        out_axis, in_axis = (1, 0) if transposed else (0, 1)
+        in_channels, out_channels = len(channels), weight.shape[out_axis] * (groups if transposed else 1)
+        if groups > 1 and groups == in_channels:
+            out = self.depthwise(param, channels, out_channels // groups)
+        else:
+            per_group = in_channels // groups
+            parts = channels.reshape(groups, per_group)
+            if groups > 1:
+                self.tie(parts)
+            in_labels = channels if transposed else parts[0]
+            self.record(param, in_axis, "in", in_labels)
+            fresh = self.classes.fresh(out_channels // groups)
+            out = fresh.repeat(groups)
+            self.record(param, out_axis, "out", fresh if transposed else out)
+        if bias is not None:
+            self.record(self.weight_of(bias)[0], 0, "scale", out)  # type: ignore[index]
+        shape = [1] * outputs[0].ndim
+        shape[outputs[0].ndim - weight.ndim + 1] = -1
+        self.put(outputs[0], out.reshape(shape) if bool(out.any()) else None)
+        self.affine.add(id(outputs[0]))
+
+    def depthwise(self, param: str, channels: Tensor, multiplier: int) -> Tensor:
+        """Output channel o comes from input channel o // multiplier alone, so it goes with it."""
+        if bool((channels == 0).any()):
+            fresh = self.classes.fresh(len(channels))
+            self.freeze(fresh, f"{param} is depthwise over channels that are not ours to cut")
+            channels = torch.where(channels != 0, channels, fresh)
+            self.freeze(channels, f"{param} is depthwise over channels that are not ours to cut")
+        out = channels.repeat_interleave(multiplier)
+        # A transposed weight [in, out / groups, ...] has its channels on axis 0 too.
+        rows = self.tensor_shape(param)[0]
+        self.record(param, 0, "depthwise", out if rows == len(out) else channels)
+        return out
+
+    def tensor_shape(self, param: str) -> tuple[int, ...]:
+        return tuple(self.model.get_parameter(param).shape)
+
+    def tie(self, parts: Tensor) -> None:
+        """[parts, size]: the same position of every part is one channel."""
+        for part in parts[1:]:
+            self.classes.unite(parts[0], part)
+        absent = (parts == 0).any(0)
+        if bool(absent.any()):
+            self.freeze(parts[:, absent], f"{self.where()} ties them to channels that are not ours to cut")
+
+    def matmul(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """``x @ W.t() (+ bias)`` with a parameter W [out, in]."""
+        bias, x, weight = (args[0], args[1], args[2]) if name == "addmm" else (None, args[0], args[1])
+        if name == "linear":
+            bias = args[2] if len(args) > 2 else None
+        known = self.weight_of(weight)
+        channels = self.channel_labels(x, x.ndim - 1)
+        if known is None or channels is None or (bias is not None and self.weight_of(bias) is None):
+            return self.unknown(name, func, args, kwargs, inputs, outputs)
+        param, axes = known
+        in_axis, out_axis = (axes[1], axes[0]) if name == "linear" else (axes[0], axes[1])
+        shape = self.tensor_shape(param)
+        out = self.classes.fresh(shape[out_axis])
+        self.record(param, in_axis, "in", channels)
+        self.record(param, out_axis, "out", out)
+        if bias is not None:
+            self.record(self.weight_of(bias)[0], 0, "scale", out)  # type: ignore[index]
+        self.put(outputs[0], out.reshape((1,) * (outputs[0].ndim - 1) + (-1,)))
+        self.affine.add(id(outputs[0]))
+
+    def tie_parts(self, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Code that splits the channel axis into parts (chunk, view) computes the parts' size from its length."""
+        if name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
+            parts = self.split_of_labelled_axis(inputs[0], outputs[0])
+            labels = self.get(outputs[0])
+            if parts and labels is not None:
+                first = parts[0]
+                full = labels.expand([outputs[0].shape[a] if a in parts else s for a, s in enumerate(labels.shape)])
+                self.tie(full.movedim(first, 0).flatten(1))
+        elif name == "split":
+            found = [self.get(t) for t in outputs]
+            if all(x is not None and x.shape == found[0].shape for x in found) and len(found) > 1:  # type: ignore[union-attr]
+                axis = (args[2] if len(args) > 2 else 0) % inputs[0].ndim
+                if self.get(inputs[0]).shape[axis] > 1:  # type: ignore[union-attr]
+                    self.tie(torch.stack([x.flatten() for x in found]))  # type: ignore[union-attr]
+
+    # -- activations --------------------------------------------------------------------------------------------
+
+    def after_module(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or isinstance(module, Gate):
+            return
+        # An Identity in an activation's place (straight behind a convolution or its norm) is an activation too.
+        linear = isinstance(module, nn.Identity) and id(output) in self.affine
+        if isinstance(module, ACTIVATIONS) or linear:
+            self.activations.setdefault(path, []).append(output)
+
+
+def spatial_axes(name: str) -> int:
+    """How many trailing axes an operator such as ``max_pool2d_with_indices`` works over."""
+    return next(d for d in (1, 2, 3) if f"{d}d" in name)
+
+
+def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+    """Find the channel groups of a model.
+
+    ``example_inputs`` is a tensor, a tuple of positional or a dictionary of keyword arguments; a small batch of one is
+    enough. The model runs once in evaluation mode without gradients and is left exactly as it was; gates that it already
+    has are looked through.
+    """
+    run = ChannelPropagation(model)
+    with transparent_gates(model):
+        outputs = run.run(example_inputs)
+    met, run.frozen = run.frozen, []
+    for tensor in outputs:
+        run.freeze(run.get(tensor), "a model output")
+    run.frozen += met
+    return build_graph(run, example_inputs)
+
+
+def build_graph(run: ChannelPropagation, example_inputs: Any) -> ChannelGraph:
+    """Classes of united labels, gathered into groups of channels that occur alike."""
+    find = run.classes.find
+    occurrences: dict[int, list[tuple[int, int]]] = {}
+    for number, record in enumerate(run.records):
+        for index, label in enumerate(record.labels.tolist()):
+            if label:
+                occurrences.setdefault(find(label), []).append((number, index))
+    reasons = frozen_reasons(run, occurrences)
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for root, places in occurrences.items():
+        keys = [(run.records[n].param, run.records[n].axis, run.records[n].role) for n, _ in places]
+        alike.setdefault((tuple(keys), reasons.get(root)), []).append(root)
+    groups: list[ChannelGroup] = []
+    home: dict[int, tuple[int, int]] = {}
+    for (keys, reason), roots in alike.items():
+        if not any(role in ("out", "depthwise") for _, _, role in keys):
+            continue
+        members = gather_members(keys, [occurrences[root] for root in roots])
+        producer = next(m for m in members if m.role in ("out", "depthwise"))
+        home.update({root: (len(groups), k) for k, root in enumerate(roots)})
+        groups.append(ChannelGroup(unique_name(producer.layer, groups), len(roots), members, reason))
+    return ChannelGraph(
+        groups=tuple(groups),
+        layers=tuple(run.layers),
+        shapes=learnable_shapes(run.model),
+        sites=tuple(activation_sites(run, home)),
+        unknown_ops=tuple(unknown_ops(run, home, groups)),
+        example=example_spec(example_inputs),
+    )
+
+
+def frozen_reasons(run: ChannelPropagation, occurrences: dict[int, list[tuple[int, int]]]) -> dict[int, str]:
+    """Why each frozen class is frozen: the first reason found."""
+    reasons: dict[int, str] = {}
+    for labels, reason in run.frozen:
+        for label in labels.tolist():
+            if label:
+                reasons.setdefault(run.classes.find(label), reason)
+    for root, places in occurrences.items():
+        for number, _ in places:
+            if run.records[number].param in run.unreadable:
+                reasons.setdefault(root, run.unreadable[run.records[number].param])
+    return reasons
+
+
+def gather_members(
+    keys: Sequence[tuple[str, int, Role]], places: list[list[tuple[int, int]]]
+) -> tuple[Member, ...]:
+    """One member per (parameter, axis, role); the positions of channel 0 first, each position once."""
+    columns: dict[tuple[str, int, Role], list[int]] = {}
+    for column, key in enumerate(keys):
+        columns.setdefault(key, []).append(column)
+    members = []
+    for (param, axis, role), numbers in columns.items():
+        per_channel = [list(dict.fromkeys(channel[n][1] for n in numbers)) for channel in places]
+        members.append(Member(param, axis, role, tuple(i for channel in per_channel for i in channel)))
+    return tuple(members)
+
+
+def unique_name(path: str, groups: list[ChannelGroup]) -> str:
+    """The producing layer's path, numbered when it makes channels of several groups."""
+    taken = {group.name for group in groups}
+    name, number = path, 1
+    while name in taken:
+        number += 1
+        name = f"{path}#{number}"
+    return name
+
+
+def learnable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter that is not a gate's."""
+    gates = {id(p) for m in model.modules() if isinstance(m, Gate) for p in m.parameters()}
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if id(p) not in gates}
+
+
+def activation_sites(run: ChannelPropagation, home: dict[int, tuple[int, int]]) -> list[Site]:
+    """Activation modules that run once per forward and whose every channel belongs to a group."""
+    sites = []
+    for path, outputs in run.activations.items():
+        labels = run.get(outputs[0])
+        if len(outputs) != 1 or labels is None or len(varying_axes(labels)) != 1:
+            continue
+        axis = varying_axes(labels)[0]
+        channels = [home.get(run.classes.find(label)) for label in labels.flatten().tolist()]
+        if len(channels) == outputs[0].shape[axis] and all(c is not None for c in channels):
+            sites.append(Site(path, axis, tuple(c for c in channels if c is not None)))
+    return sites
+
+
+def unknown_ops(run: ChannelPropagation, home: dict[int, tuple[int, int]], groups: list[ChannelGroup]) -> list[UnknownOp]:
+    found = []
+    for op, path, labels in run.unknown_ops:
+        met = [home.get(run.classes.find(label)) for label in labels.tolist() if label]
+        names = dict.fromkeys(groups[place[0]].name for place in met if place is not None)
+        found.append(UnknownOp(op, path, tuple(names)))
+    return found
+
+
+def example_spec(example_inputs: Any) -> tuple[tuple[tuple[int, ...], str], ...] | None:
+    """Shapes and types of positional tensor inputs, from which an example can be made again; None for other inputs."""
+    leaves = [example_inputs] if isinstance(example_inputs, Tensor) else example_inputs
+    if isinstance(leaves, dict) or not all(isinstance(leaf, Tensor) for leaf in tree_flatten(leaves)[0]):
+        return None
+    if not isinstance(leaves, (list, tuple)) or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return None
+    return tuple((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in leaves)

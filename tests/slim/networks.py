@@ -1,0 +1,61 @@
+"""Small networks with hand-set weights for slim's tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def conv(inputs: int, outputs: int, kernel: int = 1, **kwargs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, **kwargs),
+                         nn.BatchNorm2d(outputs), nn.SiLU())  # fmt: skip
+
+
+class Chain(nn.Module):
+    """Two gateable groups of 4 and 6 channels and a frozen head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = conv(3, 4, 3)
+        self.second = conv(4, 6)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.second(self.first(x)))
+        return out
+
+
+class Residual(nn.Module):
+    """A residual sum, a concatenation, max pooling and a depthwise layer: 8 + 8 channels, 16 concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, 8, 3)
+        self.branch = nn.Sequential(conv(8, 12), conv(12, 8, 3))
+        self.side = conv(8, 8)
+        self.depthwise = conv(16, 16, 3, groups=16)
+        self.head = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.branch(x)
+        x = torch.cat([nn.functional.max_pool2d(x, 3, 1, 1), self.side(x)], 1)
+        out: Tensor = self.head(self.depthwise(x))
+        return out
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Non-trivial batch-norm statistics, and gates between 0 and 1.5."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(0, 0.3, generator=generator)
+                assert module.running_mean is not None and module.running_var is not None
+                module.running_mean.normal_(0, 0.3, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+        for name, parameter in model.named_parameters():
+            if ".vectors." in name:
+                parameter.uniform_(0, 1.5, generator=generator)
+    return model.eval()

@@ -1,0 +1,135 @@
+"""Gates and the smallest-half pull, with hand-set values."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from networks import Chain, Residual
+
+import slim
+
+
+def gated_chain() -> tuple[Chain, dict[str, torch.nn.Parameter]]:
+    model = Chain()
+    return model, slim.add_gates(model, slim.trace(model, torch.rand(1, 3, 8, 8)))
+
+
+def set_gates(gates: dict[str, torch.nn.Parameter], **values: list[float]) -> None:
+    with torch.no_grad():
+        for name, entries in values.items():
+            gates[f"{name}.0"].copy_(torch.tensor(entries))
+
+
+def test_new_gates_are_one_fp32_and_change_nothing() -> None:
+    model = Chain().eval()
+    x = torch.rand(2, 3, 8, 8)
+    before = model(x)
+    gates = slim.add_gates(model, slim.trace(model, x))
+    assert {k: v.tolist() for k, v in gates.items()} == {"first.0": [1.0] * 4, "second.0": [1.0] * 6}
+    assert all(v.dtype is torch.float32 for v in gates.values())
+    assert torch.equal(model(x), before)
+
+
+def test_adding_gates_twice_gives_the_same_gates() -> None:
+    model, gates = gated_chain()
+    again = slim.add_gates(model, slim.trace(model, torch.rand(1, 3, 8, 8)))
+    assert [id(v) for v in again.values()] == [id(v) for v in gates.values()]
+    assert sum(isinstance(m, slim.Gate) for m in model.modules()) == 2
+
+
+def test_tied_group_shares_one_vector_and_layer_tie_does_not() -> None:
+    tied, free = Residual(), Residual()
+    graph = slim.trace(tied, torch.rand(1, 3, 8, 8))
+    assert list(slim.add_gates(tied, graph, tie="group")) == ["stem.0", "branch.0.0", "side.0"]
+    names = list(slim.add_gates(free, graph, tie="layer"))
+    assert names == ["stem.0@stem.2", "stem.0@branch.1.2", "stem.0@depthwise.2", "branch.0.0", "side.0@side.2",
+                     "side.0@depthwise.2"]  # fmt: skip
+
+
+def test_pull_moves_exactly_the_smallest_half() -> None:
+    model, gates = gated_chain()
+    set_gates(gates, first=[0.5, 0.2, 0.9, 0.1], second=[1.0, 0.3, 0.8, 0.05, 0.7, 0.6])
+    slim.SmallestHalfL1(model, strength=2.0).step(lr=0.05)
+    assert torch.allclose(gates["first.0"], torch.tensor([0.5, 0.1, 0.9, 0.0]), atol=1e-7)
+    assert torch.allclose(gates["second.0"], torch.tensor([1.0, 0.2, 0.8, 0.0, 0.7, 0.5]), atol=1e-7)
+
+
+def test_of_equal_gates_the_lower_indices_are_pulled() -> None:
+    model, gates = gated_chain()
+    slim.SmallestHalfL1(model, strength=1.0).step(lr=0.25)
+    assert gates["first.0"].tolist() == [0.75, 0.75, 1.0, 1.0]
+    assert gates["second.0"].tolist() == [0.75, 0.75, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("fraction", "pulled"), [(0.0, 0), (0.25, 1), (0.5, 3), (0.99, 5), (1.0, 6)])
+def test_fraction_is_honoured_exactly(fraction: float, pulled: int) -> None:
+    model, gates = gated_chain()
+    slim.SmallestHalfL1(model, strength=1.0, fraction=fraction).step(lr=0.5)
+    assert gates["second.0"].tolist() == [0.5] * pulled + [1.0] * (6 - pulled)
+
+
+def test_ranking_is_fresh_at_each_step() -> None:
+    model, gates = gated_chain()
+    pull = slim.SmallestHalfL1(model, strength=1.0)
+    set_gates(gates, first=[0.4, 0.5, 0.9, 1.0])
+    pull.step(lr=0.1)
+    set_gates(gates, first=[2.0, 0.5, 0.9, 1.0])
+    pull.step(lr=0.1)
+    assert torch.allclose(gates["first.0"], torch.tensor([2.0, 0.4, 0.8, 1.0]))
+
+
+def test_negative_gates_come_back_to_zero_whether_pulled_or_not() -> None:
+    model, gates = gated_chain()
+    set_gates(gates, first=[-0.5, 0.2, -0.9, 0.1])
+    pull = slim.SmallestHalfL1(model, strength=0.0)
+    pull.step(lr=1.0)
+    assert gates["first.0"].tolist() == pytest.approx([0.0, 0.2, 0.0, 0.1])
+    assert pull.closed_share() == pytest.approx(0.2)
+
+
+def train_steps(model: torch.nn.Module, pull: slim.SmallestHalfL1 | None) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.rand(4, 3, 8, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+        if pull:
+            pull.step(0.05)
+    return [p.detach() for p in model.parameters()]
+
+
+def test_strength_zero_trains_bit_identically_to_no_pull() -> None:
+    model, _ = gated_chain()
+    other = copy.deepcopy(model)
+    without, zero = train_steps(model, None), train_steps(other, slim.SmallestHalfL1(other, strength=0.0))
+    assert all(torch.equal(a, b) for a, b in zip(without, zero, strict=True))
+
+
+def test_strength_for_a_travel() -> None:
+    assert slim.strength_for(0.5, travel=2.0) == 4.0
+    with pytest.raises(slim.SlimError, match="sum to 0"):
+        slim.strength_for(0.0)
+
+
+def test_an_unopposed_gate_travels_as_far_as_asked() -> None:
+    model, gates = gated_chain()
+    rates = [0.1, 0.08, 0.06, 0.02]
+    pull = slim.SmallestHalfL1(model, strength=slim.strength_for(sum(rates), travel=0.5))
+    for lr in rates:
+        pull.step(lr)
+    assert torch.allclose(gates["first.0"], torch.tensor([0.5, 0.5, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize(("kwargs", "message"), [({"strength": -1.0}, "strength is -1"), ({"strength": 1.0, "fraction": 1.5}, "fraction")])
+def test_bad_settings_are_named(kwargs: dict[str, float], message: str) -> None:
+    model, _ = gated_chain()
+    with pytest.raises(slim.SlimError, match=message):
+        slim.SmallestHalfL1(model, **kwargs)  # type: ignore[arg-type]
+
+
+def test_pull_without_gates_says_so() -> None:
+    with pytest.raises(slim.SlimError, match="no gates"):
+        slim.SmallestHalfL1(Chain(), strength=1.0)

@@ -1,0 +1,86 @@
+"""The central promise on the YOLOv5 family: pruned = masked, folded, saved and loaded, trained on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import randomise
+from torch import nn
+
+import slim
+from models import build_model, load_description
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["yolov5n", "yolov5s", "yolov5m", "yolov5l", "yolov5x", "yolov5n6", "yolov5s-v5", "yolov5s-csp", "yolov5s-ghost"]
+
+
+def gated(name: str) -> tuple[nn.Module, slim.ChannelGraph]:
+    torch.manual_seed(0)
+    model = build_model(load_description(ROOT / "models" / f"{name}.yaml"), 3)
+    graph = slim.trace(model, torch.zeros(1, 3, 64, 64))
+    slim.add_gates(model, graph)
+    return randomise(model), graph
+
+
+def plan_for(model: nn.Module, graph: slim.ChannelGraph, macs: float) -> slim.Plan:
+    # A random ranking of YOLOv5n, whose widest groups matter most, needs finer steps at 30 %.
+    return slim.make_plan(graph, slim.score(model, graph, "random", seed=round(10 * macs)), macs=macs, round_to=4, min_channels=4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pruned_equals_masked_and_folds_away(name: str) -> None:
+    model, graph = gated(name)
+    assert [g.name for g in graph.groups if not g.prunable and g.frozen_reason != "a model output"] == []
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    for macs in (0.7, 0.5, 0.3):
+        plan = plan_for(model, graph, macs)
+        assert macs - 0.02 < plan.macs[1] / plan.macs[0] <= macs
+        masked, pruned = slim.mask(model, plan), slim.apply_plan(model, plan)
+        assert slim.max_difference(masked, pruned, x) <= 1e-4
+        folded = slim.fold_gates(pruned)
+        assert slim.max_difference(masked, folded, x) <= 1e-4
+        assert not slim.gate_vectors(folded)
+    cost = slim.cost(folded, x)
+    assert (cost.macs, cost.params) == (plan.macs[1], plan.params[1])
+
+
+def test_the_proof_would_notice_a_shifted_concatenation() -> None:
+    model, graph = gated("yolov5n")
+    plan = plan_for(model, graph, 0.5)
+    pruned = slim.apply_plan(model, plan)
+    weight: Any = pruned.get_submodule("model.13.cv1.conv").weight
+    with torch.no_grad():
+        weight.copy_(weight.roll(1, 1))
+    assert slim.max_difference(slim.mask(model, plan), pruned, torch.rand(1, 3, 64, 64)) > 1e-4
+
+
+LOAD = """
+import sys, torch, slim
+from models import build_model
+network = slim.load(sys.argv[1], lambda build: build_model(build["description"], build["num_classes"]))
+torch.save(network.eval()(torch.load(sys.argv[2]))[0], sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("name", ["yolov5n", "yolov5s-csp", "yolov5s-ghost"])
+def test_saved_loaded_and_trained_on(name: str, tmp_path: Path) -> None:
+    model, graph = gated(name)
+    pruned = slim.apply_plan(model, plan_for(model, graph, 0.5))
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    slim.save(pruned, tmp_path / "m.pt", {"description": pruned.description, "num_classes": 3})  # type: ignore[dict-item]
+    torch.save(x, tmp_path / "x.pt")
+    subprocess.run([sys.executable, "-c", LOAD, *(str(tmp_path / f) for f in ("m.pt", "x.pt", "y.pt"))], check=True, cwd=ROOT)
+    assert torch.equal(torch.load(tmp_path / "y.pt"), pruned.eval()(x)[0])
+    pruned.train()
+    optimizer = torch.optim.SGD(pruned.parameters(), lr=1e-3)
+    before = {k: v.clone() for k, v in pruned.named_parameters()}
+    sum(raw.square().mean() for raw in pruned(x)).backward()
+    optimizer.step()
+    moved = [k for k, v in pruned.named_parameters() if not torch.equal(v, before[k])]
+    assert all(v.grad is not None and bool(torch.isfinite(v.grad).all()) for v in pruned.parameters())
+    assert len(moved) > 0.9 * len(before)
