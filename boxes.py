@@ -13,12 +13,14 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     """[..., 4] -> [..., 4]; units are kept."""
-    return box_convert(boxes_cxcywh, "cxcywh", "xyxy")
+    boxes_xyxy: Tensor = box_convert(boxes_cxcywh, "cxcywh", "xyxy")
+    return boxes_xyxy
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
     """[..., 4] -> [..., 4]; units are kept."""
-    return box_convert(boxes_xyxy, "xyxy", "cxcywh")
+    boxes_cxcywh: Tensor = box_convert(boxes_xyxy, "xyxy", "cxcywh")
+    return boxes_cxcywh
 
 
 @dataclass(frozen=True)
@@ -44,4 +46,5 @@ class Letterbox:
         """[n, 4] pixels of the letterboxed image -> [n, 4] pixels of the original, clipped to it."""
         scale = boxes_xyxy.new_tensor([self.ratio_x, self.ratio_y] * 2)
         shift = boxes_xyxy.new_tensor([self.left_px, self.top_px] * 2)
-        return clip_boxes_to_image((boxes_xyxy - shift) / scale, self.original_hw)
+        clipped: Tensor = clip_boxes_to_image((boxes_xyxy - shift) / scale, self.original_hw)
+        return clipped

@@ -55,7 +55,9 @@ def test_importing_anything_has_no_effect() -> None:
         f"import {', '.join(names)}\n"
         "assert before == (torch.get_num_threads(), torch.get_rng_state().sum(), dict(os.environ))"
     )
-    done = subprocess.run([sys.executable, "-c", code, "--nonsense"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--nonsense"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

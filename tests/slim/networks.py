@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 
 def conv(inputs: int, outputs: int, kernel: int = 1, **kwargs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, **kwargs),
-                         nn.BatchNorm2d(outputs), nn.SiLU())  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False, **kwargs),
+        nn.BatchNorm2d(outputs),
+        nn.SiLU(),
+    )
 
 
 class Chain(nn.Module):

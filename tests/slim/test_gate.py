@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from networks import Chain, Residual
 
 import slim
+from tests.slim.networks import Chain, Residual
 
 
 def gated_chain() -> tuple[Chain, dict[str, torch.nn.Parameter]]:
@@ -44,8 +44,14 @@ def test_tied_group_shares_one_vector_and_layer_tie_does_not() -> None:
     graph = slim.trace(tied, torch.rand(1, 3, 8, 8))
     assert list(slim.add_gates(tied, graph, tie="group")) == ["stem.0", "branch.0.0", "side.0"]
     names = list(slim.add_gates(free, graph, tie="layer"))
-    assert names == ["stem.0@stem.2", "stem.0@branch.1.2", "stem.0@depthwise.2", "branch.0.0", "side.0@side.2",
-                     "side.0@depthwise.2"]  # fmt: skip
+    assert names == [
+        "stem.0@stem.2",
+        "stem.0@branch.1.2",
+        "stem.0@depthwise.2",
+        "branch.0.0",
+        "side.0@side.2",
+        "side.0@depthwise.2",
+    ]
 
 
 def test_pull_moves_exactly_the_smallest_half() -> None:
@@ -123,7 +129,9 @@ def test_an_unopposed_gate_travels_as_far_as_asked() -> None:
     assert torch.allclose(gates["first.0"], torch.tensor([0.5, 0.5, 1.0, 1.0]))
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [({"strength": -1.0}, "strength is -1"), ({"strength": 1.0, "fraction": 1.5}, "fraction")])
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"strength": -1.0}, "strength is -1"), ({"strength": 1.0, "fraction": 1.5}, "fraction")]
+)
 def test_bad_settings_are_named(kwargs: dict[str, float], message: str) -> None:
     model, _ = gated_chain()
     with pytest.raises(slim.SlimError, match=message):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import Chain, Residual, randomise
 
 import slim
+from tests.slim.networks import Chain, Residual, randomise
 
 
 def chain_graph() -> slim.ChannelGraph:
@@ -53,21 +53,32 @@ def test_target_is_met_and_costs_are_those_of_the_cut_model(target: str) -> None
     plan = slim.make_plan(graph, slim.score(model, graph, "random"), **{target: 0.6}, round_to=1, min_channels=1)  # type: ignore[arg-type]
     cost = slim.cost(slim.apply_plan(model, plan), x)
     assert (cost.macs, cost.params) == (plan.macs[1], plan.params[1])
-    share = {"macs": cost.macs / graph.macs, "params": cost.params / graph.params,
-             "channels": sum(len(g.keep) for g in plan.groups) / 28}[target]  # fmt: skip
+    share = {
+        "macs": cost.macs / graph.macs,
+        "params": cost.params / graph.params,
+        "channels": sum(len(g.keep) for g in plan.groups) / 28,
+    }[target]
     assert 0.5 < share <= 0.6
 
 
 def test_unreachable_target_says_how_far_and_names_the_floors() -> None:
-    with pytest.raises(slim.SlimError, match=r"macs=0.1 cannot be reached.*0\.\d+ remains.*(second|first)\.0 \(4 channels\)"):
+    with pytest.raises(
+        slim.SlimError, match=r"macs=0.1 cannot be reached.*0\.\d+ remains.*(second|first)\.0 \(4 channels\)"
+    ):
         slim.make_plan(chain_graph(), SCORES, macs=0.1, round_to=4, min_channels=4)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
-    [({}, "exactly one target"), ({"macs": 0.5, "params": 0.5}, "exactly one"), ({"macs": 0.0}, "above 0"),
-     ({"macs": 1.5}, "at most 1"), ({"macs": 0.5, "scope": "x"}, "scope"), ({"macs": 0.5, "round_to": 0}, "round_to")],
-)  # fmt: skip
+    [
+        ({}, "exactly one target"),
+        ({"macs": 0.5, "params": 0.5}, "exactly one"),
+        ({"macs": 0.0}, "above 0"),
+        ({"macs": 1.5}, "at most 1"),
+        ({"macs": 0.5, "scope": "x"}, "scope"),
+        ({"macs": 0.5, "round_to": 0}, "round_to"),
+    ],
+)
 def test_bad_targets_are_named(kwargs: dict[str, float], message: str) -> None:
     with pytest.raises(slim.SlimError, match=message):
         slim.make_plan(chain_graph(), SCORES, **kwargs)  # type: ignore[arg-type]
@@ -123,7 +134,9 @@ def test_gate_criterion_takes_the_largest_of_free_gates() -> None:
         gates["stem.0@stem.2"].fill_(0.1)
         gates["stem.0@branch.1.2"].copy_(torch.arange(8) / 10)
         gates["stem.0@depthwise.2"].fill_(0.3)
-    assert slim.score(model, graph, "gate")["stem.0"].tolist() == pytest.approx([0.3, 0.3, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7])
+    assert slim.score(model, graph, "gate")["stem.0"].tolist() == pytest.approx(
+        [0.3, 0.3, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7]
+    )
 
 
 def test_unknown_criterion_and_missing_gates_are_named() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import Chain, Residual, randomise
 from torch import nn
 
 import slim
+from tests.slim.networks import Chain, Residual, randomise
 
 
 def planned(model: nn.Module, macs: float = 0.5, seed: int = 0) -> slim.Plan:
@@ -135,9 +135,9 @@ def losses(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed:
 def test_training_continues_smoothly_over_a_free_cut(kind: str) -> None:
     model = gated().train()
     groups = [{"params": list(model.parameters()), "lr": 0.01, "name": "all"}]
-    optimizer = (torch.optim.SGD(groups, momentum=0.9, nesterov=True) if kind == "sgd" else torch.optim.AdamW(groups))
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True) if kind == "sgd" else torch.optim.AdamW(groups)
     with torch.no_grad():
-        for name, vector in slim.gate_vectors(model).items():
+        for vector in slim.gate_vectors(model).values():
             vector[: len(vector) // 2] = 0.0
         for member in model.modules():
             if isinstance(member, slim.Gate):
@@ -145,8 +145,14 @@ def test_training_continues_smoothly_over_a_free_cut(kind: str) -> None:
                     vector.register_hook(lambda grad: torch.where(torch.arange(len(grad)) < len(grad) // 2, 0.0, grad))
     losses(model, optimizer, 5, seed=1)
     scores = {g.name: torch.arange(g.size) for g in slim.trace(model, torch.rand(1, 3, 8, 8)).groups if g.prunable}
-    plan = slim.make_plan(slim.trace(model, torch.rand(1, 3, 8, 8)), {k: v.double() for k, v in scores.items()},
-                          channels=0.5, round_to=1, min_channels=1, scope="local")  # fmt: skip
+    plan = slim.make_plan(
+        slim.trace(model, torch.rand(1, 3, 8, 8)),
+        {k: v.double() for k, v in scores.items()},
+        channels=0.5,
+        round_to=1,
+        min_channels=1,
+        scope="local",
+    )
     pruned, cut_optimizer, ema = slim.apply_plan(
         model, plan, optimizer=optimizer, ema=torch.optim.swa_utils.AveragedModel(model)
     )
@@ -167,9 +173,8 @@ def test_foreign_optimizer_is_refused() -> None:
 
 
 LOAD = """
-import sys, torch, slim
-sys.path.insert(0, {folder!r})
-from networks import Residual
+import torch, slim
+from tests.slim.networks import Residual
 model = slim.load({path!r}, lambda build: Residual())
 torch.save(model.eval()(torch.load({inputs!r})), {outputs!r})
 """
@@ -183,7 +188,7 @@ def test_saved_and_loaded_in_a_new_process_gives_the_same_output(tmp_path: Path,
     torch.save(x, tmp_path / "x.pt")
     paths = {name: str(tmp_path / f"{name}.pt") for name in ("inputs", "outputs")}
     torch.save(x, paths["inputs"])
-    code = LOAD.format(folder=str(Path(__file__).parent), path=str(tmp_path / "m.pt"), **paths)
+    code = LOAD.format(path=str(tmp_path / "m.pt"), **paths)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
     assert torch.equal(torch.load(paths["outputs"]), pruned.eval()(x))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import Chain, Residual, conv
 from torch import Tensor, nn
 
 import slim
+from tests.slim.networks import Chain, Residual, conv
 
 
 def occupied(graph: slim.ChannelGraph, name: str) -> dict[tuple[str, int], list[int]]:
@@ -17,11 +17,19 @@ def occupied(graph: slim.ChannelGraph, name: str) -> dict[tuple[str, int], list[
 def test_chain_groups_hold_producer_norm_and_consumer() -> None:
     graph = slim.trace(Chain(), torch.rand(1, 3, 8, 8))
     assert [(g.name, g.size, g.prunable) for g in graph.groups] == [
-        ("first.0", 4, True), ("second.0", 6, True), ("head", 2, False)]  # fmt: skip
+        ("first.0", 4, True),
+        ("second.0", 6, True),
+        ("head", 2, False),
+    ]
     four = list(range(4))
     assert occupied(graph, "first.0") == {
-        ("first.0.weight", 0): four, ("first.1.weight", 0): four, ("first.1.bias", 0): four,
-        ("first.1.running_mean", 0): four, ("first.1.running_var", 0): four, ("second.0.weight", 1): four}  # fmt: skip
+        ("first.0.weight", 0): four,
+        ("first.1.weight", 0): four,
+        ("first.1.bias", 0): four,
+        ("first.1.running_mean", 0): four,
+        ("first.1.running_var", 0): four,
+        ("second.0.weight", 1): four,
+    }
     assert graph.by_name["head"].frozen_reason == "a model output"
 
 

@@ -9,14 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from networks import randomise
 from torch import nn
 
 import slim
 from models import build_model, load_description
+from tests.slim.networks import randomise
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["yolov5n", "yolov5s", "yolov5m", "yolov5l", "yolov5x", "yolov5n6", "yolov5s-v5", "yolov5s-csp", "yolov5s-ghost"]
+NAMES = [
+    "yolov5n",
+    "yolov5s",
+    "yolov5m",
+    "yolov5l",
+    "yolov5x",
+    "yolov5n6",
+    "yolov5s-v5",
+    "yolov5s-csp",
+    "yolov5s-ghost",
+]
 
 
 def gated(name: str) -> tuple[nn.Module, slim.ChannelGraph]:
@@ -29,7 +39,9 @@ def gated(name: str) -> tuple[nn.Module, slim.ChannelGraph]:
 
 def plan_for(model: nn.Module, graph: slim.ChannelGraph, macs: float) -> slim.Plan:
     # A random ranking of YOLOv5n, whose widest groups matter most, needs finer steps at 30 %.
-    return slim.make_plan(graph, slim.score(model, graph, "random", seed=round(10 * macs)), macs=macs, round_to=4, min_channels=4)
+    return slim.make_plan(
+        graph, slim.score(model, graph, "random", seed=round(10 * macs)), macs=macs, round_to=4, min_channels=4
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +86,9 @@ def test_saved_loaded_and_trained_on(name: str, tmp_path: Path) -> None:
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     slim.save(pruned, tmp_path / "m.pt", {"description": pruned.description, "num_classes": 3})  # type: ignore[dict-item]
     torch.save(x, tmp_path / "x.pt")
-    subprocess.run([sys.executable, "-c", LOAD, *(str(tmp_path / f) for f in ("m.pt", "x.pt", "y.pt"))], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-c", LOAD, *(str(tmp_path / f) for f in ("m.pt", "x.pt", "y.pt"))], check=True, cwd=ROOT
+    )
     assert torch.equal(torch.load(tmp_path / "y.pt"), pruned.eval()(x)[0])
     pruned.train()
     optimizer = torch.optim.SGD(pruned.parameters(), lr=1e-3)

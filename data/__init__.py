@@ -1,0 +1,29 @@
+"""Data sets in YOLO format: description, labels, augmentation, loading, and a synthetic set for tests and trials."""
+
+from __future__ import annotations
+
+from .augment import Augment as Augment
+from .config import DataConfig as DataConfig
+from .config import find_root as find_root
+from .config import load_data_config as load_data_config
+from .dataset import DetectionDataset as DetectionDataset
+from .dataset import Sample as Sample
+from .errors import DataError as DataError
+from .loading import Batch as Batch
+from .loading import build_loader as build_loader
+from .loading import collate as collate
+from .shapes import make_shapes as make_shapes
+
+__all__ = [
+    "Augment",
+    "Batch",
+    "DataConfig",
+    "DataError",
+    "DetectionDataset",
+    "Sample",
+    "build_loader",
+    "collate",
+    "find_root",
+    "load_data_config",
+    "make_shapes",
+]

@@ -1,0 +1,278 @@
+"""Training augmentation: mosaic, random scale and shift (or a full affine map), colour jitter and flips.
+
+The recipe is YOLOv5's (mosaic: Bochkovskiy et al., YOLOv4, 2020). Without rotation and shear each tile's visible part is
+resized straight into the output: the canvas of twice the size never exists and every pixel is resampled once.
+All randomness comes from the generator that the caller passes in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .errors import DataError
+from .images import FILL, resize
+
+MIN_SIDE_PX = 2.0
+MIN_VISIBLE = 0.1
+MAX_ASPECT = 100.0
+
+Labels = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How training samples vary; names and defaults are YOLOv5's (its ``scratch-low`` recipe)."""
+
+    mosaic: float = 1.0
+    """Probability that four images make one sample."""
+    scale: float = 0.5
+    """The image is scaled by a factor drawn from 1 - scale to 1 + scale."""
+    translate: float = 0.1
+    """The centre moves by at most this fraction of the image size."""
+    degrees: float = 0.0
+    """Rotation by at most this angle, either way."""
+    shear: float = 0.0
+    """Shear by at most this angle in degrees, along x and along y."""
+    hsv_h: float = 0.015
+    """Hue turns by at most this fraction of the colour circle, either way."""
+    hsv_s: float = 0.7
+    """Saturation is multiplied by 1 - hsv_s to 1 + hsv_s."""
+    hsv_v: float = 0.4
+    """Brightness is multiplied by 1 - hsv_v to 1 + hsv_v."""
+    flipud: float = 0.0
+    """Probability of an upside-down flip."""
+    fliplr: float = 0.5
+    """Probability of a left-right flip."""
+
+    def __post_init__(self) -> None:
+        limits = {"scale": 1.0, "degrees": 180.0, "shear": 90.0}
+        for name, value in vars(self).items():
+            limit = limits.get(name, 1.0)
+            inside = 0 <= value < limit if name in ("scale", "shear") else 0 <= value <= limit
+            if not inside:
+                raise DataError(f"augmentation {name} is {value}, expected 0 to {limit:g}; 0 switches it off")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image placed on a canvas."""
+
+    image: Tensor
+    """uint8 [3, h, w]"""
+    labels: Labels
+    """float32 [n, 5]: class, x1, y1, x2, y2 in pixels of ``image``"""
+    x_px: int
+    """Where the image's left edge lies on the canvas."""
+    y_px: int
+    """Where its top edge lies."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The affine map from the canvas to the output: ``out = matrix @ (canvas - centre) + shift``, in pixels."""
+
+    matrix: NDArray[np.float64]
+    shift_px: NDArray[np.float64]
+    canvas_px: int
+    size_px: int
+
+    @property
+    def axis_aligned(self) -> bool:
+        return bool(self.matrix[0, 1] == 0 and self.matrix[1, 0] == 0)
+
+
+def mosaic_tiles(images: Sequence[tuple[Tensor, Labels]], size_px: int, rng: np.random.Generator) -> list[Tile]:
+    """Four images around a random point of a canvas of ``2 * size_px``: top left, top right, bottom left, bottom right.
+
+    What leaves the canvas is lost, as in YOLOv4's mosaic.
+    """
+    centre_x, centre_y = (int(value) for value in rng.integers(size_px // 2, size_px * 3 // 2 + 1, size=2))
+    tiles = []
+    for position, (image, labels) in enumerate(images):
+        height, width = image.shape[1:]
+        x = centre_x - width if position % 2 == 0 else centre_x
+        y = centre_y - height if position < 2 else centre_y
+        tiles.append(Tile(image, labels, x, y))
+    return tiles
+
+
+def random_view(augment: Augment, canvas_px: int, size_px: int, rng: np.random.Generator) -> View:
+    """Draw scale, rotation, shear and shift; nothing but the centre's position remains when all are 0."""
+    scale = rng.uniform(1 - augment.scale, 1 + augment.scale)
+    angle = math.radians(rng.uniform(-augment.degrees, augment.degrees))
+    shear_x, shear_y = np.tan(np.radians(rng.uniform(-augment.shear, augment.shear, size=2)))
+    shift = size_px * rng.uniform(0.5 - augment.translate, 0.5 + augment.translate, size=2)
+    cos, sin = math.cos(angle), math.sin(angle)
+    rotation = scale * np.array([[cos, sin], [-sin, cos]])
+    return View(np.array([[1.0, shear_x], [shear_y, 1.0]]) @ rotation, shift, canvas_px, size_px)
+
+
+def render(tiles: Sequence[Tile], view: View) -> tuple[Tensor, Labels]:
+    """Draw the tiles as ``view`` shows them: uint8 [3, S, S] and labels in its pixels, clipped; slivers are dropped."""
+    return _render_aligned(tiles, view) if view.axis_aligned else _render_affine(tiles, view)
+
+
+def _render_aligned(tiles: Sequence[Tile], view: View) -> tuple[Tensor, Labels]:
+    """Resize a whole-pixel crop of each tile into a whole-pixel rectangle of the output.
+
+    Rounding changes a tile's scale by less than a pixel over its width; the boxes follow that very scale, so that they
+    stay exact. Neighbouring tiles share their seam because the seam is rounded once.
+    """
+    size = view.size_px
+    output = torch.full((3, size, size), FILL, dtype=torch.uint8)
+    kept = []
+    for tile in tiles:
+        height, width = tile.image.shape[1:]
+        spans = [_visible_span(o, n, view, axis) for axis, (o, n) in enumerate(((tile.x_px, width), (tile.y_px, height)))]
+        if spans[0] is None or spans[1] is None:
+            continue
+        (x, y) = spans[0], spans[1]
+        patch = resize(tile.image[:, y.crop[0] : y.crop[1], x.crop[0] : x.crop[1]], (y.length, x.length))
+        x_lo, x_hi, y_lo, y_hi = max(x.start, 0), min(x.stop, size), max(y.start, 0), min(y.stop, size)
+        output[:, y_lo:y_hi, x_lo:x_hi] = patch[:, y_lo - y.start : y_hi - y.start, x_lo - x.start : x_hi - x.start]
+        if len(tile.labels):
+            scale = np.array([x.ratio, y.ratio, x.ratio, y.ratio])
+            shift = np.array([x.start, y.start] * 2) - np.array([x.crop[0], y.crop[0]] * 2) * scale
+            whole = tile.labels[:, 1:] * scale + shift
+            kept.append(_clip_and_filter(tile.labels[:, :1], whole, _areas(whole), (x_lo, y_lo, x_hi, y_hi)))
+    return output, _stack(kept)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Along one axis: source pixels ``crop`` become output pixels ``start`` to ``stop`` (which may pass the edge by a few)."""
+
+    crop: tuple[int, int]
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def ratio(self) -> float:
+        return self.length / (self.crop[1] - self.crop[0])
+
+
+def _visible_span(offset: int, length: int, view: View, axis: int) -> _Span | None:
+    scale, shift, centre = float(view.matrix[axis, axis]), float(view.shift_px[axis]), view.canvas_px / 2
+    first = max(-shift / scale + centre, 0.0) - offset
+    last = min((view.size_px - shift) / scale + centre, float(view.canvas_px)) - offset
+    low, high = max(math.floor(first), 0, -offset), min(math.ceil(last), length, view.canvas_px - offset)
+    if high <= low:
+        return None
+    start = round(scale * (low + offset - centre) + shift)
+    stop = round(scale * (high + offset - centre) + shift)
+    return _Span((low, high), start, stop) if stop > 0 and start < view.size_px and stop > start else None
+
+
+def _render_affine(tiles: Sequence[Tile], view: View) -> tuple[Tensor, Labels]:
+    """The general case: paste onto the canvas, then sample it once, bilinearly."""
+    canvas = torch.zeros(1, 3, view.canvas_px, view.canvas_px)
+    centre = view.canvas_px / 2
+    kept = []
+    for tile in tiles:
+        height, width = tile.image.shape[1:]
+        x_lo, y_lo = max(tile.x_px, 0), max(tile.y_px, 0)
+        x_hi, y_hi = min(tile.x_px + width, view.canvas_px), min(tile.y_px + height, view.canvas_px)
+        if x_hi <= x_lo or y_hi <= y_lo:
+            continue
+        part = tile.image[:, y_lo - tile.y_px : y_hi - tile.y_px, x_lo - tile.x_px : x_hi - tile.x_px]
+        canvas[0, :, y_lo:y_hi, x_lo:x_hi] = part.float() - FILL
+        if len(tile.labels):
+            on_canvas = tile.labels[:, 1:] + np.array([tile.x_px, tile.y_px] * 2)
+            clipped = on_canvas.clip([x_lo, y_lo] * 2, [x_hi, y_hi] * 2)
+            mapped = _map_boxes(clipped - centre, view)
+            # Visibility is judged against the whole object, wherever it was cut.
+            whole = _areas(_map_boxes(on_canvas - centre, view))
+            kept.append(_clip_and_filter(tile.labels[:, :1], mapped, whole, (0, 0, view.size_px, view.size_px)))
+    inverse = np.linalg.inv(view.matrix)
+    half = view.size_px / 2
+    # affine_grid maps the output's -1..1 to the canvas's -1..1.
+    theta = np.concatenate([inverse * half, (inverse @ (half - view.shift_px))[:, None]], axis=1) / centre
+    grid = F.affine_grid(torch.from_numpy(theta).float()[None], [1, 3, view.size_px, view.size_px], align_corners=False)
+    sampled = F.grid_sample(canvas, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0] + FILL
+    return sampled.round_().clamp_(0, 255).to(torch.uint8), _stack(kept)
+
+
+def _map_boxes(boxes_xyxy: NDArray[np.float64], view: View) -> NDArray[np.float64]:
+    corners = boxes_xyxy[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2) @ view.matrix.T + view.shift_px
+    return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+
+
+def _areas(boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (boxes_xyxy[:, 2] - boxes_xyxy[:, 0]) * (boxes_xyxy[:, 3] - boxes_xyxy[:, 1])
+
+
+def _clip_and_filter(
+    classes: Labels,
+    boxes_xyxy: NDArray[np.float64],
+    whole_areas: NDArray[np.float64],
+    window_xyxy: tuple[int, int, int, int],
+) -> Labels:
+    """Clip to the window; keep what is wider and higher than 2 px, at least 10 % visible, and not a line."""
+    x1, y1, x2, y2 = window_xyxy
+    boxes = boxes_xyxy.clip([x1, y1, x1, y1], [x2, y2, x2, y2])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    aspect = np.maximum(width / np.maximum(height, 1e-9), height / np.maximum(width, 1e-9))
+    keep = (width > MIN_SIDE_PX) & (height > MIN_SIDE_PX) & (aspect < MAX_ASPECT)
+    keep &= width * height > MIN_VISIBLE * whole_areas
+    return np.concatenate([classes[keep], boxes[keep]], axis=1).astype(np.float32)
+
+
+def _stack(parts: Sequence[Labels]) -> Labels:
+    return np.concatenate([*parts, np.zeros((0, 5), np.float32)])
+
+
+def jitter_hsv(image: Tensor, hue_turn: float, saturation: float, value: float) -> Tensor:
+    """Turn the hue by ``hue_turn`` circles, multiply saturation and value (both saturate at 1); uint8 [3, H, W] in and out.
+
+    Works on planes without going through 8-bit HSV: with V = max and chroma C = max - min, a channel of hue h (in
+    sixths) is V - C * clamp(min(k, 4 - k), 0, 1) for k = (n + h) mod 6 and n = 5, 3, 1 for R, G, B.
+    """
+    rgb = image.float()
+    red, green, blue = rgb[0], rgb[1], rgb[2]
+    top = torch.maximum(torch.maximum(red, green), blue)
+    chroma = top - torch.minimum(torch.minimum(red, green), blue)
+    if hue_turn:
+        safe = chroma.clamp(min=1e-6)
+        of_green = (blue - red).div_(safe).add_(2)
+        of_blue = (red - green).div_(safe).add_(4)
+        hue = (green - blue).div_(safe)
+        hue = torch.where(top == red, hue, torch.where(top == green, of_green, of_blue)).add_(6 * hue_turn)
+        offsets = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
+        k = (hue + offsets).remainder_(6)
+        depth = torch.minimum(k, 4 - k).clamp_(0, 1)
+    else:
+        depth = (top - rgb).div_(chroma.clamp(min=1e-6))
+    new_chroma = torch.minimum(chroma * saturation, top)
+    new_top = (top * value).clamp_(max=255)
+    gain = new_top / top.clamp(min=1e-6)
+    return (new_top - depth * (new_chroma * gain)).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def augment_sample(
+    tiles: Sequence[Tile], canvas_px: int, size_px: int, augment: Augment, rng: np.random.Generator
+) -> tuple[Tensor, Labels]:
+    """Tiles on a canvas -> one augmented sample: uint8 [3, S, S] and labels [n, 5] (class, x1, y1, x2, y2 px)."""
+    image, labels = render(tiles, random_view(augment, canvas_px, size_px, rng))
+    hue, saturation, value = rng.uniform(-1, 1, size=3) * (augment.hsv_h, augment.hsv_s, augment.hsv_v)
+    if augment.hsv_h or augment.hsv_s or augment.hsv_v:
+        image = jitter_hsv(image, float(hue), 1 + float(saturation), 1 + float(value))
+    upside_down, mirrored = rng.random(2) < (augment.flipud, augment.fliplr)
+    if upside_down:
+        image = image.flip(1)
+        labels[:, [2, 4]] = size_px - labels[:, [4, 2]]
+    if mirrored:
+        image = image.flip(2)
+        labels[:, [1, 3]] = size_px - labels[:, [3, 1]]
+    return image, labels

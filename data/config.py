@@ -1,0 +1,133 @@
+"""Data set descriptions: YOLOv5's ``data.yaml``, read as it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import DataError
+
+SPLITS = ("train", "val", "test")
+ROOT_VARIABLE = "SLIM_DATA_ROOT"
+DEFAULT_ROOT = "datasets"
+_WHERE = f"--data-root or ${ROOT_VARIABLE} says where data sets lie"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A data set: class names by class index, and for each split its folders, list files or images (``None``: not described)."""
+
+    names: tuple[str, ...]
+    train: tuple[Path, ...] | None = None
+    val: tuple[Path, ...] | None = None
+    test: tuple[Path, ...] | None = None
+    path: Path = Path()
+    """The data set's folder: what relative entries of a list file may be relative to."""
+
+    def split(self, name: str) -> tuple[Path, ...]:
+        """The sources of the split ``name``; DataError if it is unknown, not described, or not on the disk."""
+        if name not in SPLITS:
+            raise DataError(f"unknown split {name!r}: use one of {', '.join(SPLITS)}")
+        sources: tuple[Path, ...] | None = getattr(self, name)
+        if not sources:
+            described = [split for split in SPLITS if getattr(self, split)]
+            raise DataError(f"the data set has no {name!r} split: it describes {', '.join(described) or 'none'}")
+        for source in sources:
+            if not source.exists():
+                raise DataError(f"split {name!r}: {source} does not exist; {_WHERE}")
+        return sources
+
+
+def load_data_config(path: str | Path, data_root: str | Path | None = None) -> DataConfig:
+    """Read a YOLOv5 ``data.yaml``.
+
+    A relative ``path`` is looked for under ``data_root`` (else ``$SLIM_DATA_ROOT``, else ``./datasets``), then beside the
+    YAML, then in the working folder; the first place that holds one of the splits is taken. Keys that mean nothing here
+    (``download``) are ignored. DataError if the file or the data is missing, or names and ``nc`` disagree.
+    """
+    file = Path(path)
+    content = _read_mapping(file)
+    names = _names(content, file)
+    described = {split: _entries(content, split, file) for split in SPLITS}
+    if not any(described.values()):
+        raise DataError(f"{file}: no train, val or test is given; each is a folder, a list file or a list of these")
+    candidates = _base_candidates(content, file, data_root)
+    base = next((c for c in candidates if any(_locate(c, e).exists() for es in described.values() for e in es)), None)
+    if base is None:
+        places = ", ".join(str(candidate) for candidate in candidates)
+        entries = ", ".join(entry for es in described.values() for entry in es)
+        raise DataError(f"{file}: none of {entries} exists; looked in {places}; {_WHERE}")
+    train, val, test = (tuple(_locate(base, entry) for entry in described[split]) or None for split in SPLITS)
+    return DataConfig(names=names, train=train, val=val, test=test, path=base)
+
+
+def _read_mapping(file: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the data set description {file}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: found {type(content).__name__}, expected keys such as path, train, val and names")
+    return content
+
+
+def _names(content: Mapping[str, Any], file: Path) -> tuple[str, ...]:
+    names, count = content.get("names"), content.get("nc")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise DataError(f"{file}: nc is {count!r}, expected the number of classes, a whole number of at least 1")
+    if isinstance(names, dict):
+        keys = [str(key) for key in names]
+        missing = [i for i in range(len(keys)) if str(i) not in keys]
+        if missing:
+            raise DataError(
+                f"{file}: names do not cover class {missing[0]}; {len(keys)} names need the keys 0 to {len(keys) - 1}"
+            )
+        names = [name for _, name in sorted(names.items(), key=lambda item: int(item[0]))]
+    if not isinstance(names, list) or not names:
+        raise DataError(f"{file}: names is {names!r}, expected a list of class names or a mapping like {{0: person}}")
+    if count is not None and count != len(names):
+        raise DataError(f"{file}: nc is {count} but there are {len(names)} names; correct one of them or leave nc out")
+    return tuple(str(name) for name in names)
+
+
+def _entries(content: Mapping[str, Any], split: str, file: Path) -> tuple[str, ...]:
+    value = content.get(split)
+    values = value if isinstance(value, list) else [value] if value else []
+    for entry in values:
+        if not isinstance(entry, str):
+            raise DataError(f"{file}: {split} holds {entry!r}, expected a folder, a list file or a list of these")
+    return tuple(values)
+
+
+def find_root(data_root: str | Path | None = None) -> Path:
+    """The folder of data sets: ``data_root``, else ``$SLIM_DATA_ROOT``, else ``./datasets``."""
+    return Path(data_root or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT).expanduser()
+
+
+def _base_candidates(content: Mapping[str, Any], file: Path, data_root: str | Path | None) -> list[Path]:
+    folder = content.get("path") or ""
+    if not isinstance(folder, str):
+        raise DataError(f"{file}: path is {folder!r}, expected a folder")
+    given = Path(folder).expanduser()
+    if given.is_absolute():
+        return [given]
+    root = find_root(data_root)
+    places = [root / given]
+    if given.parts[:1] == ("..",):
+        # YOLOv5's own files say ../datasets/NAME, its name for the place that --data-root sets here.
+        places.append(root / given.name)
+    return [*places, file.parent / given, *([given] if folder else [])]
+
+
+def _locate(base: Path, entry: str) -> Path:
+    """``base / entry``; exports whose YAML lies inside the data set write ``../train/images`` for ``train/images``."""
+    plain = base / Path(entry).expanduser()
+    inside = base / entry[3:]
+    return inside if entry.startswith("../") and not plain.exists() and inside.exists() else plain

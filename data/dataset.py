@@ -1,0 +1,240 @@
+"""Detection data sets in YOLO format: found, checked, cached, and served as letterboxed or augmented samples."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from boxes import Letterbox
+
+from .augment import Augment, Labels, Tile, augment_sample, mosaic_tiles
+from .config import DataConfig
+from .errors import DataError
+from .images import IMAGE_SUFFIXES, letterbox, letterbox_of, read_image, read_size, resize
+from .labels import label_path, read_labels
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image as the network sees it, before division by 255."""
+
+    image: Tensor
+    """uint8 [3, S, S], RGB"""
+    targets: Tensor
+    """float32 [n, 5]: class, cx, cy, w, h normalised to the square"""
+    image_id: int
+    """The index in the data set; of a mosaic, that of its first image."""
+    letterbox: Letterbox | None
+    """How to get back to the original image; None for an augmented sample."""
+    original_hw: tuple[int, int]
+    """Height and width of the image file."""
+
+
+class DetectionDataset(Dataset[Sample]):
+    """A split of a YOLO-format data set.
+
+    Without ``augment``: each image letterboxed to a grey square of ``image_size_px``. With it: a random sample that
+    depends only on (seed, epoch, index). Bad label lines and unreadable images are left out and listed in ``problems``;
+    DataError if no image is left or if no label's class is covered by the names.
+
+    ``cache`` keeps all images, resized, in memory (3 * image_size_px**2 bytes each), unless that would take more than
+    half of what is free.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        split: str,
+        image_size_px: int,
+        augment: Augment | None = None,
+        seed: int = 0,
+        cache: bool = True,
+    ) -> None:
+        if image_size_px < 1:
+            raise DataError(f"image size {image_size_px}, expected a positive number of pixels")
+        self.names = config.names
+        self.split = split
+        self.image_size_px = image_size_px
+        self.augment = augment
+        self.seed = seed
+        self.problems: list[str] = []
+        # Shared memory: persistent workers see the epoch that the main process sets.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        found = find_images(config.split(split), config.path)
+        if not found:
+            sources = ", ".join(str(source) for source in config.split(split))
+            raise DataError(f"split {split!r}: no image in {sources}; known are {', '.join(sorted(IMAGE_SUFFIXES))}")
+        sizes, self._cache = self._scan(found, cache and self._fits(len(found)))
+        usable = [i for i, size in enumerate(sizes) if size is not None]
+        if not usable:
+            raise DataError(f"split {split!r}: none of its {len(found)} images can be used; the first: {self.problems[0]}")
+        if self._cache is not None and len(usable) < len(found):
+            self._cache = self._cache[usable]
+        self.files: tuple[Path, ...] = tuple(found[i] for i in usable)
+        self._sizes: list[tuple[int, int]] = [size for size in sizes if size is not None]
+        self._labels = self._read_labels()
+        if self.problems:
+            logger.warning("split %r: %d problems, the first: %s", split, len(self.problems), self.problems[0])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        if self.augment is None:
+            return self._plain(index)
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        size = self.image_size_px
+        if rng.random() < self.augment.mosaic:
+            members = [index, *(int(i) for i in rng.integers(0, len(self), size=3))]
+            order = rng.permutation(4)
+            canvas = 2 * size
+            tiles = mosaic_tiles([self._resized(members[i]) for i in order], size, rng)
+        else:
+            geometry, _ = letterbox_of(self._sizes[index], size)
+            canvas = size
+            tiles = [Tile(*self._resized(index), geometry.left_px, geometry.top_px)]
+        image, labels = augment_sample(tiles, canvas, size, self.augment, rng)
+        return Sample(image, _targets(labels, size), index, None, self._sizes[index])
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that augmentation and order are drawn for; call it before iterating. Reaches all workers."""
+        self._epoch.fill_(epoch)
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The labels as a COCO dict: boxes in original pixels, image ids = indices, category ids = class indices."""
+        images, annotations = [], []
+        for image_id, (file, (height, width), labels) in enumerate(
+            zip(self.files, self._sizes, self._labels, strict=True)
+        ):
+            images.append({"id": image_id, "file_name": file.name, "width": width, "height": height})
+            for row in labels.astype(np.float64):
+                w, h = float(row[3]) * width, float(row[4]) * height
+                x, y = float(row[1]) * width - w / 2, float(row[2]) * height - h / 2
+                annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(row[0])}
+                annotations.append({**annotation, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+        categories = [{"id": i, "name": name} for i, name in enumerate(self.names)]
+        return {"info": {"description": ""}, "images": images, "annotations": annotations, "categories": categories}
+
+    def _plain(self, index: int) -> Sample:
+        geometry, _ = letterbox_of(self._sizes[index], self.image_size_px)
+        if self._cache is not None:
+            image = self._cache[index].clone()
+        else:
+            image, _ = letterbox(self._read(index), self.image_size_px)
+        height, width = self._sizes[index]
+        labels = _to_pixels(self._labels[index], width * geometry.ratio_x, height * geometry.ratio_y)
+        labels[:, 1:] += np.array([geometry.left_px, geometry.top_px] * 2, dtype=np.float32)
+        return Sample(image, _targets(labels, self.image_size_px), index, geometry, (height, width))
+
+    def _resized(self, index: int) -> tuple[Tensor, Labels]:
+        """The image with its longer side at image_size_px (without padding), and its labels in those pixels."""
+        geometry, (height, width) = letterbox_of(self._sizes[index], self.image_size_px)
+        if self._cache is None:
+            image = resize(self._read(index), (height, width))
+        else:
+            top, left = geometry.top_px, geometry.left_px
+            image = self._cache[index, :, top : top + height, left : left + width]
+        return image, _to_pixels(self._labels[index], width, height)
+
+    def _read(self, index: int) -> Tensor:
+        image = read_image(self.files[index])
+        if tuple(image.shape[1:]) != self._sizes[index]:
+            raise DataError(f"{self.files[index]}: the image changed since the data set was opened; start again")
+        return image
+
+    def _fits(self, count: int) -> bool:
+        need = count * 3 * self.image_size_px**2
+        try:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):
+            return True
+        if need <= free / 2:
+            return True
+        logger.warning("%d images need %.1f GiB of the %.1f GiB free: read from disk", count, need / 2**30, free / 2**30)
+        return False
+
+    def _scan(self, files: Sequence[Path], cache: bool) -> tuple[list[tuple[int, int] | None], Tensor | None]:
+        """Original sizes (None: left out, with a problem noted) and, if wanted, all images letterboxed [n, 3, S, S]."""
+        size = self.image_size_px
+        store = torch.empty(len(files), 3, size, size, dtype=torch.uint8) if cache else None
+
+        def look(index: int) -> tuple[int, int] | str:
+            try:
+                if store is None:
+                    return read_size(files[index])
+                store[index], geometry = letterbox(read_image(files[index]), size)
+                return geometry.original_hw
+            except DataError as error:
+                return f"{error}; the image was left out"
+
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            looks = list(pool.map(look, range(len(files))))
+        self.problems += [look for look in looks if isinstance(look, str)]
+        return [None if isinstance(look, str) else look for look in looks], store
+
+    def _read_labels(self) -> list[NDArray[np.float32]]:
+        labels, total, out_of_range = [], 0, 0
+        for file in self.files:
+            rows, problems, wrong = read_labels(label_path(file), len(self.names))
+            labels.append(rows)
+            self.problems += problems
+            total += len(rows)
+            out_of_range += wrong
+        if out_of_range and not total:
+            raise DataError(
+                f"split {self.split!r}: the class of every label is outside 0 to {len(self.names) - 1}, so the class count "
+                f"is wrong: the data.yaml names {len(self.names)} classes; for example {self.problems[-1]}"
+            )
+        return labels
+
+
+def find_images(sources: Sequence[Path], base: Path) -> list[Path]:
+    """Images of folders (searched deeply, sorted), list files and single files, each once, in the order of the sources."""
+    found = (image for source in sources for image in _images_of(source, base))
+    return list(dict.fromkeys(found))
+
+
+def _images_of(source: Path, base: Path) -> Iterator[Path]:
+    if source.is_dir():
+        yield from sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    elif source.suffix.lower() == ".txt":
+        for line in source.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                entry = Path(line.strip())
+                beside = source.parent / entry
+                yield beside if line.strip().startswith("./") or beside.exists() else base / entry
+    else:
+        yield source
+
+
+def _to_pixels(labels: NDArray[np.float32], width: float, height: float) -> Labels:
+    """class, cx, cy, w, h (normalised) -> class, x1, y1, x2, y2 in pixels of an image of that size; a new array."""
+    cls, cx, cy, w, h = labels.T
+    corners = [cls, (cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height]
+    return np.stack(corners, axis=1).astype(np.float32)
+
+
+def _targets(labels: Labels, size_px: int) -> Tensor:
+    """class, x1, y1, x2, y2 in pixels of the square -> float32 [n, 5]: class, cx, cy, w, h normalised."""
+    cls, x1, y1, x2, y2 = labels.T
+    rows = [cls * size_px, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+    return torch.from_numpy(np.stack(rows, axis=1) / np.float32(size_px)).float()

@@ -1,0 +1,91 @@
+"""Images on disk and their letterbox geometry.
+
+Decoding is Pillow's, which torchvision brings along: torchvision.io's own decoders are deprecated since 0.29.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from boxes import Letterbox
+
+from .errors import DataError
+
+FILL = 114
+"""The grey of every pixel that no image covers: YOLOv5's, so that its checkpoints see what they were trained on."""
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+# Pillow's plugins raise these for damaged files, SyntaxError and ValueError among them.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_EXIF_ORIENTATION = 0x0112
+
+
+def read_image(path: Path) -> Tensor:
+    """RGB uint8 [3, H, W], turned upright as its EXIF says; DataError if it cannot be decoded."""
+    try:
+        with _open(path) as image:
+            return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the header, upright; DataError if the file is visibly damaged. No pixel is decoded."""
+    try:
+        with _open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            image.verify()
+        if path.suffix.lower() in (".jpg", ".jpeg"):
+            with path.open("rb") as file:
+                file.seek(-2, 2)
+                if file.read() != b"\xff\xd9":
+                    raise OSError("the end of the JPEG is missing")
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
+    return (width, height) if turned else (height, width)
+
+
+def _open(path: Path) -> Image.Image:
+    if path.stat().st_size == 0:
+        raise OSError("the file has 0 bytes")
+    return Image.open(path)
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    reason = str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__]
+    return DataError(f"{path}: the image cannot be read ({reason[0].strip()}); restore or remove it")
+
+
+def letterbox_of(original_hw: tuple[int, int], image_size_px: int) -> tuple[Letterbox, tuple[int, int]]:
+    """Fit an image into a square of ``image_size_px`` with its longer side filling it, centred.
+
+    Returns the geometry and the resized (height, width); an odd remainder goes to the right and the bottom.
+    """
+    height, width = original_hw
+    ratio = image_size_px / max(height, width)
+    new_h, new_w = max(1, round(height * ratio)), max(1, round(width * ratio))
+    left, top = (image_size_px - new_w) // 2, (image_size_px - new_h) // 2
+    return Letterbox(new_w / width, new_h / height, left, top, (height, width)), (new_h, new_w)
+
+
+def resize(image: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """uint8 [3, H, W] -> uint8 [3, h, w], bilinear; shrinking averages what falls into a pixel (antialias)."""
+    if image.shape[-2:] == torch.Size(size_hw):
+        return image
+    return F.interpolate(image[None], size_hw, mode="bilinear", antialias=True)[0]
+
+
+def letterbox(image: Tensor, image_size_px: int) -> tuple[Tensor, Letterbox]:
+    """uint8 [3, H, W] -> uint8 [3, image_size_px, image_size_px] on grey, and its geometry."""
+    geometry, (height, width) = letterbox_of((image.shape[1], image.shape[2]), image_size_px)
+    square = torch.full((3, image_size_px, image_size_px), FILL, dtype=torch.uint8)
+    top, left = geometry.top_px, geometry.left_px
+    square[:, top : top + height, left : left + width] = resize(image, (height, width))
+    return square, geometry

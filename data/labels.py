@@ -1,0 +1,88 @@
+"""YOLO label files: one object a line, ``class cx cy w h`` normalised to the image, or a polygon ``class x1 y1 x2 y2 ...``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+_TOLERANCE = 1e-6
+"""Writers round: 1.0000001 is 1."""
+
+
+class ClassRangeError(ValueError):
+    """A class index that the data set's names do not cover."""
+
+
+def label_path(image: Path) -> Path:
+    """Where an image's labels lie: the last folder ``images`` of its path becomes ``labels``, the suffix ``.txt``."""
+    parts = list(image.parts)
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def read_labels(path: Path, num_classes: int) -> tuple[NDArray[np.float32], list[str], int]:
+    """Labels of one image: float32 [n, 5] (class, cx, cy, w, h), what was left out and why, and how many of those were
+    left out for their class. A missing or empty file means that nothing is in the image; boxes are clipped to the image.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        lines = []
+    except (OSError, UnicodeDecodeError) as error:
+        return _array([]), [f"{path}: cannot be read as text ({error}); all its lines were left out"], 0
+    rows: list[tuple[float, ...]] = []
+    seen: set[tuple[float, ...]] = set()
+    problems: list[str] = []
+    out_of_range = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_label(line, num_classes)
+            if row in seen:
+                raise ValueError("the same object twice")
+            seen.add(row)
+            rows.append(row)
+        except ValueError as error:
+            problems.append(f"{path}:{number}: {error}; the line was left out")
+            out_of_range += isinstance(error, ClassRangeError)
+    return _array(rows), problems, out_of_range
+
+
+def parse_label(line: str, num_classes: int) -> tuple[float, ...]:
+    """One line -> (class, cx, cy, w, h), normalised and clipped to the image; ValueError says what is wrong with it."""
+    fields = line.split()
+    if len(fields) != 5 and (len(fields) < 7 or len(fields) % 2 == 0):
+        raise ValueError(f"found {len(fields)} fields, expected 5 (class cx cy w h) or a polygon (class x1 y1 x2 y2 ...)")
+    try:
+        values = [float(field) for field in fields]
+    except ValueError:
+        raise ValueError(f"found {line.strip()[:40]!r}, expected numbers") from None
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"found {line.strip()[:40]!r}, expected finite numbers")
+    kind, *coordinates = values
+    if kind != int(kind) or not 0 <= kind < num_classes:
+        raise ClassRangeError(f"class {kind:g}, expected 0 to {num_classes - 1}")
+    wrong = [value for value in coordinates if not -_TOLERANCE <= value <= 1 + _TOLERANCE]
+    if wrong:
+        raise ValueError(f"coordinate {wrong[0]:g}, expected 0 to 1 (a fraction of the image)")
+    if len(coordinates) == 4:
+        cx, cy, w, h = coordinates
+        x1, y1, x2, y2 = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+    else:
+        xs, ys = coordinates[0::2], coordinates[1::2]
+        x1, y1, x2, y2 = min(xs), min(ys), max(xs), max(ys)
+    x1, y1, x2, y2 = (min(max(value, 0.0), 1.0) for value in (x1, y1, x2, y2))
+    if x2 <= x1 or y2 <= y1:
+        raise ValueError("a box of zero area")
+    return (kind, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
+
+
+def _array(rows: list[tuple[float, ...]]) -> NDArray[np.float32]:
+    return np.array(rows, dtype=np.float32).reshape(-1, 5)

@@ -1,0 +1,192 @@
+"""Where models, data, engine and slim meet: networks from files, data sets for them, evaluation and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import slim
+from boxes import cxcywh_to_xyxy as cxcywh_to_xyxy
+from data import Augment, DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
+from engine import EngineError, Evaluation, evaluate
+from engine.checkpoint import TRAINING_STATE_KEY
+from models import (
+    DetectionLoss,
+    LossGains,
+    ModelError,
+    build_model,
+    import_checkpoint,
+    load_description,
+    non_max_suppression,
+    transfer_weights,
+)
+
+SHAPES = {"train": 400, "val": 120, "test": 120, "image_size_px": 160, "seed": 0}
+
+
+@dataclass
+class Network:
+    """A detector and what it takes to build it again; ``build`` is plain data."""
+
+    model: nn.Module
+    build: dict[str, Any]
+    note: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.build["names"])
+
+
+def build_network(build: Mapping[str, Any]) -> nn.Module:
+    """The dense network of a checkpoint's ``build`` entry (``slim.load``'s builder)."""
+    return build_model(build["description"], build["num_classes"])
+
+
+def make_build(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """The ``build`` entry: model description, classes, anchors and strides."""
+    return {
+        "kind": "yolov5",
+        "description": model.description,
+        "num_classes": len(names),
+        "names": list(names),
+        "anchors_px": model.anchors_px.tolist(),
+        "stride_px": list(model.stride_px),
+    }
+
+
+def read_network(path: str | Path) -> Network:
+    """A checkpoint of ours (dense, gated or pruned) or a published YOLOv5 ``.pt``, on the CPU."""
+    try:
+        content = slim.read(path)
+    except slim.SlimError as not_ours:
+        if not Path(path).is_file():
+            raise
+        try:
+            return imported_network(path)
+        except ModelError as not_published:
+            raise EngineError(f"{not_published} (nor is it a checkpoint of this project)") from not_ours
+    if content["build"].get("kind") != "yolov5":
+        raise EngineError(f"{path}: a slim checkpoint of another kind of network; expected a YOLOv5 of this project")
+    return Network(slim.restore(content, build_network, str(path)), content["build"])
+
+
+def imported_network(path: str | Path) -> Network:
+    """A published YOLOv5 ``.pt``."""
+    imported = import_checkpoint(path)
+    model = build_model(imported.description)
+    report = transfer_weights(model, imported.state_dict)
+    names = imported.names or [f"class{i}" for i in range(model.num_classes)]
+    return Network(model, make_build(model, names), str(report))
+
+
+def start_network(weights: str, cfg: str, names: Sequence[str]) -> Network:
+    """The network that a training starts from: ``weights`` where given, else ``cfg`` from scratch.
+
+    A published checkpoint of another class count gives every tensor that fits to a new head of ``names``.
+    """
+    if not weights:
+        model = build_model(load_description(cfg), len(names))
+        return Network(model, make_build(model, names), f"{cfg} from scratch")
+    network = read_network(weights)
+    if len(network.names) == len(names):
+        network.build["names"] = list(names)
+        return network
+    if any(True for m in network.model.modules() if isinstance(m, slim.Gate)) or is_slim(network):
+        raise EngineError(
+            f"{weights}: has {len(network.names)} classes, the data set {len(names)} ({', '.join(names)}); a slim network "
+            "keeps its head: use a data set of as many classes, or start from dense weights"
+        )
+    model = build_model(network.build["description"], len(names))
+    report = transfer_weights(model, network.model.state_dict())
+    return Network(model, make_build(model, names), str(report))
+
+
+def is_slim(network: Network) -> bool:
+    """Whether the network is narrower than its description says."""
+    return slim.widths_of(network.model) != slim.widths_of(build_network(network.build))
+
+
+def save_network(
+    path: Path, model: nn.Module, build: Mapping[str, Any], training_state: Mapping[str, Any] | None = None
+) -> None:
+    """Write a checkpoint, with the training state where given."""
+    slim.save(model, path, build, None if training_state is None else {TRAINING_STATE_KEY: training_state})
+
+
+def open_data(data: str, data_root: str | None) -> DataConfig:
+    """A data set's description; the synthetic shapes are drawn first where they are not there yet."""
+    if Path(data).stem == "shapes":
+        make_shapes(find_root(data_root) / "shapes", **SHAPES)
+    return load_data_config(data, data_root)
+
+
+def example_image(img: int) -> Tensor:
+    """An input to trace with, [1, 3, img, img]."""
+    return torch.zeros(1, 3, img, img)
+
+
+def check_image_size(model: nn.Module, img: int) -> None:
+    """Sizes that are no multiple of the largest stride cannot be concatenated in the neck."""
+    stride = max(model.stride_px)
+    if img < stride or img % stride:
+        nearest = max(stride, round(img / stride) * stride)
+        raise EngineError(f"--img {img}: expected a multiple of the largest stride, {stride}; the nearest is {nearest}")
+
+
+def check_classes(network: Network, config: DataConfig, weights: str, data: str) -> None:
+    """An evaluation with other classes than the network's would be meaningless."""
+    if len(network.names) != len(config.names):
+        raise EngineError(
+            f"{weights}: detects {len(network.names)} classes, {data} has {len(config.names)} ({', '.join(config.names[:5])}); "
+            "give the data set that it was trained on, or train it on this one"
+        )
+
+
+def make_loss(model: nn.Module, img: int) -> DetectionLoss:
+    """YOLOv5's loss with its gains scaled to the task."""
+    return DetectionLoss(model, LossGains().scaled(model.num_classes, img, len(model.stride_px)))
+
+
+class Evaluator:
+    """AP of a network on one split; ``last`` is the newest result."""
+
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        *,
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+        conf: float = 0.001,
+        iou: float = 0.65,
+    ) -> None:
+        self.loader = build_loader(dataset, batch_size, shuffle=False, workers=workers)
+        self.ground_truth = dataset.ground_truth()
+        self.dataset, self.device = dataset, device
+        self.conf, self.iou = conf, iou
+        self.last: Evaluation | None = None
+
+    def __call__(self, model: nn.Module) -> Evaluation:
+        model.to(self.device)
+        self.last = evaluate(model, self.loader, self.postprocess, self.ground_truth, self.dataset.names, self.device)
+        return self.last
+
+    def postprocess(self, decoded: Tensor) -> list[Tensor]:
+        """Multi-label detections as pycocotools wants them: low threshold, at most 300 an image."""
+        return non_max_suppression(decoded, self.conf, self.iou, max_detections=300, multi_label=True)
+
+
+def real_images(dataset: DetectionDataset, count: int) -> Tensor:
+    """The first images as a network input, float [count, 3, img, img]."""
+    count = min(count, len(dataset))
+    return torch.stack([dataset[i].image for i in range(count)]).float() / 255
+
+
+def training_set(config: DataConfig, img: int, seed: int, augment: bool = True) -> DetectionDataset:
+    """The train split, augmented."""
+    return DetectionDataset(config, "train", img, Augment() if augment else None, seed)

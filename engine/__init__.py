@@ -1,0 +1,68 @@
+"""Training, evaluation, run folders and checkpoints of detectors that the caller passes in."""
+
+from .atomic import write_atomically, write_text_atomically
+from .batch import Batch, network_input
+from .checkpoint import TRAINING_STATE_KEY, Progress, Trainee, read_training_state, seed_generators
+from .errors import EngineError
+from .evaluation import Evaluation, coco_ap, evaluate, evaluating, save_coco_json
+from .optimiser import (
+    OptimConfig,
+    WeightAverage,
+    build_optimizer,
+    build_scheduler,
+    gate_parameters,
+    learning_rate_factor,
+    learning_rate_sum,
+)
+from .plots import (
+    draw_detections,
+    plot_gates,
+    plot_labels,
+    plot_results,
+    plot_trade_off,
+    plot_widths,
+    save_png,
+)
+from .run_folder import CUT_METRIC_KEYS, METRIC_KEYS, RunFolder
+from .timing import milliseconds_per_image
+from .training import FitResult, Pull, TrainConfig, fit
+
+__all__ = [
+    "CUT_METRIC_KEYS",
+    "METRIC_KEYS",
+    "TRAINING_STATE_KEY",
+    "Batch",
+    "EngineError",
+    "Evaluation",
+    "FitResult",
+    "OptimConfig",
+    "Progress",
+    "Pull",
+    "RunFolder",
+    "TrainConfig",
+    "Trainee",
+    "WeightAverage",
+    "build_optimizer",
+    "build_scheduler",
+    "coco_ap",
+    "draw_detections",
+    "evaluate",
+    "evaluating",
+    "fit",
+    "gate_parameters",
+    "learning_rate_factor",
+    "learning_rate_sum",
+    "milliseconds_per_image",
+    "network_input",
+    "plot_gates",
+    "plot_labels",
+    "plot_results",
+    "plot_trade_off",
+    "plot_widths",
+    "read_training_state",
+    "save_coco_json",
+    "save_png",
+    "seed_generators",
+    "write_atomically",
+    "write_text_atomically",
+]

@@ -1,0 +1,139 @@
+"""Training state as plain values and tensors, so that a checkpoint loads with ``weights_only=True``."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from .errors import EngineError
+from .optimiser import WeightAverage
+
+TRAINING_STATE_KEY = "training_state"
+_FORMAT = 1
+
+
+@dataclass
+class Trainee:
+    """Everything that a training step changes."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    average: WeightAverage
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come. `next_epoch` counts from 0; APs are None until something was evaluated."""
+
+    next_epoch: int = 0
+    best_ap: float | None = None
+    best_epoch: int | None = None
+    best_closed_share: float = 0.0
+    last_ap: float | None = None
+
+
+def pack_training_state(trainee: Trainee, progress: Progress) -> dict[str, Any]:
+    """The whole state at the end of an epoch; tensors are shared with `trainee`, so save before the next step."""
+    return {
+        "format": _FORMAT,
+        "progress": dict(vars(progress)),
+        "model": trainee.model.state_dict(),
+        "optimizer": trainee.optimizer.state_dict(),
+        "scheduler": {key: value for key, value in trainee.scheduler.state_dict().items() if key != "lr_lambdas"},
+        "scaler": trainee.scaler.state_dict(),
+        "average": trainee.average.state_dict(),
+        "rng": pack_rng(),
+    }
+
+
+def unpack_training_state(state: dict[str, Any], trainee: Trainee) -> Progress:
+    """Put `state` back into `trainee` and into the random generators.
+
+    Raises EngineError when the state is of another format or of another network.
+    """
+    if state.get("format") != _FORMAT:
+        raise EngineError(
+            f"training state of format {state.get('format')!r}, expected {_FORMAT}; start a new run from its weights"
+        )
+    try:
+        trainee.model.load_state_dict(state["model"])
+        trainee.average.load_state_dict(state["average"])
+        trainee.optimizer.load_state_dict(state["optimizer"])
+        trainee.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": [None]})
+        if state["scaler"] and trainee.scaler.is_enabled():
+            trainee.scaler.load_state_dict(state["scaler"])
+        unpack_rng(state["rng"])
+        return Progress(**state["progress"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EngineError(
+            f"training state does not fit this run ({type(error).__name__}: {reason}); "
+            "resume with the run's own config.yaml, or start a new run from its weights"
+        ) from error
+
+
+def pack_rng() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "numpy": {
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def unpack_rng(state: dict[str, Any]) -> None:
+    """The inverse of `pack_rng`; GPU states are left out where the number of GPUs differs."""
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def read_training_state(path: str | Path) -> dict[str, Any]:
+    """The training state inside a `last.pt`, on the CPU; runs no code of the file.
+
+    It lies under TRAINING_STATE_KEY, where ``slim.save(..., extra={TRAINING_STATE_KEY: state})`` puts it. Raises
+    EngineError when the file is missing, damaged or holds weights alone.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise EngineError(f"{path}: no such file; to resume give a run folder that holds weights/last.pt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise EngineError(f"{path}: not a readable checkpoint of this project ({type(error).__name__})") from error
+    state = content.get(TRAINING_STATE_KEY) if isinstance(content, dict) else None
+    if isinstance(state, dict):
+        return state
+    raise EngineError(
+        f"{path}: holds no training state (best.pt and cut models hold weights alone); resume from last.pt, "
+        "or start a new run with --weights"
+    )

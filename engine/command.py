@@ -1,0 +1,113 @@
+"""Command lines from dataclasses: flags, ``--config`` files and one-line errors, the same for every script."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import torch
+
+from .errors import EngineError
+
+Flags = TypeVar("Flags")
+
+
+def flag(default: Any, description: str) -> Any:
+    """A dataclass field that is a command-line flag; the description says the unit."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": description})
+    return dataclasses.field(default=default, metadata={"help": description})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """What every script that writes a run folder takes."""
+
+    project: str = flag("runs", "folder that holds the run folders")
+    name: str = flag("exp", "name of the run folder; a number is added when it is taken")
+    seed: int = flag(0, "seed of every random generator")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N; auto takes the first GPU where there is one")
+    debug: bool = flag(False, "on an error, print the traceback")
+
+
+def parse(kind: type[Flags], description: str, argv: Sequence[str] | None = None) -> Flags:
+    """Flags from the command line and ``--config`` files; types are checked, unknown keys refused.
+
+    Raises EngineError with one line that names the flag, the value and what was expected.
+    """
+    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of flags, such as a run folder's config.yaml")
+    types = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        name, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if types[field.name] is bool:
+            parser.add_argument(name, action="store_true", default=field.default, help=text)
+            continue
+        many = typing.get_origin(types[field.name]) is list
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        extra: dict[str, Any] = {"nargs": "+"} if many else {}
+        item = typing.get_args(types[field.name])[0] if many else types[field.name]
+        parser.add_argument(name, type=item, default=default, help=text, **extra)
+    try:
+        parsed = parser.parse_args(argv)
+    except jsonargparse.ArgumentError as error:
+        text = " ".join(str(error).split())
+        raise EngineError(f"command line: {text}; --help lists the flags") from error
+    except TypeError as error:
+        raise EngineError(f"command line: {' '.join(str(error).split())}; --help lists the flags") from error
+    return kind(**{field.name: parsed[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def run_script(
+    kind: type[Flags], action: Callable[[Flags], object], description: str, argv: Sequence[str] | None = None
+) -> int:
+    """Parse, act, and turn failures into one line on standard error; the process's exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        action(parse(kind, description, arguments))
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is in the run folder", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def one_line(error: Exception) -> str:
+    """The message; for what is not a user error also its kind and how to see more."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} (--debug prints the traceback)"
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` or a torch device name; EngineError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise EngineError(f"--device {name}: not available ({first}); use cpu or auto") from error
+    return device
+
+
+def existing_file(path: str, what: str) -> Path:
+    """A path that must be a file."""
+    if not Path(path).is_file():
+        raise EngineError(f"{path}: no such file; expected {what}")
+    return Path(path)

@@ -1,0 +1,7 @@
+"""The one error family that the engine raises for things its user can put right."""
+
+from __future__ import annotations
+
+
+class EngineError(ValueError):
+    """One line: what failed, where, what was found, what was expected, what to do."""

@@ -1,0 +1,181 @@
+"""AP of a detector on a data set, by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+
+from .atomic import write_text_atomically
+from .batch import Batch, network_input
+from .errors import EngineError
+
+CocoDict = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """COCO metrics, 0..1.
+
+    ap is AP@[.50:.95], ap50 and ap75 are at one IoU. per_class holds AP by class name; classes without an
+    instance in the ground truth have no AP and are left out. seconds covers inference, post-processing and
+    matching of all `images`. detections are COCO result dicts: image_id, category_id, bbox (x, y, width,
+    height in pixels of the original image), score.
+    """
+
+    ap: float
+    ap50: float
+    ap75: float
+    per_class: dict[str, float]
+    images: int
+    seconds: float
+    detections: list[CocoDict] = field(repr=False)
+
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` wants of an evaluation."""
+        return {
+            "ap": self.ap,
+            "ap50": self.ap50,
+            "ap75": self.ap75,
+            "per_class": dict(self.per_class),
+            "images": self.images,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"AP {self.ap:.4f}  AP50 {self.ap50:.4f}  AP75 {self.ap75:.4f}  ({self.images} images)"]
+        lines += [f"  {name}: {ap:.4f}" for name, ap in self.per_class.items()]
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is put back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    postprocess: Callable[[Tensor], list[Tensor]],
+    ground_truth: CocoDict,
+    names: Sequence[str],
+    device: torch.device | str,
+    *,
+    channels_last: bool = True,
+) -> Evaluation:
+    """Run `model` over `loader` and match what `postprocess` leaves with `ground_truth`.
+
+    In evaluation mode `model(images)` gives (decoded, raw); `postprocess(decoded)` gives per image a tensor
+    [n, 6] of x1, y1, x2, y2 (pixels of the network's input), score, class. `ground_truth` is a COCO dict
+    whose categories are in the order of `names`. FP32, so that figures do not depend on the device.
+
+    Raises EngineError when the ground truth is empty or the loader does not give each of its images once.
+    """
+    _check_ground_truth(ground_truth, names)
+    device = torch.device(device)
+    category_ids = [category["id"] for category in ground_truth["categories"]]
+    started = time.perf_counter()
+    seen: list[int] = []
+    detections: list[CocoDict] = []
+    with evaluating(model):
+        for batch in loader:
+            decoded, _ = model(network_input(batch.images, device, channels_last=channels_last))
+            kept = postprocess(decoded)
+            for image_id, letterbox, found in zip(batch.image_ids, batch.letterboxes, kept, strict=True):
+                seen.append(int(image_id))
+                found = found.detach().float().cpu()
+                if letterbox is not None:
+                    found[:, :4] = letterbox.to_original(found[:, :4])
+                detections += _coco_results(int(image_id), found, category_ids)
+    expected = sorted(image["id"] for image in ground_truth["images"])
+    if sorted(seen) != expected:
+        raise EngineError(
+            f"evaluation: the loader gave {len(seen)} images ({len(set(seen))} different), the ground truth has "
+            f"{len(expected)}; use a loader that gives each image once (drop_last=False, same split)"
+        )
+    ap, ap50, ap75, per_class = coco_ap(ground_truth, detections, names)
+    return Evaluation(ap, ap50, ap75, per_class, len(seen), time.perf_counter() - started, detections)
+
+
+def coco_ap(
+    ground_truth: CocoDict, detections: list[CocoDict], names: Sequence[str]
+) -> tuple[float, float, float, dict[str, float]]:
+    """(AP, AP50, AP75, AP by class name) of COCO results; without detections all are 0."""
+    with_instances = {annotation["category_id"] for annotation in ground_truth["annotations"]}
+    classes = [
+        (position, names[position])
+        for position, category in enumerate(ground_truth["categories"])
+        if category["id"] in with_instances
+    ]
+    if not detections:
+        return 0.0, 0.0, 0.0, {name: 0.0 for _, name in classes}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth = COCO()
+        truth.dataset = _normalised(ground_truth)
+        truth.createIndex()
+        matching = COCOeval(truth, truth.loadRes([dict(found) for found in detections]), "bbox")
+        matching.params.catIds = [category["id"] for category in ground_truth["categories"]]
+        matching.evaluate()
+        matching.accumulate()
+        matching.summarize()
+    ap, ap50, ap75 = (float(value) for value in matching.stats[:3])
+    # precision: [IoU, recall, class, area, max detections]; -1 where a class has no instance.
+    precision = matching.eval["precision"][:, :, :, 0, -1]
+    per_class = {name: float(np.mean(precision[:, :, position])) for position, name in classes}
+    return ap, ap50, ap75, per_class
+
+
+def save_coco_json(detections: list[CocoDict], path: str | Path) -> None:
+    """Write COCO results for COCO's own tools and servers."""
+    write_text_atomically(path, json.dumps(detections))
+
+
+def _coco_results(image_id: int, found: Tensor, category_ids: Sequence[int]) -> list[CocoDict]:
+    results = []
+    for x1, y1, x2, y2, score, cls in found.tolist():
+        bbox = [x1, y1, x2 - x1, y2 - y1]
+        results.append(
+            {"image_id": image_id, "category_id": category_ids[int(cls)], "bbox": bbox, "score": score},
+        )
+    return results
+
+
+def _check_ground_truth(ground_truth: CocoDict, names: Sequence[str]) -> None:
+    found = len(ground_truth["categories"])
+    if found != len(names):
+        raise EngineError(
+            f"evaluation: the ground truth has {found} classes, expected {len(names)}: {', '.join(names)}"
+        )
+    if not ground_truth["annotations"]:
+        raise EngineError(
+            f"evaluation: no labelled box in {len(ground_truth['images'])} images, so there is no AP; "
+            "check the split's label files"
+        )
+
+
+def _normalised(ground_truth: CocoDict) -> CocoDict:
+    """pycocotools takes annotation id 0 for "no match" and wants area and iscrowd."""
+    annotations = [
+        {"iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3], **annotation, "id": number}
+        for number, annotation in enumerate(ground_truth["annotations"], start=1)
+    ]
+    return {"info": {}, **ground_truth, "annotations": annotations}

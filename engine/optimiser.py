@@ -1,0 +1,160 @@
+"""Optimiser, learning-rate schedule and moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from slim import Gate
+
+from .errors import EngineError
+
+MAX_WARMUP_SHARE = 0.1  # of all steps: a short run on a small data set must not spend itself warming up
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the weights move.
+
+    Args:
+        optimizer: SGD with Nesterov momentum, or AdamW
+        lr: learning rate after the warm-up
+        final_lr_ratio: the last step's learning rate as a share of lr
+        momentum: SGD's momentum, AdamW's beta1
+        weight_decay: on the weights of convolutions and linear layers alone
+        warmup_epochs: linear rise from 0, at most a tenth of the run
+        schedule: how the learning rate falls
+        clip_norm: largest gradient norm; larger gradients are scaled down to it
+        ema_decay: of the moving average, reached gradually
+        ema_warmup_steps: the decay at step s is ema_decay * (1 - exp(-s / ema_warmup_steps))
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.01
+    final_lr_ratio: float = 0.01
+    momentum: float = 0.937
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 3.0
+    schedule: Literal["linear", "cosine"] = "linear"
+    clip_norm: float = 10.0
+    ema_decay: float = 0.9999
+    ema_warmup_steps: int = 2000
+
+    def __post_init__(self) -> None:
+        allowed: dict[str, tuple[str, ...]] = {"optimizer": ("sgd", "adamw"), "schedule": ("linear", "cosine")}
+        for field, names in allowed.items():
+            if getattr(self, field) not in names:
+                raise EngineError(f"{field}={getattr(self, field)!r}: expected one of {', '.join(names)}")
+        for field in ("lr", "clip_norm", "ema_warmup_steps"):
+            if not getattr(self, field) > 0:
+                raise EngineError(f"{field}={getattr(self, field)}: expected a number above 0")
+        for field in ("weight_decay", "warmup_epochs"):
+            if not getattr(self, field) >= 0:
+                raise EngineError(f"{field}={getattr(self, field)}: expected a number of at least 0")
+        for field in ("momentum", "ema_decay"):
+            if not 0 <= getattr(self, field) < 1:
+                raise EngineError(f"{field}={getattr(self, field)}: expected at least 0 and below 1")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise EngineError(f"final_lr_ratio={self.final_lr_ratio}: expected 0 to 1")
+
+
+def gate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters owned by `slim.Gate` modules, each once, in module order."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, Gate):
+            for parameter in module.parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Two parameter groups, "decayed" and "plain" (norms, biases, gates); frozen parameters are in neither."""
+    never_decayed = {id(parameter) for parameter in gate_parameters(model)}
+    for module in model.modules():
+        if isinstance(module, _NORMS):
+            never_decayed.update(id(parameter) for parameter in module.parameters(recurse=False))
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_weight = parameter.ndim > 1 and id(parameter) not in never_decayed
+            (decayed if is_weight else plain).append(parameter)
+    if not decayed and not plain:
+        raise EngineError("the model has no parameter that requires a gradient: nothing can be trained")
+    groups = [
+        {"name": "decayed", "params": decayed, "weight_decay": config.weight_decay},
+        {"name": "plain", "params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=0.0)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def learning_rate_factor(config: OptimConfig, steps_per_epoch: int, epochs: int) -> Callable[[int], float]:
+    """The factor on `config.lr` at each optimiser step, counted from 0: warm-up times decay."""
+    total = max(1, steps_per_epoch * epochs)
+    warmup = round(min(config.warmup_epochs * steps_per_epoch, MAX_WARMUP_SHARE * total))
+
+    def factor(step: int) -> float:
+        progress = min(step / max(1, total - 1), 1.0)
+        remaining = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        decay = config.final_lr_ratio + (1 - config.final_lr_ratio) * remaining
+        return decay * min(1.0, (step + 1) / (warmup + 1))
+
+    return factor
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int, epochs: int
+) -> LambdaLR:
+    """To be stepped once after every optimiser step."""
+    return LambdaLR(optimizer, learning_rate_factor(config, steps_per_epoch, epochs))
+
+
+def learning_rate_sum(config: OptimConfig, steps_per_epoch: int, epochs: int, from_epoch: int = 0) -> float:
+    """Sum of the learning rates of all steps from `from_epoch` on: what `slim.strength_for` wants."""
+    factor = learning_rate_factor(config, steps_per_epoch, epochs)
+    return sum(config.lr * factor(step) for step in range(from_epoch * steps_per_epoch, epochs * steps_per_epoch))
+
+
+class WeightAverage(AveragedModel):
+    """Exponential moving average of weights and statistics in `.module`; gates are copied, not averaged.
+
+    An averaged gate would approach 0 without reaching it, and the network that is saved and cut would be
+    another than the one whose gates were closed.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        super().__init__(model, multi_avg_fn=_ramped_average(config), use_buffers=True)
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move towards `model`; call once after every optimiser step."""
+        super().update_parameters(model)
+        with torch.no_grad():
+            for averaged, current in zip(gate_parameters(self.module), gate_parameters(model), strict=True):
+                averaged.copy_(current)
+
+
+def _ramped_average(config: OptimConfig) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
+    def average(averaged: _Tensors, current: _Tensors, num_averaged: Tensor | int) -> None:
+        decay = config.ema_decay * (1 - math.exp(-(int(num_averaged) + 1) / config.ema_warmup_steps))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        else:
+            for old, new in zip(averaged, current, strict=True):
+                old.copy_(new)
+
+    return average

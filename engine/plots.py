@@ -1,0 +1,162 @@
+"""Pictures of a run, drawn with matplotlib's objects (no global state, no display)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import draw_bounding_boxes
+
+from slim import CLOSED
+
+from .atomic import write_atomically
+from .errors import EngineError
+from .run_folder import RunFolder
+
+_INCHES_PER_BAR = 0.18
+_PALETTE = (
+    "#d62728",
+    "#1f77b4",
+    "#2ca02c",
+    "#ff7f0e",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#7f7f7f",
+    "#bcbd22",
+    "#17becf",
+)
+
+
+def plot_results(run: RunFolder, path: str | Path | None = None) -> Path:
+    """Losses, APs, learning rate and share of closed gates against the epoch, from results.csv."""
+    rows = run.read_rows()
+    if not rows:
+        raise EngineError(f"{run.results_file}: no finished epoch, nothing to plot")
+    panels: dict[str, list[str]] = {}
+    for column in rows[0]:
+        if column not in ("epoch", "seconds"):
+            prefix = column.split("/")[0]
+            panels.setdefault("l1" if column == "loss/l1" else prefix, []).append(column)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (title, columns) in zip(axes, panels.items(), strict=True):
+            for column in columns:
+                points = [(int(row["epoch"]), float(row[column])) for row in rows if row.get(column)]
+                if points:
+                    axis.plot(*zip(*points, strict=True), marker=".", label=column)
+            axis.set(title=title, xlabel="epoch")
+            if axis.lines:
+                axis.legend()
+
+    return _draw(run.path / "results.png" if path is None else path, (4 * len(panels), 3.5), draw)
+
+
+def plot_labels(ground_truth: Mapping[str, Any], names: Sequence[str], path: str | Path) -> Path:
+    """Instances per class, boxes per image and box sizes of a COCO dict (pixels of the original images)."""
+    annotations, images = ground_truth["annotations"], ground_truth["images"]
+    per_class = Counter(annotation["category_id"] for annotation in annotations)
+    per_image = Counter(annotation["image_id"] for annotation in annotations)
+    counts = [per_class[category["id"]] for category in ground_truth["categories"]]
+
+    def draw(figure: Figure) -> None:
+        classes, boxes, sizes = figure.subplots(1, 3)
+        classes.barh(range(len(names)), counts)
+        classes.set_yticks(range(len(names)), names)
+        classes.invert_yaxis()
+        classes.set(title="instances per class", xlabel="boxes")
+        boxes.hist([per_image[image["id"]] for image in images], bins=30)
+        boxes.set(title="boxes per image", xlabel="boxes", ylabel="images")
+        sizes.scatter([a["bbox"][2] for a in annotations], [a["bbox"][3] for a in annotations], s=4, alpha=0.4)
+        sizes.set(title="box sizes", xlabel="width, px", ylabel="height, px")
+
+    return _draw(path, (13, max(3.5, _INCHES_PER_BAR * len(names))), draw)
+
+
+def plot_gates(gates: Mapping[str, Tensor], path: str | Path, threshold: float = CLOSED) -> Path:
+    """Histogram of |gate| over all groups, with the threshold below which a gate counts as closed."""
+    if not gates:
+        raise EngineError("no gates to plot: the model has none (were they folded already?)")
+    values = torch.cat([gate.detach().flatten().abs().float().cpu() for gate in gates.values()])
+    closed = int((values < threshold).sum())
+
+    def draw(figure: Figure) -> None:
+        axis = figure.subplots()
+        axis.hist(values.tolist(), bins=60)
+        axis.axvline(threshold, color="tab:red", linestyle="--", label=f"closed below {threshold:g}")
+        axis.set(title=f"{closed} of {len(values)} gates closed", xlabel="|gate|", ylabel="channels", yscale="log")
+        axis.legend()
+
+    return _draw(path, (7, 4), draw)
+
+
+def plot_widths(before: Mapping[str, int], after: Mapping[str, int], path: str | Path) -> Path:
+    """Channels per layer before and after a cut, one bar a layer; layers missing from `after` are drawn at 0."""
+    layers = list(before)
+
+    def draw(figure: Figure) -> None:
+        axis = figure.subplots()
+        axis.barh(range(len(layers)), [before[layer] for layer in layers], color="lightgrey", label="before")
+        axis.barh(range(len(layers)), [after.get(layer, 0) for layer in layers], color="tab:blue", label="after")
+        axis.set_yticks(range(len(layers)), layers, fontsize=7)
+        axis.invert_yaxis()
+        axis.set(title="width of each layer", xlabel="channels")
+        axis.legend()
+
+    return _draw(path, (8, max(3.0, _INCHES_PER_BAR * len(layers))), draw)
+
+
+def plot_trade_off(
+    points: Mapping[str, tuple[float, float]], path: str | Path, xlabel: str, ylabel: str = "AP"
+) -> Path:
+    """One labelled point for each name: (cost, quality)."""
+
+    def draw(figure: Figure) -> None:
+        axis: Axes = figure.subplots()
+        for name, (x, y) in points.items():
+            axis.plot([x], [y], marker="o")
+            axis.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4))
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+
+    return _draw(path, (6, 4), draw)
+
+
+def draw_detections(image: Tensor, detections: Tensor, names: Sequence[str]) -> Tensor:
+    """Boxes, class names and scores on a copy of a picture.
+
+    image: uint8 [3, H, W]; detections: [n, 6] of x1, y1, x2, y2 in its pixels, score, class.
+    """
+    if len(detections) == 0:
+        return image.clone()
+    detections = detections.detach().float().cpu()
+    classes = [int(index) for index in detections[:, 5].tolist()]
+    labels = [f"{names[index]} {score:.2f}" for index, score in zip(classes, detections[:, 4].tolist(), strict=True)]
+    colours: list[Any] = [_PALETTE[index % len(_PALETTE)] for index in classes]
+    drawn: Tensor = draw_bounding_boxes(image.cpu(), detections[:, :4], labels=labels, colors=colours, width=2)
+    return drawn
+
+
+def save_png(image: Tensor, path: str | Path) -> Path:
+    """uint8 [3, H, W] -> a PNG file."""
+    path = Path(path)
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    write_atomically(path, lambda temporary: picture.save(temporary, format="png"))
+    return path
+
+
+def _draw(path: str | Path, inches: tuple[float, float], draw: Callable[[Figure], None]) -> Path:
+    path = Path(path)
+    figure = Figure(figsize=inches, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    return path

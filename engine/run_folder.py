@@ -1,0 +1,185 @@
+"""One run's folder: configuration, journal of epochs, metrics, weights and TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from torch import Tensor
+
+from .atomic import write_text_atomically
+from .errors import EngineError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRIC_KEYS = ("ap", "ap50", "ap75", "per_class", "params", "macs", "images", "seconds")
+CUT_METRIC_KEYS = ("masked_ap", "pruned_ap", "max_difference", "before", "after")
+
+
+class RunFolder:
+    """Paths and files under `runs/<kind>/<name>`; every file is replaced as a whole or not at all."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._writer: SummaryWriter | None = None
+        self._purge_step: int | None = None
+
+    @classmethod
+    def create(cls, project: str | Path, name: str, exist_ok: bool = False) -> RunFolder:
+        """Make `project/name`, or name2, name3 ... when taken; with `exist_ok` a taken name is used again."""
+        project = Path(project)
+        number = 1
+        while True:
+            path = project / (name if number == 1 else f"{name}{number}")
+            try:
+                path.mkdir(parents=True, exist_ok=exist_ok)
+            except FileExistsError as error:
+                if exist_ok or any(parent.is_file() for parent in path.parents):
+                    raise EngineError(
+                        f"{path}: a file is in the way of a run folder; choose another --project"
+                    ) from error
+                number += 1
+                continue
+            except OSError as error:
+                raise EngineError(
+                    f"{path}: cannot be made ({error.strerror}); choose another --project or --name"
+                ) from error
+            run = cls(path)
+            run.last.parent.mkdir(exist_ok=True)
+            return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run, to resume or to read."""
+        if not Path(path).is_dir():
+            raise EngineError(f"{path}: no such run folder; name one that holds config.yaml and weights/last.pt")
+        return cls(path)
+
+    @property
+    def last(self) -> Path:
+        return self.path / "weights" / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "weights" / "best.pt"
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def results_file(self) -> Path:
+        return self.path / "results.csv"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.json"
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """The resolved configuration; dataclasses, paths and tuples become plain YAML."""
+        write_text_atomically(self.config_file, yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
+
+    def read_config(self) -> dict[str, Any]:
+        if not self.config_file.is_file():
+            raise EngineError(f"{self.config_file}: no such file; this run cannot be resumed, start a new one")
+        config: dict[str, Any] = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        return config
+
+    def read_rows(self) -> list[dict[str, str]]:
+        """The rows of results.csv as text; none when there is no file yet."""
+        if not self.results_file.is_file():
+            return []
+        with self.results_file.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def append_row(self, row: Mapping[str, Any]) -> None:
+        """Add an epoch's row (it needs "epoch"); new columns are added at the right, None is left empty."""
+        if "epoch" not in row:
+            raise EngineError(f"{self.results_file}: a row without 'epoch', found {', '.join(row)}")
+        self._write_rows([*self.read_rows(), {key: "" if value is None else value for key, value in row.items()}])
+
+    def drop_rows_from(self, epoch: int) -> None:
+        """Forget rows and events of `epoch` and later: they are about to be made again."""
+        rows = self.read_rows()
+        kept = [row for row in rows if int(row["epoch"]) < epoch]
+        if not kept:
+            self.results_file.unlink(missing_ok=True)
+        elif len(kept) < len(rows):
+            self._write_rows(kept)
+        self._purge_step = epoch
+
+    def write_metrics(self, metrics: Mapping[str, Any], *, after_cut: bool = False) -> None:
+        """metrics.json; raises EngineError when a promised key is missing or a number is not finite."""
+        required = METRIC_KEYS + (CUT_METRIC_KEYS if after_cut else ())
+        missing = [key for key in required if key not in metrics]
+        if missing:
+            raise EngineError(f"{self.metrics_file}: missing {', '.join(missing)}; expected {', '.join(required)}")
+        try:
+            text = json.dumps(_plain(metrics), indent=2, allow_nan=False)
+        except ValueError as error:
+            raise EngineError(f"{self.metrics_file}: a metric is not finite: {dict(metrics)}") from error
+        write_text_atomically(self.metrics_file, text + "\n")
+
+    @property
+    def writer(self) -> SummaryWriter:
+        """TensorBoard's writer, made at first use."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run draws
+
+            self._writer = SummaryWriter(str(self.path), purge_step=self._purge_step)
+        return self._writer
+
+    def log_scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        """TensorBoard scalars under the design's tags; None is left out."""
+        for tag, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(tag, value, step)
+
+    def log_gates(self, gates: Mapping[str, Tensor], step: int) -> None:
+        """A histogram `gates/<group>` for each."""
+        for name, gate in gates.items():
+            self.writer.add_histogram(f"gates/{name}", gate.detach().float().cpu(), step)
+
+    def log_channels(self, channels: Mapping[str, int], pruning_round: int) -> None:
+        """A scalar `channels/<layer path>` for each layer against the pruning round."""
+        self.log_scalars({f"channels/{layer}": count for layer, count in channels.items()}, pruning_round)
+
+    def log_picture(self, tag: str, image: Tensor, step: int = 0) -> None:
+        """uint8 [3, H, W]."""
+        self.writer.add_image(tag, image, step)
+
+    def close(self) -> None:
+        """Flush TensorBoard's events; the folder can be used again afterwards."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            self._purge_step = None
+
+    def _write_rows(self, rows: list[Any]) -> None:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_text_atomically(self.results_file, text.getvalue())
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):  # a NumPy or torch scalar
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)

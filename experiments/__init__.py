@@ -1,0 +1,1 @@
+"""Experiments: what is compared, the runner, the tables."""

@@ -1,0 +1,30 @@
+"""Train a dense or pruned YOLOv5 without the pull: fine-tuning after a cut, or the dense baseline."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from engine.command import flag, run_script
+from train_sparse import TrainFlags, train
+
+
+@dataclass(frozen=True)
+class FinetuneFlags(TrainFlags):
+    """Plain training."""
+
+    project: str = flag("runs/finetune", "folder that holds the run folders")
+    keep_gates: bool = flag(False, "train on with the gates of the checkpoint instead of folding them first")
+
+
+def main(flags: FinetuneFlags) -> None:
+    train(flags, keep_gates=flags.keep_gates)
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    return run_script(FinetuneFlags, main, __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,180 @@
+"""Cut a checkpoint to a share of its MACs, parameters or channels, prove the cut, and save the narrow network."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import detection
+import slim
+from engine import EngineError, RunFolder, plot_widths, write_text_atomically
+from engine.command import RunFlags, choose_device, flag, run_script
+
+TOLERANCE = 1e-4
+PROOF_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class PruneFlags(RunFlags):
+    """A cut."""
+
+    project: str = flag("runs/prune", "folder that holds the run folders")
+    weights: str = flag("", "checkpoint to cut (ours or a published YOLOv5 .pt)")
+    img: int = flag(320, "image size in pixels at which MACs are counted and the proof is made")
+    macs: float | None = flag(None, "share of the MACs to keep, above 0 to 1")
+    params: float | None = flag(None, "share of the parameters to keep, above 0 to 1")
+    channels: float | None = flag(None, "share of the prunable channels to keep, above 0 to 1")
+    criterion: str = flag("gate", "what ranks the channels: gate, bn, l1, l2 or random")
+    scope: Literal["global", "local"] = flag(
+        "global", "rank all channels together, or keep the same share of each group"
+    )
+    round_to: int = flag(8, "kept widths are multiples of this many channels")
+    min_channels: int = flag(8, "every group keeps at least this many channels")
+    data: str | None = flag(None, "data set: prove on its val images and evaluate masked and pruned")
+    data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
+    batch_size: int = flag(16, "images at once in the evaluation")
+    out: str | None = flag(None, "file for the narrow network; else weights/pruned.pt in the run folder")
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a cut leaves; the APs are None without a data set."""
+
+    run: RunFolder
+    out: Path
+    plan: slim.Plan
+    masked_ap: float | None
+    pruned_ap: float | None
+    max_difference: float
+
+
+def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
+    """Plan, mask, cut, prove, save; nothing is saved unless pruned = masked."""
+    network = detection.read_network(flags.weights)
+    model = network.model
+    detection.check_image_size(model, flags.img)
+    device = choose_device(flags.device)
+    evaluator = None
+    images = torch.rand(2, 3, flags.img, flags.img, generator=torch.Generator().manual_seed(flags.seed))
+    if flags.data is not None:
+        config = detection.open_data(flags.data, flags.data_root)
+        detection.check_classes(network, config, flags.weights, flags.data)
+        dataset = detection.DetectionDataset(config, "val", flags.img)
+        evaluator = detection.Evaluator(dataset, batch_size=flags.batch_size, workers=0, device=device)
+        images = detection.real_images(dataset, PROOF_IMAGES)
+    graph = slim.trace(model, detection.example_image(flags.img))
+    scores = slim.score(model, graph, flags.criterion, seed=flags.seed)
+    plan = slim.make_plan(
+        graph,
+        scores,
+        macs=flags.macs,
+        params=flags.params,
+        channels=flags.channels,
+        round_to=flags.round_to,
+        min_channels=flags.min_channels,
+        scope=flags.scope,
+    )
+    print(plan)
+    masked = slim.mask(model, plan)
+    masked_evaluation = evaluator(masked) if evaluator else None
+    if masked_evaluation:
+        print(f"masked AP {masked_evaluation.ap:.4f}")
+    pruned = slim.apply_plan(model, plan)
+    difference = prove(masked.cpu(), pruned, images)
+    pruned_evaluation = evaluator(pruned) if evaluator else None
+    run = RunFolder.create(flags.project, flags.name)
+    run.write_config(asdict(flags))
+    write_text_atomically(run.path / "plan.json", plan.to_json())
+    out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
+    detection.save_network(out, pruned.cpu(), network.build)
+    record(
+        run,
+        graph,
+        model,
+        pruned,
+        pruning_round,
+        {
+            "criterion": flags.criterion,
+            "max_difference": difference,
+            "masked_ap": masked_evaluation.ap if masked_evaluation else None,
+            "pruned_ap": pruned_evaluation.ap if pruned_evaluation else None,
+            **(pruned_evaluation.metrics() if pruned_evaluation else NOT_EVALUATED),
+        },
+    )
+    aps = [e.ap if e else None for e in (masked_evaluation, pruned_evaluation)]
+    if evaluator:
+        print(f"pruned AP {aps[1]:.4f}")
+    print(f"pruned = masked to {difference:.1e} of the largest output on {len(images)} images; saved {out}")
+    return PruneResult(run, out, plan, aps[0], aps[1], difference)
+
+
+NOT_EVALUATED: dict[str, Any] = {"ap": None, "ap50": None, "ap75": None, "per_class": {}, "images": 0, "seconds": 0.0}
+
+
+def prove(masked: nn.Module, pruned: nn.Module, images: torch.Tensor) -> float:
+    """The largest difference between masked and pruned, relative; EngineError when it is no proof."""
+    difference = slim.max_difference(masked, pruned, images)
+    if not difference <= TOLERANCE:
+        raise EngineError(
+            f"the cut is wrong: pruned and masked differ by {difference:.1e} of the largest output, expected at most "
+            f"{TOLERANCE:g}; nothing was saved; please report the model description"
+        )
+    return difference
+
+
+def output_widths(model: nn.Module) -> dict[str, int]:
+    """{path: output channels} of every convolution and linear layer."""
+    return {path: widths[1] for path, widths in slim.widths_of(model).items()}
+
+
+def record(
+    run: RunFolder,
+    graph: slim.ChannelGraph,
+    model: nn.Module,
+    pruned: nn.Module,
+    pruning_round: int,
+    metrics: Mapping[str, Any],
+) -> None:
+    """metrics.json, TensorBoard and the width plot of a cut."""
+    before, after = output_widths(model), output_widths(pruned)
+    cost = slim.cost(pruned, example_like(graph))
+    run.write_metrics(
+        {
+            **metrics,
+            "params": cost.params,
+            "macs": cost.macs,
+            "before": {"params": graph.params, "macs": graph.macs, "channels": before},
+            "after": {"params": cost.params, "macs": cost.macs, "channels": after},
+        },
+        after_cut=True,
+    )
+    plot_widths(before, after, run.path / "widths.png")
+    for number, widths, costs in ((pruning_round - 1, before, graph), (pruning_round, after, cost)):
+        run.log_channels(widths, number)
+        run.log_scalars({"cost/macs": float(costs.macs), "cost/params": float(costs.params)}, number)
+    run.close()
+
+
+def example_like(graph: slim.ChannelGraph) -> torch.Tensor:
+    """An input of the shape that the graph was traced with."""
+    assert graph.example is not None
+    return torch.zeros(graph.example[0][0])
+
+
+def main(flags: PruneFlags) -> None:
+    prune(flags)
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    return run_script(PruneFlags, main, __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

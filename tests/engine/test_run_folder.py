@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine import METRIC_KEYS, EngineError, RunFolder, TrainConfig, write_atomically, write_text_atomically
+
+METRICS: dict[str, Any] = {key: 0.5 for key in METRIC_KEYS} | {"per_class": {"cat": 0.5}}
+
+
+def test_names_are_counted_up(tmp_path: Path) -> None:
+    project = tmp_path / "runs" / "sparse"
+    assert [RunFolder.create(project, "exp").path.name for _ in range(3)] == ["exp", "exp2", "exp3"]
+    again = RunFolder.create(project, "exp", exist_ok=True)
+    assert again.path == project / "exp"
+    assert again.last == project / "exp" / "weights" / "last.pt"
+    assert again.last.parent.is_dir()
+
+
+def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(EngineError, match="runs"):
+        RunFolder.create(tmp_path / "runs", "exp")
+    with pytest.raises(EngineError, match="no such run folder"):
+        RunFolder.open(tmp_path / "none")
+
+
+def test_config_is_plain_yaml(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "exp")
+    run.write_config({"train": TrainConfig(epochs=3), "data": Path("data/x.yaml"), "size": (320, 320), "none": None})
+    config = yaml.safe_load(run.config_file.read_text())
+    assert config == run.read_config()
+    assert config["train"]["optim"]["lr"] == 0.01
+    assert (config["data"], config["size"], config["none"]) == ("data/x.yaml", [320, 320], None)
+
+
+def test_rows_grow_new_columns_and_are_dropped_on_resume(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "exp")
+    assert run.read_rows() == []
+    run.append_row({"epoch": 0, "loss": 1.5})
+    run.append_row({"epoch": 1, "loss": 1.0, "ap": None})
+    run.append_row({"epoch": 2, "loss": 0.5, "ap": 0.25})
+    assert run.results_file.read_text() == "epoch,loss,ap\n0,1.5,\n1,1.0,\n2,0.5,0.25\n"
+    run.drop_rows_from(2)
+    run.append_row({"epoch": 2, "loss": 0.75, "ap": 0.5})
+    assert run.results_file.read_text() == "epoch,loss,ap\n0,1.5,\n1,1.0,\n2,0.75,0.5\n"
+    run.drop_rows_from(0)
+    assert run.read_rows() == []
+    with pytest.raises(EngineError, match="without 'epoch'"):
+        run.append_row({"loss": 1.0})
+
+
+def test_metrics_must_be_complete_and_finite(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "exp")
+    run.write_metrics(METRICS | {"ap": np.float64(0.25), "extra": torch.tensor(3)})
+    written = json.loads(run.metrics_file.read_text())
+    assert written == METRICS | {"ap": 0.25, "extra": 3}
+    for key in METRIC_KEYS:
+        with pytest.raises(EngineError, match=f"missing {key};"):
+            run.write_metrics({name: value for name, value in METRICS.items() if name != key})
+    with pytest.raises(EngineError, match="missing masked_ap, pruned_ap, max_difference, before, after"):
+        run.write_metrics(METRICS, after_cut=True)
+    with pytest.raises(EngineError, match="not finite"):
+        run.write_metrics(METRICS | {"ap": float("nan")})
+    assert json.loads(run.metrics_file.read_text()) == written
+
+
+def test_events_carry_the_tags(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "exp")
+    assert list(run.path.glob("events.out.*")) == []
+    run.log_scalars({"metrics/ap": 0.5, "metrics/ap50": None}, 3)
+    run.log_gates({"model.0": torch.ones(4, requires_grad=True)}, 3)
+    run.log_channels({"model.1.conv": 24}, pruning_round=1)
+    run.log_picture("detections", torch.zeros(3, 8, 8, dtype=torch.uint8))
+    run.close()
+    events = EventAccumulator(str(run.path))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["metrics/ap", "channels/model.1.conv"]
+    assert events.Tags()["histograms"] == ["gates/model.0"]
+    assert events.Tags()["images"] == ["detections"]
+    assert [(event.step, event.value) for event in events.Scalars("channels/model.1.conv")] == [(1, 24)]
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
+def test_full_disk_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = tmp_path / "metrics.json"
+    write_text_atomically(path, "old")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if failing != "write":
+        monkeypatch.setattr(os, failing, full)
+    with pytest.raises(EngineError, match=r"metrics\.json: cannot be written \(No space left on device\)"):
+        write_atomically(path, full if failing == "write" else lambda temporary: temporary.touch())
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "last.pt"
+    write_text_atomically(path, "old")
+
+    def interrupted(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, interrupted)
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import copy
+import errno
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import (
+    EngineError,
+    OptimConfig,
+    RunFolder,
+    TrainConfig,
+    Trainee,
+    WeightAverage,
+    build_optimizer,
+    build_scheduler,
+    fit,
+    learning_rate_factor,
+    read_training_state,
+)
+from engine.training import Epoch, train_one_epoch
+from tests.engine.tiny_detector import (
+    RecordingPull,
+    TinyDetector,
+    TinyLoader,
+    evaluation_of,
+    save,
+    squared_loss,
+    weight_sum,
+)
+
+
+def tiny(seed: int = 1) -> TinyDetector:
+    torch.manual_seed(seed)
+    return TinyDetector()
+
+
+def train(model: nn.Module, run: RunFolder, epochs: int = 4, **changes: Any) -> Any:
+    options: dict[str, Any] = {
+        "config": TrainConfig(epochs=epochs),
+        "evaluate": weight_sum,
+        "save": save,
+        "device": "cpu",
+    }
+    options.update(changes)
+    loss_fn, loader = options.pop("loss_fn", squared_loss), options.pop("loader", TinyLoader())
+    return fit(model, loss_fn, loader, run=run, **options)
+
+
+def stop_at(call: int) -> Any:
+    calls = []
+
+    def evaluate(model: nn.Module) -> Any:
+        calls.append(1)
+        if len(calls) > call:
+            raise KeyboardInterrupt
+        return weight_sum(model)
+
+    return evaluate
+
+
+def assert_same(found: Any, expected: Any, where: str = "") -> None:
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for index, item in enumerate(expected):
+            assert_same(found[index], item, f"{where}[{index}]")
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resumed_run_is_bit_identical(tmp_path: Path, optimizer: str) -> None:
+    config = TrainConfig(epochs=4, optim=OptimConfig(optimizer=optimizer))
+
+    whole, whole_run = tiny(), RunFolder.create(tmp_path, "whole")
+    whole_result = train(whole, whole_run, config=config, pull=RecordingPull(whole, 3.0), pull_from=1)
+
+    stopped, parts_run = tiny(), RunFolder.create(tmp_path, "parts")
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, parts_run, config=config, pull=RecordingPull(stopped, 3.0), pull_from=1, evaluate=stop_at(2))
+    state = read_training_state(parts_run.last)
+    assert state["progress"]["next_epoch"] == 2
+    resumed = tiny(seed=9)
+    result = train(resumed, parts_run, config=config, pull=RecordingPull(resumed, 3.0), pull_from=1, resume_state=state)
+
+    assert_same(read_training_state(parts_run.last), read_training_state(whole_run.last))
+    for name in ("last", "best"):
+        parts, expected = (torch.load(getattr(run, name), weights_only=True) for run in (parts_run, whole_run))
+        assert_same(parts["model"], expected["model"])
+    assert_same(resumed.state_dict(), whole.state_dict())
+    assert (result.best_ap, result.best_epoch, result.last_ap) == (
+        whole_result.best_ap,
+        whole_result.best_epoch,
+        whole_result.last_ap,
+    )
+    strip = [{key: value for key, value in row.items() if key != "seconds"} for row in parts_run.read_rows()]
+    assert strip == [{key: value for key, value in row.items() if key != "seconds"} for row in whole_run.read_rows()]
+
+
+def test_resuming_a_finished_run_trains_nothing(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "run")
+    first = train(tiny(), run, epochs=1)
+    model, loader = tiny(seed=2), TinyLoader()
+    again = train(model, run, epochs=1, resume_state=read_training_state(run.last), loader=loader)
+    assert loader.dataset.epochs == []
+    assert (again.best_ap, again.last_ap) == (first.best_ap, first.last_ap)
+    assert len(run.read_rows()) == 1
+
+
+def test_order_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    model = tiny()
+
+    def spy(owner: Any, name: str, tag: str) -> None:
+        original = getattr(owner, name)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            calls.append(tag)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    spy(torch.optim.SGD, "zero_grad", "zero_grad")
+    spy(torch.amp.GradScaler, "scale", "scale")
+    spy(torch.Tensor, "backward", "backward")
+    spy(torch.amp.GradScaler, "unscale_", "unscale")
+    spy(nn.utils, "clip_grad_norm_", "clip")
+    spy(torch.amp.GradScaler, "step", "step")
+    spy(torch.amp.GradScaler, "update", "update scaler")
+    spy(torch.optim.swa_utils.AveragedModel, "update_parameters", "average")
+    model.register_forward_pre_hook(lambda *_: calls.append("forward"))
+
+    def loss_fn(outputs: Any, targets: Tensor) -> Any:
+        calls.append("loss")
+        return squared_loss(outputs, targets)
+
+    config = TrainConfig(epochs=2)
+    train(
+        model,
+        RunFolder.create(tmp_path, "run"),
+        config=config,
+        loader=TinyLoader(batches=1),
+        loss_fn=loss_fn,
+        evaluate=None,
+        pull=RecordingPull(model, 0.0, calls),
+        pull_from=1,
+    )
+    factor = learning_rate_factor(config.optim, 1, 2)
+    step = ["zero_grad", "forward", "loss", "scale", "backward", "unscale", "clip", "step", "update scaler"]
+    assert calls == [*step, "project", "average", *step, ("pull", 0.01 * factor(1)), "average"]
+
+
+def test_first_step_is_plain_sgd_with_clipping(tmp_path: Path) -> None:
+    model = tiny().eval()
+    model.drop.p = 0.0
+    expected = copy.deepcopy(model).train()
+    batch = next(iter(loader_at_epoch_0()))
+    loss, _ = squared_loss(expected(batch.images.float() / 255), batch.targets)
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in expected.parameters()]).norm()
+    config = OptimConfig(clip_norm=float(norm) / 2, momentum=0.0, weight_decay=0.0)
+    wanted = [p.detach() - 0.01 * learning_rate_factor(config, 1, 1)(0) * p.grad / 2 for p in expected.parameters()]
+    train(
+        model,
+        RunFolder.create(tmp_path, "run"),
+        loader=TinyLoader(batches=1),
+        config=TrainConfig(epochs=1, optim=config, channels_last=False),
+    )
+    for found, want in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(found.detach(), want, rtol=1e-5, atol=1e-6)
+
+
+def loader_at_epoch_0() -> TinyLoader:
+    loader = TinyLoader(batches=1)
+    loader.dataset.set_epoch(0)
+    return loader
+
+
+def test_non_finite_loss_stops_before_the_step_and_keeps_the_last_epoch(tmp_path: Path) -> None:
+    model, run = tiny(), RunFolder.create(tmp_path, "run")
+    before: dict[str, Tensor] = {}
+    batches = []
+
+    def spoiled(outputs: Any, targets: Tensor) -> Any:
+        batches.append(1)
+        loss, parts = squared_loss(outputs, targets)
+        if len(batches) == 5:  # epoch 1, batch 1
+            before.update({name: p.detach().clone() for name, p in model.named_parameters()})
+            return loss * float("nan"), parts | {"obj": torch.tensor(float("nan"))}
+        return loss, parts
+
+    with pytest.raises(EngineError, match=r"epoch 1, batch 1: loss is nan .*obj nan; lr 0\.00.*lower --lr"):
+        train(model, run, loss_fn=spoiled)
+    assert_same(dict(model.named_parameters()), before)
+    assert read_training_state(run.last)["progress"]["next_epoch"] == 1
+    assert len(run.read_rows()) == 1
+
+
+def infinite_slope(outputs: Any, targets: Tensor) -> Any:
+    zero = (outputs[0] - outputs[0].detach()).sum()
+    return zero.abs().sqrt(), {"box": zero.detach()}  # the square root's slope at 0 is infinite
+
+
+def test_non_finite_gradient_stops_before_the_step(tmp_path: Path) -> None:
+    model, run = tiny(), RunFolder.create(tmp_path, "run")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    with pytest.raises(EngineError, match=r"epoch 0, batch 0: gradient norm is nan"):
+        train(model, run, loss_fn=infinite_slope)
+    assert_same(dict(model.named_parameters()), before)
+    assert not run.last.exists()
+
+
+def half_precision_epoch(model: TinyDetector, batches: int, loss_fn: Any, pull: RecordingPull) -> Any:
+    """One epoch with a scaler on the CPU, where the loss decides what overflows."""
+    config = TrainConfig(epochs=1)
+    optimizer = build_optimizer(model, config.optim)
+    trainee = Trainee(
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optim, batches, 1),
+        scaler=torch.amp.GradScaler("cpu", init_scale=1024.0),
+        average=WeightAverage(model, config.optim),
+    )
+    epoch = Epoch(0, config, torch.device("cpu"), pull.step, "epoch 0")
+    return trainee, train_one_epoch(trainee, loss_fn, TinyLoader(batches), epoch)
+
+
+def test_half_precision_overflow_skips_the_step_and_lowers_the_scale() -> None:
+    model, calls = tiny(), []
+    pull = RecordingPull(model)
+    snapshots = []
+
+    def loss_fn(outputs: Any, targets: Tensor) -> Any:
+        assert outputs[0].dtype == torch.float32
+        calls.append(1)
+        snapshots.append(model.head.weight.detach().clone())
+        loss, parts = squared_loss(outputs, targets)
+        return (loss + (outputs[0] - outputs[0].detach()).sum().abs().sqrt() if len(calls) == 1 else loss), parts
+
+    trainee, losses = half_precision_epoch(model, 3, loss_fn, pull)
+    assert torch.equal(snapshots[0], snapshots[1])
+    assert not torch.equal(snapshots[1], snapshots[2])
+    assert trainee.scaler.get_scale() == 512
+    assert (len(pull.calls), trainee.scheduler.last_epoch, int(trainee.average.n_averaged)) == (2, 2, 2)
+    assert losses["loss/box"] > 0
+
+
+def test_half_precision_that_always_overflows_is_an_error() -> None:
+    model = tiny()
+    with pytest.raises(EngineError, match="epoch 0, batch 20: gradient norm is"):
+        half_precision_epoch(model, 30, infinite_slope, RecordingPull(model))
+
+
+def test_epochs_are_announced_and_models_for_use_are_the_average(tmp_path: Path) -> None:
+    loader, run, seen = TinyLoader(), RunFolder.create(tmp_path, "run"), []
+
+    def evaluate(average: nn.Module) -> Any:
+        seen.append(copy.deepcopy(average.state_dict()))
+        return evaluation_of([0.2, 0.5, 0.4][len(seen) - 1])
+
+    result = train(tiny(), run, loader=loader, epochs=3, evaluate=evaluate)
+    assert loader.dataset.epochs == [0, 1, 2]
+    assert (result.best_ap, result.best_epoch, result.last_ap, result.closed_share) == (0.5, 1, 0.4, None)
+    best = torch.load(run.best, weights_only=True)
+    assert_same(best["model"], seen[1])
+    assert "training_state" not in best
+    last = torch.load(run.last, weights_only=True)
+    assert_same(last["model"], seen[2])
+    assert not torch.equal(last["model"]["conv.weight"], last["training_state"]["model"]["conv.weight"])
+    with pytest.raises(EngineError, match="holds no training state"):
+        read_training_state(run.best)
+
+
+def test_evaluates_every_so_often_and_at_the_end(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "run")
+    train(tiny(), run, config=TrainConfig(epochs=5, eval_every=2))
+    assert [row["epoch"] for row in run.read_rows() if row["metrics/ap"]] == ["1", "3", "4"]
+
+
+def test_best_of_a_sparse_run_is_sought_among_its_closed_epochs(tmp_path: Path) -> None:
+    model, run, calls = tiny(), RunFolder.create(tmp_path, "run"), []
+    aps, closed = [0.9, 0.3, 0.4, 0.35], [0.0, 0.5, 0.5, 0.5]
+
+    class Closing(RecordingPull):
+        def closed_share(self) -> float:
+            return closed[max(0, len(calls) - 1)]
+
+    def evaluate(average: nn.Module) -> Any:
+        calls.append(1)
+        return evaluation_of(aps[len(calls) - 1])
+
+    result = train(model, run, evaluate=evaluate, pull=Closing(model))
+    assert (result.best_ap, result.best_epoch, result.closed_share) == (0.4, 2, 0.5)
+
+
+def test_gates_of_the_saved_model_are_closed_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, run = tiny(), RunFolder.create(tmp_path, "run")
+    with caplog.at_level(logging.INFO, logger="engine"):
+        result = train(model, run, pull=RecordingPull(model, 1000.0), pull_from=1)
+    assert result.closed_share == 0.5
+    saved = torch.load(run.last, weights_only=True)["model"]["gate.vectors.0"]
+    assert_same(saved, model.gate_vector.detach())
+    assert saved[:2].tolist() == [0, 0]
+    rows = run.read_rows()
+    assert [float(row["gates/closed_share"]) for row in rows] == [0.0, 0.5, 0.5, 0.5]
+    assert float(rows[0]["loss/l1"]) > 1
+    assert float(rows[3]["loss/l1"]) == 0
+    assert len(list(run.path.glob("events.out.*"))) == 1
+    assert "epoch 3: box" in caplog.messages[-1]
+    assert "closed 50.0%" in caplog.messages[-1]
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder.create(tmp_path, "run")
+    evaluations = []
+
+    def evaluate(model: nn.Module) -> Any:
+        evaluations.append(1)
+        if len(evaluations) == 3:
+            monkeypatch.setattr(torch, "save", full)
+        return evaluation_of(0.5)
+
+    def full(content: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(EngineError, match=r"last\.pt: cannot be written \(No space left on device\)"):
+        train(tiny(), run, evaluate=evaluate)
+    assert read_training_state(run.last)["progress"]["next_epoch"] == 2
+    assert sorted(path.name for path in run.last.parent.iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_save_that_fails_in_torch_is_one_line(tmp_path: Path) -> None:
+    def failing(path: Path, model: nn.Module, state: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3\nframes follow")
+
+    with pytest.raises(EngineError, match=r"best\.pt: cannot be written \(PytorchStreamWriter failed") as caught:
+        train(tiny(), RunFolder.create(tmp_path, "run"), save=failing)
+    assert "\n" not in str(caught.value)
+
+
+def test_state_of_another_network_is_refused(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "run")
+    train(tiny(), run, epochs=1)
+    other = tiny()
+    other.head = nn.Conv2d(4, 7, 1)
+    with pytest.raises(EngineError, match="does not fit this run"):
+        train(other, run, epochs=2, resume_state=read_training_state(run.last))
+
+
+def test_damaged_and_missing_states_are_named(tmp_path: Path) -> None:
+    damaged = tmp_path / "last.pt"
+    damaged.write_bytes(b"not a checkpoint")
+    with pytest.raises(EngineError, match=r"last\.pt: not a readable checkpoint"):
+        read_training_state(damaged)
+    with pytest.raises(EngineError, match="no such file"):
+        read_training_state(tmp_path / "none.pt")
+
+
+def test_empty_loader_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="no batch"):
+        train(tiny(), RunFolder.create(tmp_path, "run"), loader=TinyLoader(batches=0))

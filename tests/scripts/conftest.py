@@ -1,0 +1,46 @@
+"""A tiny shapes data set, and the scripts run in this process as from a shell."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from data import make_shapes
+from tests.scripts.runs import NAMES, ROOT, SMALL, Done, Runner
+
+
+@pytest.fixture
+def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """Run a script by name with arguments; (exit code, standard output, standard error)."""
+    monkeypatch.chdir(ROOT)
+
+    def run(name: str, *arguments: object) -> Done:
+        capsys.readouterr()
+        code = importlib.import_module(name).cli([str(a) for a in arguments])
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data.yaml of 16 train, 6 val and 6 test images of 64 pixels, four classes."""
+    root = tmp_path_factory.mktemp("datasets")
+    make_shapes(root / "tiny", train=16, val=6, test=6, image_size_px=64, seed=3)
+    file = root / "tiny.yaml"
+    names = "".join(f"  {i}: {name}\n" for i, name in enumerate(NAMES))
+    file.write_text(f"path: {root / 'tiny'}\ntrain: images/train\nval: images/val\ntest: images/test\nnames:\n{names}")
+    return file
+
+
+@pytest.fixture(scope="session")
+def sparse_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two epochs of sparse training, the second with the pull."""
+    import train_sparse
+
+    project = tmp_path_factory.mktemp("runs")
+    arguments = ["--data", tiny, *SMALL, "--epochs", 2, "--pull-from", 1, "--project", project, "--name", "s"]
+    assert train_sparse.cli([*map(str, arguments), "--cfg", str(ROOT / "models" / "yolov5n.yaml")]) == 0
+    return project / "s"

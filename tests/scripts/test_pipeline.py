@@ -1,0 +1,247 @@
+"""Each script end to end on a tiny data set: exact files, values that agree, resumption."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import slim
+from detection import build_network, read_network
+from tests.scripts.runs import NAMES, SMALL, Runner
+
+METRICS = {"ap", "ap50", "ap75", "per_class", "params", "macs", "images", "seconds"}
+
+
+def metrics(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "metrics.json").read_text())
+    return found
+
+
+def events(folder: Path) -> EventAccumulator:
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return board
+
+
+def test_sparse_training_fills_its_run_folder(sparse_run: Path) -> None:
+    files = {p.relative_to(sparse_run).as_posix() for p in sparse_run.rglob("*") if p.is_file()}
+    pictures = {"labels.png", "train_batch.png", "results.png", "gates.png", "detections.png"}
+    expected = {"config.yaml", "results.csv", "metrics.json", "weights/last.pt", "weights/best.pt", *pictures}
+    assert {f for f in files if not f.startswith("events.out")} == expected
+    found = metrics(sparse_run)
+    assert set(found) >= METRICS and found["images"] == 6
+    assert set(found["per_class"]) <= set(NAMES)  # type: ignore[call-overload]
+    with (sparse_run / "results.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
+    tags = events(sparse_run).Tags()
+    assert {
+        "loss/box",
+        "loss/obj",
+        "loss/cls",
+        "loss/l1",
+        "metrics/ap",
+        "metrics/ap50",
+        "gates/closed_share",
+        "cost/macs",
+        "cost/params",
+    } <= set(tags["scalars"])
+    assert "gates/model.2.cv1.conv" in tags["histograms"] and {"train_batch", "detections"} <= set(tags["images"])
+
+
+def test_checkpoint_is_plain_data_and_complete(sparse_run: Path) -> None:
+    content = torch.load(sparse_run / "weights" / "last.pt", weights_only=True)
+    assert content["build"]["names"] == list(NAMES) and content["build"]["stride_px"] == [8, 16, 32]
+    assert content["build"]["description"]["nc"] == 4 and len(content["build"]["anchors_px"]) == 3
+    assert all(v.dtype in (torch.float32, torch.int64) for v in content["state_dict"].values())
+    assert {"optimizer", "scheduler", "average", "scaler", "rng", "progress"} <= set(content["training_state"])
+    assert "training_state" not in torch.load(sparse_run / "weights" / "best.pt", weights_only=True)
+
+
+def test_config_reproduces_the_run(sparse_run: Path, script: Runner, tmp_path: Path) -> None:
+    done = script("train_sparse", "--config", sparse_run / "config.yaml", "--project", tmp_path, "--name", "again")
+    assert done.code == 0, done.err
+    first, second = (
+        read_network(folder / "weights" / "last.pt").model.state_dict() for folder in (sparse_run, tmp_path / "again")
+    )
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+    assert metrics(sparse_run)["ap"] == metrics(tmp_path / "again")["ap"]
+
+
+def test_resumed_equals_uninterrupted(
+    sparse_run: Path, script: Runner, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import engine.training
+
+    original = engine.training.train_one_epoch
+
+    def interrupted(trainee, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]
+        if epoch.number == 1:
+            raise KeyboardInterrupt
+        return original(trainee, loss_fn, batches, epoch)
+
+    arguments = ("--data", tiny, *SMALL, "--epochs", 2, "--pull-from", 1, "--project", tmp_path, "--name", "s")
+    monkeypatch.setattr(engine.training, "train_one_epoch", interrupted)
+    assert script("train_sparse", *arguments).code == 130
+    monkeypatch.setattr(engine.training, "train_one_epoch", original)
+    done = script("train_sparse", "--resume", "--project", tmp_path, "--name", "s")
+    assert done.code == 0, done.err
+    whole, resumed = (torch.load(f / "weights" / "last.pt", weights_only=True) for f in (sparse_run, tmp_path / "s"))
+    assert all(torch.equal(v, resumed["state_dict"][k]) for k, v in whole["state_dict"].items())
+    assert len((tmp_path / "s" / "results.csv").read_text().splitlines()) == 3
+
+
+@pytest.fixture(scope="module")
+def cut_run(sparse_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import prune
+
+    project = tmp_path_factory.mktemp("cuts")
+    arguments = [
+        "--weights",
+        sparse_run / "weights" / "last.pt",
+        "--data",
+        tiny,
+        "--img",
+        64,
+        "--macs",
+        0.5,
+        "--project",
+        project,
+        "--name",
+        "c",
+    ]
+    assert prune.cli([str(a) for a in arguments]) == 0
+    return project / "c"
+
+
+def test_prune_proves_evaluates_and_saves(cut_run: Path, sparse_run: Path) -> None:
+    found = metrics(cut_run)
+    assert set(found) >= METRICS | {"masked_ap", "pruned_ap", "max_difference", "before", "after"}
+    assert found["max_difference"] <= 1e-4  # type: ignore[operator]
+    assert found["masked_ap"] == pytest.approx(found["pruned_ap"], abs=1e-3)
+    assert found["macs"] <= 0.5 * found["before"]["macs"]  # type: ignore[operator, index]
+    dense, pruned = (
+        read_network(sparse_run / "weights" / "last.pt").model,
+        read_network(cut_run / "weights" / "pruned.pt").model,
+    )
+    assert slim.cost(pruned, torch.zeros(1, 3, 64, 64)).macs == found["macs"]
+    plan = slim.Plan.from_json((cut_run / "plan.json").read_text())
+    assert slim.max_difference(slim.apply_plan(dense, plan), pruned, torch.rand(1, 3, 64, 64)) == 0
+    board = events(cut_run)
+    assert [e.value for e in board.Scalars("channels/model.1.conv")] == [
+        32,
+        pruned.get_submodule("model.1.conv").out_channels,
+    ]
+    assert (cut_run / "widths.png").stat().st_size > 1000
+
+
+def test_finetune_keeps_the_structure_and_leaves_no_gate(
+    cut_run: Path, tiny: Path, script: Runner, tmp_path: Path
+) -> None:
+    done = script(
+        "finetune",
+        "--weights",
+        cut_run / "weights" / "pruned.pt",
+        "--data",
+        tiny,
+        *SMALL,
+        "--epochs",
+        1,
+        "--project",
+        tmp_path,
+        "--name",
+        "f",
+    )
+    assert done.code == 0, done.err
+    network = read_network(tmp_path / "f" / "weights" / "last.pt")
+    assert not slim.gate_vectors(network.model)
+    assert metrics(tmp_path / "f")["params"] == metrics(cut_run)["params"]
+    assert slim.widths_of(network.model) != slim.widths_of(build_network(network.build))
+
+
+def test_finetune_can_keep_the_gates(cut_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+    done = script(
+        "finetune",
+        "--weights",
+        cut_run / "weights" / "pruned.pt",
+        "--data",
+        tiny,
+        *SMALL,
+        "--epochs",
+        1,
+        "--keep-gates",
+        "--project",
+        tmp_path,
+        "--name",
+        "f",
+    )
+    assert done.code == 0, done.err
+    gates = slim.gate_vectors(read_network(tmp_path / "f" / "weights" / "last.pt").model)
+    assert len(gates) == 50 and all(bool((v >= 0).all()) for v in gates.values())
+
+
+def test_val_agrees_with_training_and_writes_coco_json(
+    cut_run: Path, tiny: Path, script: Runner, tmp_path: Path
+) -> None:
+    done = script(
+        "val",
+        "--weights",
+        cut_run / "weights" / "pruned.pt",
+        "--data",
+        tiny,
+        "--img",
+        64,
+        "--save-json",
+        "--project",
+        tmp_path,
+        "--name",
+        "v",
+    )
+    assert done.code == 0, done.err
+    assert metrics(tmp_path / "v")["ap"] == metrics(cut_run)["pruned_ap"]
+    boxes = json.loads((tmp_path / "v" / "predictions.json").read_text())
+    assert {"image_id", "category_id", "bbox", "score"} == set(boxes[0])
+
+
+def test_iterate_ends_at_the_target_with_gates_folded(
+    sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path
+) -> None:
+    done = script(
+        "iterate",
+        "--weights",
+        sparse_run / "weights" / "best.pt",
+        "--data",
+        tiny,
+        *SMALL,
+        "--rounds",
+        2,
+        "--macs",
+        0.5,
+        "--sparse-epochs",
+        2,
+        "--finetune-epochs",
+        1,
+        "--project",
+        tmp_path,
+        "--name",
+        "loop",
+    )
+    assert done.code == 0, done.err
+    run = tmp_path / "loop"
+    network = read_network(run / "weights" / "slim.pt")
+    found = slim.cost(network.model, torch.zeros(1, 3, 64, 64)).macs
+    dense = slim.cost(build_network(network.build), torch.zeros(1, 3, 64, 64)).macs
+    assert 0.45 * dense < found <= 0.5 * dense and not slim.gate_vectors(network.model)
+    assert metrics(run)["macs"] == found and "| fine-tuned |" in (run / "report.md").read_text()
+    assert [e.step for e in events(run).Scalars("channels/model.1.conv")] == [0, 1, 2]
+    assert "AP drop" in done.out
+
+
+def test_config_files_are_the_resolved_flags(cut_run: Path) -> None:
+    config = yaml.safe_load((cut_run / "config.yaml").read_text())
+    assert config["macs"] == 0.5 and config["criterion"] == "gate" and config["round_to"] == 8

@@ -1,0 +1,249 @@
+"""Train a YOLOv5 with gates under the smallest-half pull, so that half of its channels close."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import detection
+import slim
+from data import build_loader
+from engine import (
+    EngineError,
+    Evaluation,
+    FitResult,
+    OptimConfig,
+    RunFolder,
+    TrainConfig,
+    draw_detections,
+    fit,
+    learning_rate_sum,
+    plot_gates,
+    plot_labels,
+    plot_results,
+    read_training_state,
+    save_png,
+    seed_generators,
+)
+from engine.command import RunFlags, choose_device, flag, run_script
+from models import non_max_suppression
+
+
+@dataclass(frozen=True)
+class TrainFlags(RunFlags):
+    """What every training takes."""
+
+    weights: str = flag("", "checkpoint to start from (ours or a published YOLOv5 .pt); '' trains --cfg from scratch")
+    cfg: str = flag("models/yolov5n.yaml", "model description, used without --weights")
+    data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
+    data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
+    img: int = flag(320, "image size in pixels, a multiple of the largest stride")
+    epochs: int = flag(30, "epochs of the whole run")
+    batch_size: int = flag(16, "images a step")
+    workers: int = flag(2, "loader processes")
+    optimizer: Literal["sgd", "adamw"] = flag("sgd", "SGD with Nesterov momentum, or AdamW")
+    lr: float = flag(0.01, "learning rate after the warm-up")
+    final_lr_ratio: float = flag(0.01, "last learning rate as a share of --lr")
+    schedule: Literal["linear", "cosine"] = flag("linear", "how the learning rate falls")
+    momentum: float = flag(0.937, "SGD's momentum, AdamW's beta1")
+    weight_decay: float = flag(5e-4, "on weights of convolutions; never on gates and norms")
+    warmup_epochs: float = flag(3.0, "epochs of rising learning rate, at most a tenth of the run")
+    clip_norm: float = flag(10.0, "largest gradient norm")
+    eval_every: int = flag(1, "epochs between evaluations on the val split")
+    no_augment: bool = flag(False, "train on plain letterboxed images")
+    resume: bool = flag(False, "continue the newest run of this --project and --name with its own settings")
+
+    def optim(self) -> OptimConfig:
+        return OptimConfig(
+            optimizer=self.optimizer,
+            lr=self.lr,
+            final_lr_ratio=self.final_lr_ratio,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            warmup_epochs=self.warmup_epochs,
+            schedule=self.schedule,
+            clip_norm=self.clip_norm,
+        )
+
+
+@dataclass(frozen=True)
+class SparseFlags(TrainFlags):
+    """Sparse training."""
+
+    project: str = flag("runs/sparse", "folder that holds the run folders")
+    strength: float | Literal["auto"] = flag("auto", "pull a unit of learning rate; auto closes the pulled gates")
+    travel: float = flag(2.0, "with --strength auto: how far an unopposed gate would move (gates start at 1)")
+    fraction: float = flag(0.5, "part of each gate vector that is pulled: its smallest entries")
+    pull_from: int = flag(3, "first epoch with the pull; before it the gates find their order")
+    tie: Literal["group", "layer"] = flag("group", "one gate vector a group, or one an activation")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training leaves."""
+
+    run: RunFolder
+    fit: FitResult
+    evaluation: Evaluation
+
+
+def train(flags: TrainFlags, *, keep_gates: bool = True) -> TrainResult:
+    """Sparse training for SparseFlags, plain training otherwise; prints a line an epoch and fills the run folder."""
+    run, resume_state, flags = open_run(flags)
+    device = choose_device(flags.device)
+    seed_generators(flags.seed)
+    config = detection.open_data(flags.data, flags.data_root)
+    network = starting_network(flags, run, resume_state, config.names, keep_gates)
+    detection.check_image_size(network.model, flags.img)
+    print(network.note or f"weights {flags.weights}")
+    train_set = detection.training_set(config, flags.img, flags.seed, not flags.no_augment)
+    loader = build_loader(train_set, flags.batch_size, shuffle=True, workers=flags.workers, seed=flags.seed)
+    val_set = detection.DetectionDataset(config, "val", flags.img)
+    evaluator = detection.Evaluator(val_set, batch_size=flags.batch_size, workers=0, device=device)
+    pull, pull_from = make_pull(flags, network.model, len(loader))
+    run.write_config(asdict(flags))
+    for message in [*train_set.problems, *val_set.problems][:10]:
+        print(f"left out: {message}")
+    if resume_state is None:
+        plot_labels(train_set.ground_truth(), train_set.names, run.path / "labels.png")
+        log_start(run, network.model, train_set, flags)
+    result = fit(
+        network.model,
+        detection.make_loss(network.model, flags.img),
+        loader,
+        config=TrainConfig(flags.epochs, flags.optim(), eval_every=flags.eval_every, seed=flags.seed),
+        run=run,
+        save=lambda path, model, state: detection.save_network(path, model, network.build, state),
+        device=device,
+        evaluate=evaluator,
+        pull=pull,
+        pull_from=pull_from,
+        resume_state=resume_state,
+    )
+    return finish(run, flags, evaluator, result, device)
+
+
+def open_run(flags: TrainFlags) -> tuple[RunFolder, dict[str, object] | None, TrainFlags]:
+    """A new run folder, or with --resume the newest of that name with its training state and its own settings."""
+    if not flags.resume:
+        return RunFolder.create(flags.project, flags.name), None, flags
+    taken = [p for p in Path(flags.project).glob(f"{flags.name}*") if (p / "weights" / "last.pt").is_file()]
+    numbered = {
+        int(p.name.removeprefix(flags.name) or 1): p
+        for p in taken
+        if p.name.removeprefix(flags.name).isdigit() or p.name == flags.name
+    }
+    if not numbered:
+        raise EngineError(
+            f"{flags.project}/{flags.name}: no run with weights/last.pt to resume; start one without --resume"
+        )
+    run = RunFolder.open(numbered[max(numbered)])
+    known = run.read_config()
+    settings = replace(flags, **{**known, "resume": True, "debug": flags.debug})
+    return run, read_training_state(run.last), settings
+
+
+def starting_network(
+    flags: TrainFlags, run: RunFolder, resume_state: object, names: tuple[str, ...], keep_gates: bool
+) -> detection.Network:
+    """The network in the state in which its training begins or continues: gates placed, kept or folded."""
+    if resume_state is not None:
+        return detection.read_network(run.last)
+    network = detection.start_network(flags.weights, flags.cfg, names)
+    detection.check_image_size(network.model, flags.img)
+    if isinstance(flags, SparseFlags):
+        graph = slim.trace(network.model, detection.example_image(flags.img))
+        slim.add_gates(network.model, graph, tie=flags.tie)
+    elif not keep_gates:
+        network.model = slim.fold_gates(network.model)
+    return network
+
+
+def make_pull(flags: TrainFlags, model: torch.nn.Module, steps: int) -> tuple[slim.SmallestHalfL1 | None, int]:
+    """The pull of sparse training; without one, gates that the network has are only kept at or above 0."""
+    if not isinstance(flags, SparseFlags):
+        return (slim.SmallestHalfL1(model, strength=0.0) if slim.gate_vectors(model) else None), 0
+    if flags.pull_from >= flags.epochs:
+        raise EngineError(
+            f"--pull-from {flags.pull_from} leaves no epoch with the pull; expected less than --epochs {flags.epochs}"
+        )
+    strength = flags.strength
+    if strength == "auto":
+        strength = slim.strength_for(
+            learning_rate_sum(flags.optim(), steps, flags.epochs, flags.pull_from), flags.travel
+        )
+    print(
+        f"pull: strength {strength:.4g} on the smallest {flags.fraction:.0%} of each gate vector, from epoch {flags.pull_from}"
+    )
+    return slim.SmallestHalfL1(model, strength=float(strength), fraction=flags.fraction), flags.pull_from
+
+
+def log_start(run: RunFolder, model: torch.nn.Module, train_set: detection.DetectionDataset, flags: TrainFlags) -> None:
+    """The batch as the network sees it, and what the network costs."""
+    cost = slim.cost(model, detection.example_image(flags.img))
+    run.log_scalars({"cost/macs": float(cost.macs), "cost/params": float(cost.params)}, 0)
+    tiles = []
+    for i in range(min(4, len(train_set))):
+        sample = train_set[i]
+        boxes = detection.cxcywh_to_xyxy(sample.targets[:, 1:]) * flags.img
+        ones = torch.ones(len(boxes), 1)
+        tiles.append(draw_detections(sample.image, torch.cat([boxes, ones, sample.targets[:, :1]], 1), train_set.names))
+    run.log_picture("train_batch", torch.cat(tiles, 2))
+    save_png(torch.cat(tiles, 2), run.path / "train_batch.png")
+
+
+def finish(
+    run: RunFolder, flags: TrainFlags, evaluator: detection.Evaluator, result: FitResult, device: torch.device
+) -> TrainResult:
+    """metrics.json and the plots, from the weights in last.pt."""
+    network = detection.read_network(run.last)
+    evaluation = evaluator(network.model)
+    cost = slim.cost(network.model.cpu(), detection.example_image(flags.img))
+    metrics = {**evaluation.metrics(), "params": cost.params, "macs": cost.macs, "seconds": result.seconds}
+    run.write_metrics(
+        {
+            **metrics,
+            "best_ap": result.best_ap,
+            "best_epoch": result.best_epoch,
+            "closed_share": result.closed_share,
+            "evaluation_seconds": evaluation.seconds,
+        }
+    )
+    plot_results(run)
+    gates = slim.gate_vectors(network.model)
+    if gates:
+        plot_gates({name: gate.detach() for name, gate in gates.items()}, run.path / "gates.png")
+    picture = detections_picture(network.model, evaluator.dataset)
+    save_png(picture, run.path / "detections.png")
+    run.log_picture("detections", picture, flags.epochs)
+    run.close()
+    closed = "" if result.closed_share is None else f", {result.closed_share:.1%} of the gates closed"
+    print(f"{run.path}: AP {evaluation.ap:.4f}, AP50 {evaluation.ap50:.4f} on {evaluation.images} val images{closed}")
+    return TrainResult(run, result, evaluation)
+
+
+def detections_picture(model: torch.nn.Module, dataset: detection.DetectionDataset, count: int = 4) -> torch.Tensor:
+    """The first images with the network's detections side by side, uint8 [3, H, W]."""
+    images = detection.real_images(dataset, count)
+    model.eval()
+    with torch.no_grad():
+        found = non_max_suppression(model.cpu()(images)[0])
+    tiles = [draw_detections((x * 255).byte(), d, dataset.names) for x, d in zip(images, found, strict=True)]
+    return torch.cat(tiles, 2)
+
+
+def main(flags: SparseFlags) -> None:
+    train(flags)
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    return run_script(SparseFlags, main, __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
