@@ -10,7 +10,7 @@ import torch
 
 import detection
 import slim
-from engine import EngineError, RunFolder, milliseconds_per_image, write_text_atomically
+from engine import EngineError, RunFolder, milliseconds_per_image
 from engine.command import RunFlags, flag, run_script
 
 
@@ -51,7 +51,7 @@ def main(flags: BenchmarkFlags) -> None:
     rows = measure(flags)
     run = RunFolder.create(flags.project, flags.name)
     run.write_config(asdict(flags))
-    write_text_atomically(run.path / "benchmark.json", json.dumps(rows, indent=1))
+    slim.write_text_atomically(run.path / "benchmark.json", json.dumps(rows, indent=1))
     print(
         f"torch eager, float32, {flags.num_cores} CPU threads, one {flags.img}x{flags.img} image, medians of {flags.repeats}"
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import detection
 import slim
-from engine import EngineError, RunFolder, write_text_atomically
+from engine import EngineError, RunFolder
 from engine.command import RunFlags, choose_device, flag, run_script
 from finetune import FinetuneFlags
 from prune import PruneFlags, output_widths, prune
@@ -136,7 +136,7 @@ def conclude(
     run.close()
     lines = ["| step | AP | M MACs | M parameters |", "| --- | --- | --- | --- |"]
     lines += [f"| {name} | {ap:.4f} | {m / 1e6:.1f} | {p / 1e6:.3f} |" for name, ap, m, p in rows]
-    write_text_atomically(run.path / "report.md", "\n".join(["# Slimming run", "", *lines, ""]))
+    slim.write_text_atomically(run.path / "report.md", "\n".join(["# Slimming run", "", *lines, ""]))
     print("\n".join(lines))
     drop = baseline - evaluation.ap
     verdict = "within" if drop <= flags.max_drop else "MORE than"

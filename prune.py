@@ -13,7 +13,7 @@ from torch import nn
 
 import detection
 import slim
-from engine import EngineError, RunFolder, plot_widths, write_text_atomically
+from engine import EngineError, RunFolder, plot_widths
 from engine.command import RunFlags, choose_device, flag, run_script
 
 TOLERANCE = 1e-4
@@ -90,7 +90,7 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
     pruned_evaluation = evaluator(pruned) if evaluator else None
     run = RunFolder.create(flags.project, flags.name)
     run.write_config(asdict(flags))
-    write_text_atomically(run.path / "plan.json", plan.to_json())
+    slim.write_text_atomically(run.path / "plan.json", plan.to_json())
     out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
     detection.save_network(out, pruned.cpu(), network.build)
     record(

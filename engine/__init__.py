@@ -1,6 +1,5 @@
 """Training, evaluation, run folders and checkpoints of detectors that the caller passes in."""
 
-from .atomic import write_atomically, write_text_atomically
 from .batch import Batch, network_input
 from .checkpoint import TRAINING_STATE_KEY, Progress, Trainee, read_training_state, seed_generators
 from .errors import EngineError
@@ -63,6 +62,4 @@ __all__ = [
     "save_coco_json",
     "save_png",
     "seed_generators",
-    "write_atomically",
-    "write_text_atomically",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from slim import SlimError
 
-class EngineError(ValueError):
+
+class EngineError(SlimError):
     """One line: what failed, where, what was found, what was expected, what to do."""

@@ -17,7 +17,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from .atomic import write_text_atomically
+from slim import write_text_atomically
+
 from .batch import Batch, network_input
 from .errors import EngineError
 

@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
-from slim import CLOSED
+from slim import CLOSED, write_atomically
 
-from .atomic import write_atomically
 from .errors import EngineError
 from .run_folder import RunFolder
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch import Tensor
 
-from .atomic import write_text_atomically
+from slim import write_text_atomically
+
 from .errors import EngineError
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import EngineError, RunFolder, write_text_atomically
+import slim
+from engine import EngineError, RunFolder
 from engine.command import RunFlags, flag, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +163,7 @@ def compare(flags: SlimmingFlags) -> list[Row]:
     times = json.loads((bench / "benchmark.json").read_text(encoding="utf-8"))
     by_step = dict(zip(timed, (float(t["milliseconds"]) for t in times), strict=True))
     rows = [Row(**{**vars(row), "milliseconds": by_step.get(row.step)}) for row in rows]
-    write_text_atomically(work.run.path / "report.md", table(rows) + "\n")
+    slim.write_text_atomically(work.run.path / "report.md", table(rows) + "\n")
     print(f"closed share after sparse training: {metrics_of(sparse)['closed_share']:.3f}")
     return rows
 

@@ -1,12 +1,13 @@
 """slim: gates, dependency graph, planning and surgery for channel pruning of any ``torch.nn.Module``."""
 
+from slim.atomic import write_atomically as write_atomically
+from slim.atomic import write_text_atomically as write_text_atomically
 from slim.checkpoint import load as load
 from slim.checkpoint import pack as pack
 from slim.checkpoint import read as read
 from slim.checkpoint import restore as restore
 from slim.checkpoint import save as save
 from slim.checkpoint import widths_of as widths_of
-from slim.checkpoint import write_atomically as write_atomically
 from slim.cost import Cost as Cost
 from slim.cost import cost as cost
 from slim.errors import SlimError as SlimError

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slim.atomic import write_atomically
 from slim.cost import cost
 from slim.errors import SlimError
 from slim.fold import example_of
@@ -41,7 +41,10 @@ def widths_of(model: nn.Module) -> dict[str, list[int]]:
 def pack(model: nn.Module, build: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint's dictionary: weights in FP32 on the CPU, widths, gates and what they cost."""
     example = getattr(model, "slim_example", None)
-    state = {k: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {
+        k: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous()
+        for k, v in model.state_dict().items()
+    }
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -61,7 +64,9 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in gates)
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], build: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> None:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], build: Mapping[str, Any], extra: Mapping[str, Any] | None = None
+) -> None:
     """Write a checkpoint atomically: a temporary file in the same folder, flushed, then renamed.
 
     ``build`` is what ``load``'s builder will get; ``extra`` adds further entries (tensors and plain values).
@@ -70,24 +75,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], build: Mapping[str, Any
     taken = set(extra or {}) & set(packed)
     if taken:
         raise SlimError(f"extra uses reserved entries: {', '.join(sorted(taken))}")
-    write_atomically({**packed, **(extra or {})}, Path(path))
-
-
-def write_atomically(content: Mapping[str, Any], path: Path) -> None:
-    """torch.save beside the target, fsync, rename; whatever stood at ``path`` survives a failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):
-            raise SlimError(f"{path}: cannot be written ({error}); the file that stood there is unchanged; free space?") from error
-        raise
+    content = {**packed, **(extra or {})}
+    write_atomically(Path(path), lambda temporary: torch.save(content, temporary))
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -111,7 +100,9 @@ def load(path: str | os.PathLike[str], builder: Callable[[dict[str, Any]], nn.Mo
     return restore(read(path), builder, str(path))
 
 
-def restore(content: Mapping[str, Any], builder: Callable[[dict[str, Any]], nn.Module], origin: str = "checkpoint") -> nn.Module:
+def restore(
+    content: Mapping[str, Any], builder: Callable[[dict[str, Any]], nn.Module], origin: str = "checkpoint"
+) -> nn.Module:
     """``load`` for a dictionary that is already read."""
     model = builder(content["build"])
     example = content["example"]

@@ -24,9 +24,21 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 HOMOGENEOUS = {
-    "relu", "leaky_relu", "prelu", "_prelu_kernel", "clone", "contiguous", "detach", "alias", "to", "_to_copy", "neg",
-    "dropout", "native_dropout", "copy",
-}  # fmt: skip
+    "relu",
+    "leaky_relu",
+    "prelu",
+    "_prelu_kernel",
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+    "to",
+    "_to_copy",
+    "neg",
+    "dropout",
+    "native_dropout",
+    "copy",
+}
 """f(g * x) = g * f(x) for g >= 0."""
 ADDITIVE = {"add", "sub", "maximum", "minimum"}
 
@@ -69,7 +81,9 @@ class GatePropagation(Propagation):
             self.fail(labels, "a gate before it")
         self.put(output, labels)
 
-    def unknown(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def unknown(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
         for tensor in inputs:
             self.fail(self.get(tensor), name)
         for tensor in outputs:
@@ -98,7 +112,9 @@ class GatePropagation(Propagation):
         for tensor in outputs:
             self.put(tensor, result)
 
-    def spatial(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def spatial(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
         """Max and mean over windows of one map commute with its factor."""
         labels = self.get(inputs[0])
         if labels is not None and any(size > 1 for size in labels.shape[2:]):
@@ -197,7 +213,9 @@ def stuck_vectors(run: GatePropagation, model: nn.Module) -> dict[int, range]:
         reason = next((run.unfoldable[x] for x in labels if x in run.unfoldable), None)
         if reason is not None:
             stuck[id(vector)] = labels
-            groups = {g for _, gate in gates_in(model) for g, v in zip(gate.groups, gate.vectors, strict=True) if v is vector}
+            groups = {
+                g for _, gate in gates_in(model) for g, v in zip(gate.groups, gate.vectors, strict=True) if v is vector
+            }
             logger.warning("the gate of group %s stays: its factor does not pass through %s", ", ".join(groups), reason)
     return stuck
 

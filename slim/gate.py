@@ -158,5 +158,7 @@ def strength_for(total_lr: float, travel: float = 2.0) -> float:
     ``total_lr`` is the sum of the learning rates over the steps that pull.
     """
     if not total_lr > 0:
-        raise SlimError(f"the learning rates of the sparse steps sum to {total_lr}; expected more than 0 (train longer)")
+        raise SlimError(
+            f"the learning rates of the sparse steps sum to {total_lr}; expected more than 0 (train longer)"
+        )
     return travel / total_lr

@@ -130,8 +130,11 @@ class ChannelGraph:
             f"{len(self.groups)} groups, {prunable} prunable; {self.macs / 1e6:.1f} M MACs, {self.params / 1e6:.3f} M "
             f"parameters; {frozen:.1%} of the MACs make frozen channels"
         )
-        lines += [f"no channel rule for {u.op} in {u.path or 'the model'}: froze {', '.join(u.groups)}"
-                  for u in self.unknown_ops if u.groups]  # fmt: skip
+        lines += [
+            f"no channel rule for {u.op} in {u.path or 'the model'}: froze {', '.join(u.groups)}"
+            for u in self.unknown_ops
+            if u.groups
+        ]
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -57,7 +57,9 @@ def add_gates(
         gate = Gate([g.name for g in groups], vectors, gate_index(site, numbers, [g.size for g in groups]), site.axis)
         wrap(model, site.path, gate.to(device))
     if not shared:
-        raise SlimError("no gate could be placed: no activation module follows channels that can be pruned; see graph.report()")
+        raise SlimError(
+            "no gate could be placed: no activation module follows channels that can be pruned; see graph.report()"
+        )
     model.slim_example = graph.example  # type: ignore[assignment]
     return gate_vectors(model)
 
@@ -99,7 +101,8 @@ def gate_layout(model: nn.Module) -> list[GateLayout]:
 
 
 def restore_gates(model: nn.Module, layout: Sequence[GateLayout], example: Any) -> None:
-    """Put gates back by their layout, factors 1, in place."""
+    """Put gates back by their layout, factors 1, in place; ``example`` tells fold_gates what inputs look like."""
+    model.slim_example = example
     shared: dict[str, nn.Parameter] = {}
     for place in layout:
         vectors = [
@@ -110,6 +113,6 @@ def restore_gates(model: nn.Module, layout: Sequence[GateLayout], example: Any) 
         try:
             wrap(model, place["path"], Gate(place["groups"], vectors, index, place["axis"]))
         except AttributeError as error:
-            raise SlimError(f"a gate belongs at {place['path']}, but the built model has no such module ({error})") from error
-    if layout:
-        model.slim_example = example
+            raise SlimError(
+                f"a gate belongs at {place['path']}, but the built model has no such module ({error})"
+            ) from error

@@ -7,36 +7,69 @@ An operator that is in no table freezes every channel that enters it.
 from __future__ import annotations
 
 # Each output element depends on the input elements at the same (broadcast) position alone.
-ELEMENTWISE = """
-    abs add addcdiv addcmul alias atan2 bitwise_and bitwise_not bitwise_or ceil celu clamp clamp_max clamp_min clone copy cos
-    detach div dropout elu eq erf exp expm1 floor ge gelu gt hardshrink hardsigmoid hardswish hardtanh le leaky_relu lerp
-    lift_fresh log log1p log_sigmoid_forward logical_and logical_not logical_or lt masked_fill maximum minimum mish mul
-    nan_to_num ne neg pow prelu _prelu_kernel reciprocal relu relu6 round rsqrt rsub selu sigmoid sign silu sin softplus
-    softshrink sqrt square sub tanh threshold _to_copy to where native_dropout contiguous
-""".split()
+# fmt: off
+ELEMENTWISE = [
+    "abs", "add", "addcdiv", "addcmul", "alias", "atan2", "bitwise_and", "bitwise_not", "bitwise_or", "ceil",
+    "celu", "clamp", "clamp_max", "clamp_min", "clone", "copy", "cos", "detach", "div", "dropout", "elu", "eq",
+    "erf", "exp", "expm1", "floor", "ge", "gelu", "gt", "hardshrink", "hardsigmoid", "hardswish", "hardtanh",
+    "le", "leaky_relu", "lerp", "lift_fresh", "log", "log1p", "log_sigmoid_forward", "logical_and", "logical_not",
+    "logical_or", "lt", "masked_fill", "maximum", "minimum", "mish", "mul", "nan_to_num", "ne", "neg", "pow",
+    "prelu", "_prelu_kernel", "reciprocal", "relu", "relu6", "round", "rsqrt", "rsub", "selu", "sigmoid", "sign",
+    "silu", "sin", "softplus", "softshrink", "sqrt", "square", "sub", "tanh", "threshold", "_to_copy", "to",
+    "where", "native_dropout", "contiguous",
+]
+# fmt: on
 
 # Windows over the trailing axes of one map; channels keep their place.
 SPATIAL = [
-    *(f"{stem}{d}d" for d in (1, 2, 3) for stem in
-      ("avg_pool", "max_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest",
-       "_upsample_nearest_exact", "reflection_pad", "replication_pad")),
-    "max_pool2d_with_indices", "max_pool3d_with_indices", "mkldnn_max_pool2d", "upsample_linear1d", "upsample_bilinear2d",
-    "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-]  # fmt: skip
+    *(
+        f"{stem}{d}d"
+        for d in (1, 2, 3)
+        for stem in (
+            "avg_pool",
+            "max_pool",
+            "adaptive_avg_pool",
+            "_adaptive_avg_pool",
+            "adaptive_max_pool",
+            "upsample_nearest",
+            "_upsample_nearest_exact",
+            "reflection_pad",
+            "replication_pad",
+        )
+    ),
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "mkldnn_max_pool2d",
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "upsample_trilinear3d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+]
 
 # The output is a rearrangement of the inputs' elements: the very same operator is applied to the labels.
-MOVE = """
-    view _unsafe_view reshape _reshape_alias permute transpose t expand squeeze unsqueeze slice select split
-    split_with_sizes unbind flip repeat stack cat constant_pad_nd pixel_shuffle pixel_unshuffle roll index_select
-    narrow diagonal unfold index channel_shuffle native_channel_shuffle
-""".split()
+# fmt: off
+MOVE = [
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "expand", "squeeze",
+    "unsqueeze", "slice", "select", "split", "split_with_sizes", "unbind", "flip", "repeat", "stack", "cat",
+    "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "roll", "index_select", "narrow", "diagonal", "unfold",
+    "index", "channel_shuffle", "native_channel_shuffle",
+]
+# fmt: on
 
 REDUCE = ["mean", "sum", "amax", "amin", "var", "std", "prod"]
 
 BATCH_NORM = [
-    "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "native_batch_norm", "cudnn_batch_norm",
-    "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_with_update", "batch_norm",
-]  # fmt: skip
+    "_native_batch_norm_legit_no_training",
+    "_native_batch_norm_legit",
+    "native_batch_norm",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
+    "_batch_norm_no_update",
+    "_batch_norm_with_update",
+    "batch_norm",
+]
 
 CONVOLUTION = ["convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "convolution_overrideable"]
 

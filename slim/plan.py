@@ -56,7 +56,9 @@ class Plan:
             groups = tuple(group_from_plain(group) for group in plain["groups"])
             return Plan(groups, pair(plain["macs"]), pair(plain["params"]))
         except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
-            raise SlimError(f"not a plan: {type(error).__name__} {error}; expected what Plan.to_json() wrote") from error
+            raise SlimError(
+                f"not a plan: {type(error).__name__} {error}; expected what Plan.to_json() wrote"
+            ) from error
 
     def __str__(self) -> str:
         width = max([5, *(len(g.name) for g in self.groups)])
@@ -65,8 +67,10 @@ class Plan:
             scores = "" if g.score_range is None else f"{g.score_range[0]:.3g} .. {g.score_range[1]:.3g}"
             lines.append(f"{g.name:<{width}}  {g.size:>6}  {len(g.keep):>5}  {scores}")
         (m0, m1), (p0, p1) = self.macs, self.params
-        lines.append(f"MACs {m0 / 1e6:.1f} M -> {m1 / 1e6:.1f} M ({m1 / m0:.1%}), "
-                     f"parameters {p0 / 1e6:.3f} M -> {p1 / 1e6:.3f} M ({p1 / p0:.1%})")  # fmt: skip
+        lines.append(
+            f"MACs {m0 / 1e6:.1f} M -> {m1 / 1e6:.1f} M ({m1 / m0:.1%}), "
+            f"parameters {p0 / 1e6:.3f} M -> {p1 / 1e6:.3f} M ({p1 / p0:.1%})"
+        )
         return "\n".join(lines)
 
 

@@ -46,8 +46,16 @@ class Propagation(TorchDispatchMode):
     def run(self, example_inputs: Any) -> list[Tensor]:
         """Forward once in evaluation mode without gradients; returns the tensors among the outputs."""
         args, kwargs = call_arguments(example_inputs)
-        self.batch_size = next((t.shape[0] for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.ndim), 1)
-        with self.watched_modules(), evaluation_mode(self.model), torch.random.fork_rng(devices=[]), torch.no_grad(), self:
+        self.batch_size = next(
+            (t.shape[0] for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.ndim), 1
+        )
+        with (
+            self.watched_modules(),
+            evaluation_mode(self.model),
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            self,
+        ):
             outputs = self.model(*args, **kwargs)
         return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor)]
 
@@ -116,7 +124,11 @@ class Propagation(TorchDispatchMode):
         if not outputs:
             return out
         name, in_place = operator_name(func)
-        if name in ("t", "transpose", "permute", "detach", "alias") and self.weight_of(inputs[0]) and inputs[0].ndim > 1:
+        if (
+            name in ("t", "transpose", "permute", "detach", "alias")
+            and self.weight_of(inputs[0])
+            and inputs[0].ndim > 1
+        ):
             self.view_of_weight(name, inputs[0], outputs[0])
             return out
         self.count(name, args, outputs[0])
@@ -156,7 +168,9 @@ class Propagation(TorchDispatchMode):
 
     def move(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Operators that rearrange elements: apply the very same operator to the labels."""
-        labelled = {id(t): spread(self.get(t), t) for t in inputs if t.dtype is not torch.int64 or self.get(t) is not None}
+        labelled = {
+            id(t): spread(self.get(t), t) for t in inputs if t.dtype is not torch.int64 or self.get(t) is not None
+        }
         swap: Callable[[Any], Any] = lambda leaf: labelled.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
         if name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
             moved = [labelled[id(inputs[0])].reshape(outputs[0].shape)]
@@ -172,7 +186,9 @@ class Propagation(TorchDispatchMode):
     def tie_parts(self, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Hook for propagations in which splitting an axis into equal parts couples the parts."""
 
-    def unknown(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def unknown(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
         raise NotImplementedError
 
     def split_of_labelled_axis(self, tensor: Tensor, out: Tensor) -> list[int] | None:
@@ -198,7 +214,9 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
         return (), example_inputs
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
-    raise SlimError(f"example_inputs is {type(example_inputs).__name__}; expected a tensor, a tuple, a list or a dictionary")
+    raise SlimError(
+        f"example_inputs is {type(example_inputs).__name__}; expected a tensor, a tuple, a list or a dictionary"
+    )
 
 
 @contextmanager

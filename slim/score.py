@@ -37,7 +37,9 @@ def score(model: nn.Module, graph: ChannelGraph, criterion: str = "gate", *, see
     found = {group.name: judge(model, group) for group in graph.groups if group.prunable}
     scores = {name: s.detach().double().cpu() for name, s in found.items() if s is not None}
     if not scores:
-        raise SlimError(f"criterion {criterion!r} finds nothing to judge in this model" + NOTHING_TO_JUDGE.get(criterion, ""))
+        raise SlimError(
+            f"criterion {criterion!r} finds nothing to judge in this model" + NOTHING_TO_JUDGE.get(criterion, "")
+        )
     return scores
 
 
@@ -71,9 +73,10 @@ def batch_norm_criterion(model: nn.Module, group: ChannelGroup) -> Tensor | None
     """Mean |batch-norm weight| of each channel."""
     norms = {path for path, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)}
     found = [
-        per_channel(parameter_of(model, m), m, group.size, 1) for m in members(group, "scale")
+        per_channel(parameter_of(model, m), m, group.size, 1)
+        for m in members(group, "scale")
         if m.layer in norms and m.param.endswith(".weight")
-    ]  # fmt: skip
+    ]
     return normalised(found)
 
 
@@ -111,7 +114,8 @@ def per_channel(tensor: Tensor, member: Member, size: int, order: int) -> Tensor
             f"{member.param} has {tensor.shape[member.axis]} channels, the graph expects more; trace the model again"
         )
     rows = tensor.double().cpu().movedim(member.axis, 0).index_select(0, torch.tensor(member.index))
-    return rows.reshape(size, -1).norm(p=order, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows.reshape(size, -1), order, dim=1)
+    return norms
 
 
 def normalised(found: list[Tensor]) -> Tensor | None:

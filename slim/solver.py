@@ -55,7 +55,9 @@ class WidthCosts:
         return self.fixed_params + sum(self.numel(p, widths) for p in self.axes)
 
     def macs(self, widths: Widths) -> int:
-        return self.fixed_macs + sum(self.numel(p, widths) * self.positions[p] for p in self.axes if p in self.positions)
+        return self.fixed_macs + sum(
+            self.numel(p, widths) * self.positions[p] for p in self.axes if p in self.positions
+        )
 
     def channels(self, widths: Widths) -> int:
         return sum(widths)
@@ -198,9 +200,7 @@ def keep_best(group: ChannelGroup, values: Tensor, width: int) -> GroupPlan:
     return GroupPlan(group.name, group.size, keep, group.members, (float(values.min()), float(values.max())))
 
 
-def unreachable(
-    target: Target, groups: list[ChannelGroup], floors: Widths, measure: Callable[[Widths], int]
-) -> str:
+def unreachable(target: Target, groups: list[ChannelGroup], floors: Widths, measure: Callable[[Widths], int]) -> str:
     """The message for a target below what the floors allow: how far it goes, and the floors that cost most."""
     sizes = [g.size for g in groups]
     lowest, whole = measure(floors), measure(sizes)

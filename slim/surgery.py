@@ -35,16 +35,17 @@ def positions_kept(model: nn.Module, plan: Plan) -> Keep:
                     f"the plan does not fit: group {group.name} needs {member.param} with axis {member.axis} of at least "
                     f"{max(member.index) + 1}, the model has {found}; apply it to a copy of the network that was traced"
                 )
-            gone = member.positions(group.removed, group.size)
-            removed.setdefault(member.param, {}).setdefault(member.axis, set()).update(gone)
+            positions = member.positions(group.removed, group.size)
+            removed.setdefault(member.param, {}).setdefault(member.axis, set()).update(positions)
     keep: Keep = {}
     for name, axes in removed.items():
         for axis, gone in axes.items():
             if gone:
                 size = tensors[name].shape[axis]
-                if len(gone) == size:
+                kept = [i for i in range(size) if i not in gone]
+                if not kept:
                     raise SlimError(f"the plan removes every channel of {name} (axis {axis}, {size} positions)")
-                keep.setdefault(name, {})[axis] = torch.tensor([i for i in range(size) if i not in gone])
+                keep.setdefault(name, {})[axis] = torch.tensor(kept)
     return keep
 
 
@@ -89,7 +90,7 @@ def apply_plan(model: Any, plan: Plan, **state: Any) -> Any:
     optimizer, ema = state.get("optimizer"), state.get("ema")
     new_ema = copy.deepcopy(ema)
     if new_ema is not None:
-        new_ema.module = cut(ema.module, plan)
+        new_ema.module = cut(new_ema.module, plan)
     return pruned, None if optimizer is None else cut_optimizer(optimizer, model, pruned, plan), new_ema
 
 
@@ -106,7 +107,9 @@ def cut(model: Model, plan: Plan) -> Model:
 
 def slice_axes(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:
     """The kept positions along each axis, in memory of their own."""
-    channels_last = tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    channels_last = (
+        tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
     out = tensor.detach().clone()
     for axis, kept in axes.items():
         out = out.index_select(axis, kept.to(out.device))
@@ -124,7 +127,8 @@ def replace_tensor(model: nn.Module, name: str, new: Tensor) -> None:
     old = get_tensor(model, name)
     value = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
             for key, tensor in table.items():
                 if tensor is old:
                     table[key] = value
@@ -144,7 +148,9 @@ def cut_gates(model: nn.Module, groups: Iterable[GroupPlan]) -> None:
             start += vector.numel()
             if name in plans and id(vector) not in new_vectors:
                 if plans[name].size != vector.numel():
-                    raise SlimError(f"the gate of group {name} has {vector.numel()} channels, the plan {plans[name].size}")
+                    raise SlimError(
+                        f"the gate of group {name} has {vector.numel()} channels, the plan {plans[name].size}"
+                    )
                 originals.append(vector)
                 kept = torch.tensor(keep, device=vector.device)
                 new_vectors[id(vector)] = nn.Parameter(vector.detach()[kept], vector.requires_grad)
@@ -209,17 +215,20 @@ def cut_optimizer(optimizer: Optimizer, model: nn.Module, pruned: nn.Module, pla
         new_group["params"] = []
         for old in old_group["params"]:
             if id(old) not in names:
-                raise SlimError("the optimizer holds a parameter that is not the model's; give the one that trains this model")
+                raise SlimError(
+                    "the optimizer holds a parameter that is not the model's; give the one that trains this model"
+                )
             name = names[id(old)]
             successor = successors[name]
             new_group["params"].append(successor)
             axes = gate_keep.get(id(old), keep.get(name, {}))
             if old in optimizer.state:
                 new.state[successor] = {
-                    key: slice_axes(value, axes) if isinstance(value, Tensor) and value.shape == old.shape
+                    key: slice_axes(value, axes)
+                    if isinstance(value, Tensor) and value.shape == old.shape
                     else copy.deepcopy(value)
                     for key, value in optimizer.state[old].items()
-                }  # fmt: skip
+                }
     return new
 
 
@@ -243,7 +252,9 @@ def max_difference(first: nn.Module, second: nn.Module, inputs: Any) -> float:
     with torch.no_grad(), evaluation_mode(first), evaluation_mode(second):
         outputs = [tensors_of(model(*args, **kwargs)) for model in (first, second)]
     if [t.shape for t in outputs[0]] != [t.shape for t in outputs[1]]:
-        raise SlimError(f"outputs differ in shape: {[tuple(t.shape) for t in outputs[0]]} and {[tuple(t.shape) for t in outputs[1]]}")
+        raise SlimError(
+            f"outputs differ in shape: {[tuple(t.shape) for t in outputs[0]]} and {[tuple(t.shape) for t in outputs[1]]}"
+        )
     worst = 0.0
     for a, b in zip(*outputs, strict=True):
         if a.numel():
@@ -255,5 +266,3 @@ def max_difference(first: nn.Module, second: nn.Module, inputs: Any) -> float:
 def tensors_of(output: Any) -> list[Tensor]:
     leaves = torch.utils._pytree.tree_flatten(output)[0]
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-

@@ -23,9 +23,21 @@ from slim.labels import UnionFind, spread, varying_axes
 from slim.propagate import Propagation, transparent_gates
 
 ACTIVATIONS = (
-    nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardswish, nn.Hardtanh, nn.Mish, nn.GELU, nn.ELU,
-    nn.CELU, nn.SELU, nn.Softplus,
-)  # fmt: skip
+    nn.SiLU,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.Mish,
+    nn.GELU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.Softplus,
+)
 """Activations that a gate may follow. Bounded ones (sigmoid, ...) make factors of other channels, not maps."""
 
 
@@ -74,7 +86,9 @@ class ChannelPropagation(Propagation):
             # A layer that runs twice has one weight: what meets the same position goes together.
             self.classes.unite(before, labels)
             mixed = (before == 0) != (labels == 0)
-            self.freeze(torch.where(mixed, before + labels, 0), f"{param} is also used on channels that are not ours to cut")
+            self.freeze(
+                torch.where(mixed, before + labels, 0), f"{param} is also used on channels that are not ours to cut"
+            )
         self.records.append(Record(param, axis, role, labels))
 
     def freeze(self, labels: Tensor | None, reason: str) -> None:
@@ -89,7 +103,9 @@ class ChannelPropagation(Propagation):
 
     # -- rules --------------------------------------------------------------------------------------------------
 
-    def unknown(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def unknown(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
         labels = [self.get(t) for t in inputs]
         met = [torch.unique(x) for x in labels if x is not None]
         reason = f"{name} in {self.where() or 'the model'} has no channel rule"
@@ -111,12 +127,12 @@ class ChannelPropagation(Propagation):
             (x.reshape((1,) * (ndim - x.ndim) + tuple(x.shape)), t) for x, t in met if x is not None and x.ndim <= ndim
         ]
         result: Tensor | None = None
-        for labels, _ in aligned:
+        for own, _ in aligned:
             if result is None:
-                result = labels
+                result = own
             else:
-                self.classes.unite(result, labels)
-                result = torch.where(result != 0, *torch.broadcast_tensors(result, labels))
+                self.classes.unite(result, own)
+                result = torch.where(result != 0, result, own)
         if result is not None:
             for labels, tensor in met:
                 self.freeze_at_constant(name, result, labels, tensor)
@@ -138,10 +154,14 @@ class ChannelPropagation(Propagation):
             if missing is None:
                 self.freeze(result, f"{name} in {self.where() or 'the model'} meets a tensor of fixed size")
             elif bool(missing.any()):
-                self.freeze(result.expand(shape)[missing.expand(shape)],
-                            f"{name} in {self.where() or 'the model'} meets a tensor of fixed size")  # fmt: skip
+                self.freeze(
+                    result.expand(shape)[missing.expand(shape)],
+                    f"{name} in {self.where() or 'the model'} meets a tensor of fixed size",
+                )
 
-    def spatial(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def spatial(
+        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
         """Windows over trailing axes: labels stay when they are constant over those axes."""
         labels = self.get(inputs[0])
         width = spatial_axes(name)
@@ -354,9 +374,7 @@ def frozen_reasons(run: ChannelPropagation, occurrences: dict[int, list[tuple[in
     return reasons
 
 
-def gather_members(
-    keys: Sequence[tuple[str, int, Role]], places: list[list[tuple[int, int]]]
-) -> tuple[Member, ...]:
+def gather_members(keys: Sequence[tuple[str, int, Role]], places: list[list[tuple[int, int]]]) -> tuple[Member, ...]:
     """One member per (parameter, axis, role); the positions of channel 0 first, each position once."""
     columns: dict[tuple[str, int, Role], list[int]] = {}
     for column, key in enumerate(keys):
@@ -398,7 +416,9 @@ def activation_sites(run: ChannelPropagation, home: dict[int, tuple[int, int]]) 
     return sites
 
 
-def unknown_ops(run: ChannelPropagation, home: dict[int, tuple[int, int]], groups: list[ChannelGroup]) -> list[UnknownOp]:
+def unknown_ops(
+    run: ChannelPropagation, home: dict[int, tuple[int, int]], groups: list[ChannelGroup]
+) -> list[UnknownOp]:
     found = []
     for op, path, labels in run.unknown_ops:
         met = [home.get(run.classes.find(label)) for label in labels.tolist() if label]

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import METRIC_KEYS, EngineError, RunFolder, TrainConfig, write_atomically, write_text_atomically
+from engine import METRIC_KEYS, EngineError, RunFolder, TrainConfig
 
 METRICS: dict[str, Any] = {key: 0.5 for key in METRIC_KEYS} | {"per_class": {"cat": 0.5}}
 
@@ -88,36 +86,3 @@ def test_events_carry_the_tags(tmp_path: Path) -> None:
     assert events.Tags()["histograms"] == ["gates/model.0"]
     assert events.Tags()["images"] == ["detections"]
     assert [(event.step, event.value) for event in events.Scalars("channels/model.1.conv")] == [(1, 24)]
-
-
-@pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
-def test_full_disk_leaves_the_old_file_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
-    path = tmp_path / "metrics.json"
-    write_text_atomically(path, "old")
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if failing != "write":
-        monkeypatch.setattr(os, failing, full)
-    with pytest.raises(EngineError, match=r"metrics\.json: cannot be written \(No space left on device\)"):
-        write_atomically(path, full if failing == "write" else lambda temporary: temporary.touch())
-    monkeypatch.undo()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "last.pt"
-    write_text_atomically(path, "old")
-
-    def interrupted(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, interrupted)
-    assert path.read_text() == "old"
-    assert list(path.parent.iterdir()) == [path]

@@ -24,6 +24,7 @@ from engine import (
     read_training_state,
 )
 from engine.training import Epoch, train_one_epoch
+from slim import SlimError
 from tests.engine.tiny_detector import (
     RecordingPull,
     TinyDetector,
@@ -336,7 +337,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(EngineError, match=r"last\.pt: cannot be written \(No space left on device\)"):
+    with pytest.raises(SlimError, match=r"last\.pt: cannot be written \(No space left on device\)"):
         train(tiny(), run, evaluate=evaluate)
     assert read_training_state(run.last)["progress"]["next_epoch"] == 2
     assert sorted(path.name for path in run.last.parent.iterdir()) == ["best.pt", "last.pt"]

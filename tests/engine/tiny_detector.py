@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import TRAINING_STATE_KEY, Evaluation, write_atomically
-from slim import Gate
+from engine import TRAINING_STATE_KEY, Evaluation
+from slim import Gate, write_atomically
 
 
 class TinyDetector(nn.Module):

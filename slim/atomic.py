@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import EngineError
+from slim.errors import SlimError
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk and rename it to `path`.
 
-    Raises EngineError when the file cannot be written; `path` then still holds what it held before.
+    Raises SlimError when the file cannot be written; `path` then still holds what it held before.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -28,11 +28,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp's 0600 would hide run folders from a team
         os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise EngineError(
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        raise SlimError(
             f"{path}: cannot be written ({reason}); the previous file, if any, is untouched; "
-            "free disk space or choose another --project"
+            "free disk space or choose another folder"
         ) from error
     finally:
         if temporary is not None:
