@@ -53,12 +53,13 @@ class Augment:
     """Probability of a left-right flip."""
 
     def __post_init__(self) -> None:
-        limits = {"scale": 1.0, "degrees": 180.0, "shear": 90.0}
         for name, value in vars(self).items():
-            limit = limits.get(name, 1.0)
-            inside = 0 <= value < limit if name in ("scale", "shear") else 0 <= value <= limit
-            if not inside:
-                raise DataError(f"augmentation {name} is {value}, expected 0 to {limit:g}; 0 switches it off")
+            # A scale of 0 and a shear of a right angle would leave nothing of the image.
+            below = {"scale": 1.0, "shear": 90.0}.get(name)
+            limit = below or {"degrees": 180.0}.get(name, 1.0)
+            if not 0 <= value <= limit or value == below:
+                wanted = f"0 to {'less than ' if below else ''}{limit:g}"
+                raise DataError(f"augmentation {name} is {value}, expected {wanted}; 0 switches it off")
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,9 @@ def _render_aligned(tiles: Sequence[Tile], view: View) -> tuple[Tensor, Labels]:
     kept = []
     for tile in tiles:
         height, width = tile.image.shape[1:]
-        spans = [_visible_span(o, n, view, axis) for axis, (o, n) in enumerate(((tile.x_px, width), (tile.y_px, height)))]
-        if spans[0] is None or spans[1] is None:
+        x, y = _visible_span(tile.x_px, width, view, axis=0), _visible_span(tile.y_px, height, view, axis=1)
+        if x is None or y is None:
             continue
-        (x, y) = spans[0], spans[1]
         patch = resize(tile.image[:, y.crop[0] : y.crop[1], x.crop[0] : x.crop[1]], (y.length, x.length))
         x_lo, x_hi, y_lo, y_hi = max(x.start, 0), min(x.stop, size), max(y.start, 0), min(y.stop, size)
         output[:, y_lo:y_hi, x_lo:x_hi] = patch[:, y_lo - y.start : y_hi - y.start, x_lo - x.start : x_hi - x.start]

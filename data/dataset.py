@@ -48,10 +48,10 @@ class DetectionDataset(Dataset[Sample]):
 
     Without ``augment``: each image letterboxed to a grey square of ``image_size_px``. With it: a random sample that
     depends only on (seed, epoch, index). Bad label lines and unreadable images are left out and listed in ``problems``;
-    DataError if no image is left or if no label's class is covered by the names.
+    DataError if no image is left, or none of the labels that the files hold.
 
     ``cache`` keeps all images, resized, in memory (3 * image_size_px**2 bytes each), unless that would take more than
-    half of what is free.
+    half of what is available.
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class DetectionDataset(Dataset[Sample]):
     ) -> None:
         if image_size_px < 1:
             raise DataError(f"image size {image_size_px}, expected a positive number of pixels")
+        if seed < 0:
+            raise DataError(f"seed {seed}, expected a whole number of at least 0")
         self.names = config.names
         self.split = split
         self.image_size_px = image_size_px
@@ -80,7 +82,9 @@ class DetectionDataset(Dataset[Sample]):
         sizes, self._cache = self._scan(found, cache and self._fits(len(found)))
         usable = [i for i, size in enumerate(sizes) if size is not None]
         if not usable:
-            raise DataError(f"split {split!r}: none of its {len(found)} images can be used; the first: {self.problems[0]}")
+            raise DataError(
+                f"split {split!r}: none of its {len(found)} images can be used; the first: {self.problems[0]}"
+            )
         if self._cache is not None and len(usable) < len(found):
             self._cache = self._cache[usable]
         self.files: tuple[Path, ...] = tuple(found[i] for i in usable)
@@ -121,7 +125,8 @@ class DetectionDataset(Dataset[Sample]):
 
     def ground_truth(self) -> dict[str, Any]:
         """The labels as a COCO dict: boxes in original pixels, image ids = indices, category ids = class indices."""
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for image_id, (file, (height, width), labels) in enumerate(
             zip(self.files, self._sizes, self._labels, strict=True)
         ):
@@ -162,14 +167,11 @@ class DetectionDataset(Dataset[Sample]):
         return image
 
     def _fits(self, count: int) -> bool:
-        need = count * 3 * self.image_size_px**2
-        try:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):
+        need, free = count * 3 * self.image_size_px**2, available_bytes()
+        if free is None or need <= free / 2:
             return True
-        if need <= free / 2:
-            return True
-        logger.warning("%d images need %.1f GiB of the %.1f GiB free: read from disk", count, need / 2**30, free / 2**30)
+        message = "split %r: %.1f GiB for its %d images are more than half of the %.1f GiB available: not cached"
+        logger.warning(message, self.split, need / 2**30, count, free / 2**30)
         return False
 
     def _scan(self, files: Sequence[Path], cache: bool) -> tuple[list[tuple[int, int] | None], Tensor | None]:
@@ -192,19 +194,33 @@ class DetectionDataset(Dataset[Sample]):
         return [None if isinstance(look, str) else look for look in looks], store
 
     def _read_labels(self) -> list[NDArray[np.float32]]:
-        labels, total, out_of_range = [], 0, 0
-        for file in self.files:
-            rows, problems, wrong = read_labels(label_path(file), len(self.names))
-            labels.append(rows)
-            self.problems += problems
-            total += len(rows)
-            out_of_range += wrong
-        if out_of_range and not total:
+        read = [read_labels(label_path(file), len(self.names)) for file in self.files]
+        problems = [problem for labels in read for problem in labels.problems]
+        out_of_range = [problem for labels in read for problem in labels.out_of_range]
+        self.problems += problems
+        if problems and not any(len(labels.rows) for labels in read):
+            if len(out_of_range) == len(problems):
+                raise DataError(
+                    f"split {self.split!r}: the class of every label is outside 0 to {len(self.names) - 1}, so the class "
+                    f"count is wrong: the data.yaml names {len(self.names)} classes; for example {problems[0]}"
+                )
             raise DataError(
-                f"split {self.split!r}: the class of every label is outside 0 to {len(self.names) - 1}, so the class count "
-                f"is wrong: the data.yaml names {len(self.names)} classes; for example {self.problems[-1]}"
+                f"split {self.split!r}: not one of its labels can be used: {len(problems)} problems, "
+                f"{len(out_of_range)} of them classes out of range; the first: {problems[0]}"
             )
-        return labels
+        return [labels.rows for labels in read]
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping; None where the system does not say."""
+    try:
+        # Free pages alone would leave out the file cache, which gives way.
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 def find_images(sources: Sequence[Path], base: Path) -> list[Path]:
@@ -217,13 +233,20 @@ def _images_of(source: Path, base: Path) -> Iterator[Path]:
     if source.is_dir():
         yield from sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     elif source.suffix.lower() == ".txt":
-        for line in source.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                entry = Path(line.strip())
-                beside = source.parent / entry
-                yield beside if line.strip().startswith("./") or beside.exists() else base / entry
+        for line in _read_list(source):
+            entry = Path(line)
+            beside = source.parent / entry
+            yield beside if line.startswith("./") or beside.exists() else base / entry
     else:
         yield source
+
+
+def _read_list(source: Path) -> list[str]:
+    try:
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: the list of images cannot be read ({error}); expected a path a line") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _to_pixels(labels: NDArray[np.float32], width: float, height: float) -> Labels:
@@ -236,5 +259,5 @@ def _to_pixels(labels: NDArray[np.float32], width: float, height: float) -> Labe
 def _targets(labels: Labels, size_px: int) -> Tensor:
     """class, x1, y1, x2, y2 in pixels of the square -> float32 [n, 5]: class, cx, cy, w, h normalised."""
     cls, x1, y1, x2, y2 = labels.T
-    rows = [cls * size_px, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
-    return torch.from_numpy(np.stack(rows, axis=1) / np.float32(size_px)).float()
+    boxes = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1) / np.float32(size_px)
+    return torch.from_numpy(np.concatenate([cls[:, None], boxes], axis=1))

@@ -5,6 +5,7 @@ Decoding is Pillow's, which torchvision brings along: torchvision.io's own decod
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -30,26 +31,36 @@ def read_image(path: Path) -> Tensor:
     """RGB uint8 [3, H, W], turned upright as its EXIF says; DataError if it cannot be decoded."""
     try:
         with _open(path) as image:
-            return pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+            upright: Tensor = pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+            return upright
     except _UNREADABLE as error:
         raise _damaged(path, error) from error
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the header, upright; DataError if the file is visibly damaged. No pixel is decoded."""
+    """(height, width), upright; DataError if the file is visibly damaged. As a rule no pixel is decoded."""
     try:
+        with _open(path) as image:
+            image.verify()
+        # A verified image is spent: Pillow wants it opened again.
         with _open(path) as image:
             width, height = image.size
             turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            image.verify()
-        if path.suffix.lower() in (".jpg", ".jpeg"):
-            with path.open("rb") as file:
-                file.seek(-2, 2)
-                if file.read() != b"\xff\xd9":
-                    raise OSError("the end of the JPEG is missing")
+            is_jpeg = image.format == "JPEG"
+        if is_jpeg and not _ends_as_jpeg(path):
+            # Cut off, or whole with something appended: only decoding tells.
+            read_image(path)
+    except DataError:
+        raise
     except _UNREADABLE as error:
         raise _damaged(path, error) from error
     return (width, height) if turned else (height, width)
+
+
+def _ends_as_jpeg(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-2, os.SEEK_END)
+        return file.read() == b"\xff\xd9"
 
 
 def _open(path: Path) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ class ClassRangeError(ValueError):
 
 
 def label_path(image: Path) -> Path:
-    """Where an image's labels lie: the last folder ``images`` of its path becomes ``labels``, the suffix ``.txt``."""
+    """Where an image's labels lie: the last folder ``images`` of its path becomes ``labels``, the suffix ``.txt``.
+
+    Without such a folder they lie beside the image.
+    """
     parts = list(image.parts)
     for i in range(len(parts) - 2, -1, -1):
         if parts[i] == "images":
@@ -26,20 +30,30 @@ def label_path(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def read_labels(path: Path, num_classes: int) -> tuple[NDArray[np.float32], list[str], int]:
-    """Labels of one image: float32 [n, 5] (class, cx, cy, w, h), what was left out and why, and how many of those were
-    left out for their class. A missing or empty file means that nothing is in the image; boxes are clipped to the image.
-    """
+@dataclass(frozen=True)
+class LabelFile:
+    """What one label file says."""
+
+    rows: NDArray[np.float32]
+    """[n, 5]: class, cx, cy, w, h, normalised and inside the image"""
+    problems: tuple[str, ...] = ()
+    """The lines that were left out, and why."""
+    out_of_range: tuple[str, ...] = ()
+    """Those of ``problems`` that name a class which does not exist."""
+
+
+def read_labels(path: Path, num_classes: int) -> LabelFile:
+    """Labels of one image, boxes clipped to it. A missing or empty file means that nothing is in the image."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         lines = []
     except (OSError, UnicodeDecodeError) as error:
-        return _array([]), [f"{path}: cannot be read as text ({error}); all its lines were left out"], 0
+        return LabelFile(_array([]), (f"{path}: cannot be read as text ({error}); all its lines were left out",))
     rows: list[tuple[float, ...]] = []
     seen: set[tuple[float, ...]] = set()
     problems: list[str] = []
-    out_of_range = 0
+    out_of_range: list[str] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -51,15 +65,18 @@ def read_labels(path: Path, num_classes: int) -> tuple[NDArray[np.float32], list
             rows.append(row)
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}; the line was left out")
-            out_of_range += isinstance(error, ClassRangeError)
-    return _array(rows), problems, out_of_range
+            if isinstance(error, ClassRangeError):
+                out_of_range.append(problems[-1])
+    return LabelFile(_array(rows), tuple(problems), tuple(out_of_range))
 
 
 def parse_label(line: str, num_classes: int) -> tuple[float, ...]:
     """One line -> (class, cx, cy, w, h), normalised and clipped to the image; ValueError says what is wrong with it."""
     fields = line.split()
     if len(fields) != 5 and (len(fields) < 7 or len(fields) % 2 == 0):
-        raise ValueError(f"found {len(fields)} fields, expected 5 (class cx cy w h) or a polygon (class x1 y1 x2 y2 ...)")
+        raise ValueError(
+            f"found {len(fields)} fields, expected 5 (class cx cy w h) or a polygon (class x1 y1 x2 y2 ...)"
+        )
     try:
         values = [float(field) for field in fields]
     except ValueError:

@@ -78,6 +78,8 @@ def build_loader(
     """
     if batch_size < 1 or workers < 0:
         raise DataError(f"batch size {batch_size} and {workers} workers: expected at least 1 and at least 0")
+    if not 0 <= rank < num_ranks or seed < 0:
+        raise DataError(f"rank {rank} of {num_ranks}, seed {seed}: expected 0 <= rank < ranks and a seed of at least 0")
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ FORMAT_VERSION = 1
 RECORD = "shapes.json"
 """Written last: it says that the set is whole, and from which parameters it was made."""
 
+PARTIAL = f"{RECORD}.partial"
+_FILE_NAME = re.compile(r"shapes_\d{6,}\.(jpg|txt)")
 _MAX_OBJECTS = 6
 _RADIUS = (0.07, 0.2)
 """Radius of a shape as a fraction of the image side."""
@@ -56,7 +59,9 @@ def make_shapes(
     """
     recipe = _Recipe(train, val, test, image_size_px, seed)
     if min(recipe.counts.values()) < 0 or image_size_px < 32 or seed < 0:
-        raise DataError(f"shapes: {recipe.counts} images of {image_size_px} px, seed {seed}: expected >= 0, >= 32 px, >= 0")
+        raise DataError(
+            f"shapes: {recipe.counts} images of {image_size_px} px, seed {seed}: expected >= 0, >= 32 px, >= 0"
+        )
     root = Path(root)
     if _is_whole(root, recipe):
         return
@@ -70,7 +75,7 @@ def make_shapes(
             Image.fromarray(image).save(root / "images" / split / f"{stem}.jpg", quality=92)
             lines = [f"{int(row[0])} " + " ".join(f"{value:.6f}" for value in row[1:]) + "\n" for row in labels]
             (root / "labels" / split / f"{stem}.txt").write_text("".join(lines), encoding="utf-8")
-    partial = root / f"{RECORD}.partial"
+    partial = root / PARTIAL
     partial.write_text(json.dumps(asdict(recipe), indent=1) + "\n", encoding="utf-8")
     os.replace(partial, root / RECORD)
 
@@ -90,7 +95,8 @@ def _is_whole(root: Path, recipe: _Recipe) -> bool:
 def _clear(root: Path) -> None:
     """Remove an earlier set, file by file; refuse if anything under ``root`` was not written by us."""
     files = [path for path in root.rglob("*") if not path.is_dir()] if root.exists() else []
-    foreign = [path for path in files if not (path.name.startswith("shapes_") or path.name.startswith(RECORD))]
+    ours = [path.name in (RECORD, PARTIAL) or _FILE_NAME.fullmatch(path.name) is not None for path in files]
+    foreign = [path for path, mine in zip(files, ours, strict=True) if not mine]
     if foreign or (root.exists() and not root.is_dir()):
         found = foreign[0] if foreign else "a file"
         raise DataError(f"{root} is not a set of shapes: found {found}; choose an empty or new folder")
@@ -119,12 +125,12 @@ def draw_scene(size_px: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8
 
 
 def _background(size_px: int, rng: np.random.Generator) -> Field:
-    """A gradient between two colours under noise of three grain sizes."""
+    """A gradient between two colours under noise of three grain sizes; float32 [size, size, 3]."""
     angle = rng.uniform(0, 2 * math.pi)
-    ys, xs = np.mgrid[0:1 : size_px * 1j, 0:1 : size_px * 1j].astype(np.float32) - np.float32(0.5)
+    ys, xs = np.mgrid[0 : 1 : size_px * 1j, 0 : 1 : size_px * 1j].astype(np.float32) - np.float32(0.5)
     blend = (0.5 + 0.7 * (xs * math.cos(angle) + ys * math.sin(angle)))[..., None].astype(np.float32)
     first, second = rng.uniform(30, 225, size=(2, 3)).astype(np.float32)
-    canvas = first * blend + second * (1 - blend)
+    canvas: Field = first * blend + second * (1 - blend)
     for cells in (4, 12, 40):
         coarse = rng.normal(0, rng.uniform(4, 22), size=(cells, cells)).astype(np.float32)
         noise = Image.fromarray(coarse).resize((size_px, size_px), Image.Resampling.BILINEAR)
@@ -164,9 +170,7 @@ def _paint_shape(
     return (x1 + x2) / 2 / size, (y1 + y2) / 2 / size, (x2 - x1) / size, (y2 - y1) / size
 
 
-def _shape_distance(
-    kind: int, x: float, y: float, radius: float, angle: float, size: int
-) -> tuple[Field, int, int]:
+def _shape_distance(kind: int, x: float, y: float, radius: float, angle: float, size: int) -> tuple[Field, int, int]:
     """Signed distance in pixels to the outline (negative inside) over the patch around it, and the patch's top and left.
 
     The sizes inside the radius are such that all four classes fill about the same area.
@@ -177,14 +181,13 @@ def _shape_distance(
     elif kind == 1:
         distance = np.maximum(np.abs(us), np.abs(vs)) - 0.64 * radius
     elif kind == 2:
-        # Three half planes, each 60 % of the radius from the centre of gravity.
+        # Three half planes, each half of the radius from the centre of gravity: the corners lie on the circle.
         turns = (math.pi / 2, math.pi / 2 + 2 * math.pi / 3, math.pi / 2 + 4 * math.pi / 3)
         sides = [us * math.cos(turn) + vs * math.sin(turn) for turn in turns]
         distance = np.maximum(np.maximum(sides[0], sides[1]), sides[2]) - 0.5 * radius
     else:
-        a, b = np.abs(us), np.abs(vs)
-        bar = np.minimum(np.maximum(a - 0.9 * radius, b - 0.28 * radius), np.maximum(b - 0.9 * radius, a - 0.28 * radius))
-        distance = bar
+        along, across = np.maximum(np.abs(us), np.abs(vs)), np.minimum(np.abs(us), np.abs(vs))
+        distance = np.maximum(along - 0.9 * radius, across - 0.28 * radius)
     return distance.astype(np.float32), top, left
 
 

@@ -122,7 +122,7 @@ class ChannelPropagation(Propagation):
     ) -> None:
         """Labels that meet are united; a channel that meets a constant of fixed size is frozen."""
         ndim = outputs[0].ndim
-        met = [(self.get(t), t) for t in inputs]
+        met = [(self.stretched(self.get(t), t, outputs[0]), t) for t in inputs]
         aligned = [
             (x.reshape((1,) * (ndim - x.ndim) + tuple(x.shape)), t) for x, t in met if x is not None and x.ndim <= ndim
         ]
@@ -141,6 +141,16 @@ class ChannelPropagation(Propagation):
         self.affine.discard(id(outputs[0]))
         if len(aligned) == 1 and id(aligned[0][1]) in self.affine and name in ("clone", "detach", "alias", "_to_copy"):
             self.affine.add(id(outputs[0]))
+
+    def stretched(self, labels: Tensor | None, tensor: Tensor, out: Tensor) -> Tensor | None:
+        """The labels of an operand; a lone channel that is stretched over many (a spatial map of weights) stays alone."""
+        if labels is None or labels.numel() != 1 or out.ndim < 2:
+            return labels
+        axis = 1 - (out.ndim - tensor.ndim)
+        if axis >= 0 and tensor.shape[axis] == 1 and out.shape[1] > 1:
+            self.freeze(labels, f"it is the only channel of a map that {self.where() or 'the model'} applies to many")
+            return None
+        return labels
 
     def freeze_at_constant(self, name: str, result: Tensor, labels: Tensor | None, tensor: Tensor) -> None:
         """Freeze the channels of ``result`` where this operand is unlabelled and yet as long as the channel axis."""

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import slim
 from detection import build_network, read_network
-from tests.scripts.runs import NAMES, SMALL, Runner
+from tests.scripts.runs import NAMES, ROOT, SMALL, Runner
 
 METRICS = {"ap", "ap50", "ap75", "per_class", "params", "macs", "images", "seconds"}
 
@@ -245,3 +245,47 @@ def test_iterate_ends_at_the_target_with_gates_folded(
 def test_config_files_are_the_resolved_flags(cut_run: Path) -> None:
     config = yaml.safe_load((cut_run / "config.yaml").read_text())
     assert config["macs"] == 0.5 and config["criterion"] == "gate" and config["round_to"] == 8
+
+
+PUBLISHED = ROOT.parent / "shared" / "weights" / "yolov5n.pt"
+
+
+@pytest.mark.skipif(
+    not PUBLISHED.is_file(), reason=f"needs the published checkpoint at ../shared/weights/{PUBLISHED.name}"
+)
+def test_published_checkpoint_starts_a_training_on_other_classes(tiny: Path, script: Runner, tmp_path: Path) -> None:
+    done = script(
+        "finetune", "--weights", PUBLISHED, "--data", tiny, *SMALL, "--epochs", 1, "--project", tmp_path, "--name", "f"
+    )
+    assert done.code == 0, done.err
+    assert "343 of 349 tensors loaded" in done.out and "model.24.m.0.weight: shape (255, 64, 1, 1)" in done.out
+    assert read_network(tmp_path / "f" / "weights" / "last.pt").names == list(NAMES)
+
+
+@pytest.mark.skipif(
+    not PUBLISHED.is_file(), reason=f"needs the published checkpoint at ../shared/weights/{PUBLISHED.name}"
+)
+def test_published_checkpoint_is_cut_by_its_weights(script: Runner, tmp_path: Path) -> None:
+    out = tmp_path / "cut.pt"
+    done = script(
+        "prune",
+        "--weights",
+        PUBLISHED,
+        "--img",
+        64,
+        "--criterion",
+        "bn",
+        "--macs",
+        0.7,
+        "--out",
+        out,
+        "--project",
+        tmp_path,
+    )
+    assert done.code == 0, done.err
+    network = read_network(out)
+    assert len(network.names) == 80 and "pruned = masked" in done.out
+    assert (
+        slim.cost(network.model, torch.zeros(1, 3, 64, 64)).macs
+        <= 0.7 * slim.cost(read_network(PUBLISHED).model, torch.zeros(1, 3, 64, 64)).macs
+    )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import slim
+from slim.plan import from_runs, to_runs
 from tests.slim.networks import Chain, Residual, randomise
 
 
@@ -146,3 +149,42 @@ def test_unknown_criterion_and_missing_gates_are_named() -> None:
         slim.score(model, graph, "magic")
     with pytest.raises(slim.SlimError, match="no gates"):
         slim.score(model, graph, "gate")
+
+
+@given(st.lists(st.integers(0, 60), max_size=40))
+def test_runs_hold_any_list_of_indices(numbers: list[int]) -> None:
+    assert from_runs(to_runs(numbers)) == numbers
+
+
+RESIDUAL = slim.trace(Residual(), torch.zeros(1, 3, 8, 8))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 10**6), st.floats(0.3, 1.0), st.sampled_from(["macs", "params", "channels"]), st.sampled_from([1, 2, 4]),
+    st.integers(1, 5), st.sampled_from(["global", "local"]),
+)  # fmt: skip
+def test_any_plan_is_within_target_rounding_and_floors(
+    seed: int, keep: float, target: str, round_to: int, min_channels: int, scope: str
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = {g.name: torch.rand(g.size, generator=generator) for g in RESIDUAL.groups if g.prunable}
+    try:
+        plan = slim.make_plan(
+            RESIDUAL,
+            scores,
+            **{target: keep},
+            round_to=round_to,
+            min_channels=min_channels,
+            scope=scope,  # type: ignore[arg-type]
+        )
+    except slim.SlimError as error:
+        assert "cannot be reached" in str(error)
+        return
+    whole = {"macs": RESIDUAL.macs, "params": RESIDUAL.params, "channels": 28}[target]
+    left = {"macs": plan.macs[1], "params": plan.params[1], "channels": sum(len(g.keep) for g in plan.groups)}[target]
+    assert left <= keep * whole
+    for g in plan.groups:
+        assert len(g.keep) == g.size or (len(g.keep) % round_to == 0 and len(g.keep) >= min(min_channels, g.size))
+        lowest_kept = min(float(scores[g.name][k]) for k in g.keep)
+        assert all(float(scores[g.name][k]) <= lowest_kept for k in g.removed)

@@ -80,6 +80,35 @@ def test_grouped_convolution_ties_the_same_position_of_every_group() -> None:
     assert occupied(graph, "b.0")["head.weight", 1] == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
+class Attended(nn.Module):
+    """A one-channel map of weights over all channels, and a squeeze-excite vector of one weight a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.spot, self.squeeze, self.head = (
+            conv(3, 8),
+            nn.Conv2d(3, 1, 1),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 2, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = y * self.squeeze(y.mean((2, 3), keepdim=True)).sigmoid()
+        out: Tensor = self.head(y * self.spot(x).sigmoid())
+        return out
+
+
+def test_spatial_attention_does_not_tie_the_channels_that_it_weighs() -> None:
+    model = Attended()
+    graph = slim.trace(model, torch.rand(1, 3, 4, 4))
+    assert [(g.name, g.size) for g in graph.groups if g.prunable] == [("a.0", 8)]
+    assert "only channel" in (graph.by_name["spot"].frozen_reason or "")
+    assert occupied(graph, "a.0")["squeeze.weight", 0] == occupied(graph, "a.0")["squeeze.weight", 1] == list(range(8))
+    plan = slim.make_plan(graph, slim.score(model, graph, "l1"), channels=0.5, round_to=1, min_channels=1)
+    assert slim.max_difference(slim.mask(model, plan), slim.apply_plan(model, plan), torch.rand(2, 3, 4, 4)) < 1e-5
+
+
 class Softmaxed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
