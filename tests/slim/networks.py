@@ -62,3 +62,16 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             if ".vectors." in name:
                 parameter.uniform_(0, 1.5, generator=generator)
     return model.eval()
+
+
+def settle(model: nn.Module, x: Tensor) -> nn.Module:
+    """Batch-norm statistics that fit the data, so that a deep network's output really depends on every layer."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
