@@ -51,7 +51,8 @@ def test_importing_anything_has_no_effect() -> None:
     """No thread count, no seed, no output, no argument parsing."""
     names = [*SCRIPTS, "slim", "models", "data", "engine", "boxes", "experiments.slimming"]
     code = (
-        "import torch, os; before = torch.get_num_threads(), torch.get_rng_state().sum(), dict(os.environ)\n"
+        "import os, torch, torchvision  # which set variables of their own\n"
+        "before = torch.get_num_threads(), torch.get_rng_state().sum(), dict(os.environ)\n"
         f"import {', '.join(names)}\n"
         "assert before == (torch.get_num_threads(), torch.get_rng_state().sum(), dict(os.environ))"
     )

@@ -63,7 +63,7 @@ def misfits(image: Tensor, labels: Labels, inner_only: bool) -> list[float]:
         {"scale": 0.5},
         {"translate": 0.2},
         {"flipud": 0.5, "fliplr": 0.5},
-        {"scale": 0.5, "translate": 0.1, "flipud": 0.5, "fliplr": 0.5},
+        {"scale": 0.7, "translate": 0.1, "flipud": 0.5, "fliplr": 0.5},
     ],
     ids=["still", "scale", "translate", "flip", "all"],
 )
@@ -76,7 +76,7 @@ def test_boxes_fit_the_pixels(change: dict[str, float], mosaic: bool) -> None:
 @pytest.mark.parametrize("mosaic", [False, True])
 @pytest.mark.parametrize(
     "change",
-    [{"degrees": 30.0}, {"shear": 15.0}, {"degrees": 180.0, "scale": 0.4, "translate": 0.1, "fliplr": 0.5}],
+    [{"degrees": 30.0}, {"shear": 15.0}, {"degrees": 180.0, "scale": 0.7, "translate": 0.1, "fliplr": 0.5}],
     ids=["rotation", "shear", "all"],
 )
 def test_boxes_fit_the_pixels_of_turned_images(change: dict[str, float], mosaic: bool) -> None:
@@ -84,6 +84,16 @@ def test_boxes_fit_the_pixels_of_turned_images(change: dict[str, float], mosaic:
     fits = [m for seed in range(24) for m in misfits(*sample(replace(STILL, **change), seed, mosaic), inner_only=True)]
     assert len(fits) >= 8
     assert max(fits) <= 1.5
+
+
+def test_what_leaves_the_canvas_leaves_the_box() -> None:
+    """A rectangle that the mosaic's edge cuts in half, turned and shrunk so that the edge lies inside the output."""
+    tile = Tile(rectangle(SIZE, SIZE, (20, 30, 60, 60)), np.array([[0, 20, 30, 60, 60]], np.float32), -40, 40)
+    cos, sin = 0.5 * np.cos(0.4), 0.5 * np.sin(0.4)
+    view = View(np.array([[cos, sin], [-sin, cos]]), np.array([SIZE / 2, SIZE / 2]), SIZE, SIZE)
+    image, labels = render([tile], view)
+    assert len(misfits(image, labels, inner_only=True)) == 1
+    assert misfits(image, labels, inner_only=True)[0] <= 1.5
 
 
 def test_no_label_is_lost_without_reason() -> None:

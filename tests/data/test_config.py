@@ -115,6 +115,13 @@ def test_a_list_file_may_be_relative_to_the_set_and_lie_elsewhere(tmp_path: Path
     assert find_images(config.split("val"), config.path) == [tmp_path / "set" / "images" / "one" / "a.PNG"]
 
 
+def test_a_list_file_may_be_relative_to_its_own_folder(tmp_path: Path) -> None:
+    make_set(tmp_path / "set", "images/one", "lists/images/one")
+    (tmp_path / "set" / "lists" / "val.txt").write_text("images/one/a.PNG\n")
+    config = load_data_config(write(tmp_path, f"path: set\nval: lists/val.txt\n{NAMES}"))
+    assert find_images(config.split("val"), config.path) == [tmp_path / "set" / "lists" / "images" / "one" / "a.PNG"]
+
+
 def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_bytes(b"\xff\xfe")
     config = load_data_config(write(tmp_path, f"val: val.txt\n{NAMES}"))
@@ -148,6 +155,13 @@ def test_an_absolute_path_is_taken_as_it_is(tmp_path: Path) -> None:
         (tmp_path / "far" / "images" / "val",),
         None,
     )
+
+
+def test_an_absolute_path_that_is_missing_is_looked_for_nowhere_else(tmp_path: Path) -> None:
+    file = write(tmp_path, f"path: {tmp_path / 'far'}\ntrain: images/train\n{NAMES}")
+    with pytest.raises(DataError) as error:
+        load_data_config(file, tmp_path)
+    assert f"looked in {tmp_path / 'far'}; --data-root" in str(error.value)
 
 
 def test_yolov5_paths_beside_its_checkout_and_exports_with_dots(tmp_path: Path) -> None:

@@ -65,8 +65,8 @@ def test_the_pixels_follow_the_geometry() -> None:
 
 def test_shrinking_averages() -> None:
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    stripes[:, :, ::2] = 200
-    assert (resize(stripes, (16, 16)).float() - 100).abs().max() <= 15
+    stripes[:, :, ::4] = 200
+    assert (resize(stripes, (16, 16)).float()[:, :, 1:-1] - 50).abs().max() <= 5
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp", ".tiff"])
