@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import slim
 from boxes import cxcywh_to_xyxy as cxcywh_to_xyxy
-from data import Augment, DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
+from data import DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
 from engine import EngineError, Evaluation, evaluate
 from engine.checkpoint import TRAINING_STATE_KEY
 from models import (
@@ -147,9 +147,9 @@ def check_classes(network: Network, config: DataConfig, weights: str, data: str)
         )
 
 
-def make_loss(model: nn.Module, img: int) -> DetectionLoss:
+def make_loss(model: nn.Module, gains: LossGains, img: int) -> DetectionLoss:
     """YOLOv5's loss with its gains scaled to the task."""
-    return DetectionLoss(model, LossGains().scaled(model.num_classes, img, len(model.stride_px)))
+    return DetectionLoss(model, gains.scaled(model.num_classes, img, len(model.stride_px)))
 
 
 class Evaluator:
@@ -185,8 +185,3 @@ def real_images(dataset: DetectionDataset, count: int) -> Tensor:
     """The first images as a network input, float [count, 3, img, img]."""
     count = min(count, len(dataset))
     return torch.stack([dataset[i].image for i in range(count)]).float() / 255
-
-
-def training_set(config: DataConfig, img: int, seed: int, augment: bool = True) -> DetectionDataset:
-    """The train split, augmented."""
-    return DetectionDataset(config, "train", img, Augment() if augment else None, seed)

@@ -11,7 +11,7 @@ import torch
 
 import detection
 import slim
-from data import build_loader
+from data import Augment, build_loader
 from engine import (
     EngineError,
     Evaluation,
@@ -30,7 +30,7 @@ from engine import (
     seed_generators,
 )
 from engine.command import RunFlags, choose_device, flag, run_script
-from models import non_max_suppression
+from models import LossGains, non_max_suppression
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,30 @@ class TrainFlags(RunFlags):
     warmup_epochs: float = flag(3.0, "epochs of rising learning rate, at most a tenth of the run")
     clip_norm: float = flag(10.0, "largest gradient norm")
     eval_every: int = flag(1, "epochs between evaluations on the val split")
-    no_augment: bool = flag(False, "train on plain letterboxed images")
+    box: float = flag(0.05, "weight of the box loss")
+    obj: float = flag(1.0, "weight of the objectness loss at 640 pixels; scaled by (img / 640) squared")
+    cls: float = flag(0.5, "weight of the class loss for 80 classes; scaled by their number / 80")
+    label_smoothing: float = flag(0.0, "of the class targets, 0 to 1")
+    mosaic: float = flag(1.0, "probability that four images make one training sample")
+    scale: float = flag(0.5, "training images are scaled by 1 - scale to 1 + scale")
+    translate: float = flag(0.1, "training images are moved by at most this share of their size")
+    degrees: float = flag(0.0, "training images are turned by at most this many degrees")
+    fliplr: float = flag(0.5, "probability of a left-right flip")
+    flipud: float = flag(0.0, "probability of an upside-down flip")
     resume: bool = flag(False, "continue the newest run of this --project and --name with its own settings")
+
+    def gains(self) -> LossGains:
+        return LossGains(box=self.box, obj=self.obj, cls=self.cls, label_smoothing=self.label_smoothing)
+
+    def augment(self) -> Augment:
+        return Augment(
+            mosaic=self.mosaic,
+            scale=self.scale,
+            translate=self.translate,
+            degrees=self.degrees,
+            fliplr=self.fliplr,
+            flipud=self.flipud,
+        )
 
     def optim(self) -> OptimConfig:
         return OptimConfig(
@@ -100,7 +122,7 @@ def train(flags: TrainFlags, *, keep_gates: bool = True) -> TrainResult:
     network = starting_network(flags, run, resume_state, config.names, keep_gates)
     detection.check_image_size(network.model, flags.img)
     print(network.note or f"weights {flags.weights}")
-    train_set = detection.training_set(config, flags.img, flags.seed, not flags.no_augment)
+    train_set = detection.DetectionDataset(config, "train", flags.img, flags.augment(), flags.seed)
     loader = build_loader(train_set, flags.batch_size, shuffle=True, workers=flags.workers, seed=flags.seed)
     val_set = detection.DetectionDataset(config, "val", flags.img)
     evaluator = detection.Evaluator(val_set, batch_size=flags.batch_size, workers=0, device=device)
@@ -113,7 +135,7 @@ def train(flags: TrainFlags, *, keep_gates: bool = True) -> TrainResult:
         log_start(run, network.model, train_set, flags)
     result = fit(
         network.model,
-        detection.make_loss(network.model, flags.img),
+        detection.make_loss(network.model, flags.gains(), flags.img),
         loader,
         config=TrainConfig(flags.epochs, flags.optim(), eval_every=flags.eval_every, seed=flags.seed),
         run=run,

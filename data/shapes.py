@@ -20,14 +20,14 @@ from PIL import Image
 from .errors import DataError
 
 SHAPE_NAMES = ("circle", "square", "triangle", "cross")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 3
 RECORD = "shapes.json"
 """Written last: it says that the set is whole, and from which parameters it was made."""
 
 PARTIAL = f"{RECORD}.partial"
 _FILE_NAME = re.compile(r"shapes_\d{6,}\.(jpg|txt)")
-_MAX_OBJECTS = 6
-_RADIUS = (0.07, 0.2)
+_MAX_OBJECTS = 4
+_RADIUS = (0.12, 0.3)
 """Radius of a shape as a fraction of the image side."""
 _MAX_COVER = 0.25
 """How much of an object's box another one's may cover."""
@@ -107,7 +107,7 @@ def _clear(root: Path) -> None:
 def draw_scene(size_px: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Field]:
     """One image, uint8 [size, size, 3], and its labels, float32 [n, 5]: class, cx, cy, w, h normalised."""
     canvas = _background(size_px, rng)
-    for _ in range(int(rng.integers(3, 8))):
+    for _ in range(int(rng.integers(2, 6))):
         _paint_clutter(canvas, rng, opacity=rng.uniform(0.3, 0.9))
     placed: list[tuple[float, float, float]] = []
     labels: list[list[float]] = []

@@ -19,6 +19,8 @@ from engine import EngineError, RunFolder
 from engine.command import RunFlags, flag, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
+# From scratch on small images the default gains leave classes and objectness almost without gradient.
+SHAPES = ["optimizer=adamw", "lr=0.002", "mosaic=0", "scale=0.25", "cls=5", "obj=5"]
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ class SlimmingFlags(RunFlags):
     img: int = flag(128, "image size in pixels")
     batch_size: int = flag(16, "images a step")
     workers: int = flag(1, "loader processes")
-    dense_epochs: int = flag(30, "epochs of the dense baseline")
-    sparse_epochs: int = flag(15, "epochs of sparse training")
-    finetune_epochs: int = flag(15, "epochs of fine-tuning after each cut")
+    dense_epochs: int = flag(36, "epochs of the dense baseline")
+    sparse_epochs: int = flag(12, "epochs of sparse training")
+    finetune_epochs: int = flag(24, "epochs of fine-tuning after each cut")
     macs: list[float] = flag([0.5], "shares of the MACs to keep, one cut each")  # noqa: RUF009
-    eval_every: int = flag(5, "epochs between evaluations")
-    pull_from: int = flag(3, "first epoch with the pull")
-    tie: str = flag("group", "gates tied by group or one a layer")
-    finetune_lr: float = flag(0.01, "learning rate of the fine-tuning")
+    eval_every: int = flag(6, "epochs between evaluations")
+    train: list[str] = flag(SHAPES, "further flags of every training, as name=value")  # noqa: RUF009
+    sparse: list[str] = flag(["final-lr-ratio=0.3"], "further flags of the sparse training")  # noqa: RUF009
+    finetune: list[str] = flag([], "further flags of the fine-tuning after a cut")  # noqa: RUF009
     test: bool = flag(False, "also evaluate on the test split (nothing is chosen by it)")
 
 
@@ -84,17 +86,12 @@ class Comparison:
             raise EngineError(f"{name}.py ended with exit code {done.returncode}; its message stands above")
         return self.run.path / folder
 
-    def training(self, name: str, folder: str, epochs: int, *arguments: str) -> Path:
+    def training(self, name: str, folder: str, epochs: int, weights: str, further: list[str]) -> Path:
         """A training's run folder."""
-        steps = [
-            "--epochs",
-            str(epochs),
-            "--eval-every",
-            str(self.flags.eval_every),
-            "--workers",
-            str(self.flags.workers),
-        ]
-        return self.script(name, folder, *self.data, *self.common, *steps, *arguments)
+        flags = self.flags
+        start = ["--weights", weights, "--cfg", flags.cfg, "--epochs", str(epochs)]
+        steps = ["--eval-every", str(flags.eval_every), "--workers", str(flags.workers)]
+        return self.script(name, folder, *start, *self.data, *self.common, *steps, *as_flags([*flags.train, *further]))
 
     def test_ap(self, weights: Path, folder: str) -> float | None:
         """AP on the test split."""
@@ -104,6 +101,14 @@ class Comparison:
             "val", f"{folder}-test", "--weights", str(weights), *self.data, *self.common, "--split", "test"
         )
         return float(metrics_of(made)["ap"])
+
+
+def as_flags(pairs: list[str]) -> list[str]:
+    """name=value pairs as command-line flags."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise EngineError(f"{pair}: expected name=value, as in lr=0.002")
+    return [part for pair in pairs for part in ("--" + pair.split("=", 1)[0], pair.split("=", 1)[1])]
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
@@ -120,11 +125,8 @@ def row_of(step: str, folder: Path, test_ap: float | None) -> Row:
 def compare(flags: SlimmingFlags) -> list[Row]:
     """All steps; the table's rows in order."""
     work = Comparison(flags)
-    start = ["--weights", flags.weights, "--cfg", flags.cfg]
-    dense = work.training("finetune", "dense", flags.dense_epochs, *start)
-    sparse = work.training(
-        "train_sparse", "sparse", flags.sparse_epochs, *start, "--pull-from", str(flags.pull_from), "--tie", flags.tie
-    )
+    dense = work.training("finetune", "dense", flags.dense_epochs, flags.weights, [])
+    sparse = work.training("train_sparse", "sparse", flags.sparse_epochs, flags.weights, flags.sparse)
     last = Path("weights") / "last.pt"
     rows = [
         row_of("dense", dense, work.test_ap(dense / last, "dense")),
@@ -148,15 +150,7 @@ def compare(flags: SlimmingFlags) -> list[Row]:
         rows.append(Row(f"masked to {label}", found["masked_ap"], None, None, found["macs"], found["params"]))
         pruned = cut / "weights" / "pruned.pt"
         rows.append(row_of(f"cut to {label}", cut, work.test_ap(pruned, f"cut-{macs:g}")))
-        tuned = work.training(
-            "finetune",
-            f"finetune-{macs:g}",
-            flags.finetune_epochs,
-            "--weights",
-            str(pruned),
-            "--lr",
-            str(flags.finetune_lr),
-        )
+        tuned = work.training("finetune", f"finetune-{macs:g}", flags.finetune_epochs, str(pruned), flags.finetune)
         rows.append(row_of(f"fine-tuned at {label}", tuned, work.test_ap(tuned / last, f"finetune-{macs:g}")))
         timed[f"fine-tuned at {label}"] = tuned / last
     bench = work.script("benchmark", "benchmark", "--weights", *map(str, timed.values()), "--img", str(flags.img))

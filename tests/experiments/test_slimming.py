@@ -35,7 +35,7 @@ def test_table_is_made_of_the_scripts_own_metrics(tmp_path: Path, capfd: pytest.
         "names: [circle, square, triangle, cross]\n"
     )
     arguments = {
-        "data": data, "img": 64, "batch-size": 8, "workers": 0, "dense-epochs": 1, "sparse-epochs": 2, "pull-from": 1,
+        "data": data, "img": 64, "batch-size": 8, "workers": 0, "dense-epochs": 1, "sparse-epochs": 2, "sparse": "pull-from=1",
         "finetune-epochs": 1, "project": tmp_path / "runs", "name": "x",
     }  # fmt: skip
     code = slimming.cli([*(str(a) for k, v in arguments.items() for a in (f"--{k}", v)), "--test"])
