@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-# Spinning OpenMP threads take the cores from the loader processes and the other tests.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint clean
 
@@ -17,6 +15,8 @@ $(STAMP): setup.cfg
 demo: $(STAMP)
 	$(PY) -m experiments.slimming
 
+# Two test processes on two cores: spinning OpenMP threads would take the cores from each other.
+test: export OMP_WAIT_POLICY = PASSIVE
 test: $(STAMP)
 	$(PY) -m pytest -n 2
 

@@ -36,7 +36,7 @@ def test_table_is_made_of_the_scripts_own_metrics(tmp_path: Path, capfd: pytest.
     )
     arguments = {
         "data": data, "img": 64, "batch-size": 8, "workers": 0, "dense-epochs": 1, "sparse-epochs": 2, "sparse": "pull-from=1",
-        "finetune-epochs": 1, "project": tmp_path / "runs", "name": "x",
+        "finetune-epochs": 1, "finetune": "lr=0.01", "project": tmp_path / "runs", "name": "x",
     }  # fmt: skip
     code = slimming.cli([*(str(a) for k, v in arguments.items() for a in (f"--{k}", v)), "--test"])
     out = capfd.readouterr().out
@@ -50,7 +50,7 @@ def test_table_is_made_of_the_scripts_own_metrics(tmp_path: Path, capfd: pytest.
     assert tuned["macs"] <= 0.5 * dense["macs"] and float(rows[-1][6].removesuffix(" |")) > 0
     test = json.loads((run / "dense-test" / "metrics.json").read_text())
     assert rows[0][3] == f"{test['ap']:.4f}" and test["images"] == 6
-    assert "$ python train_sparse.py" in out and "closed share" in out
+    assert "$ python train_sparse.py" in out and "gates closed after sparse training: " in out
 
 
 def test_a_failing_script_ends_the_comparison(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
