@@ -103,6 +103,7 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
             "criterion": flags.criterion,
             "max_difference": difference,
             "masked_ap": masked_evaluation.ap if masked_evaluation else None,
+            "masked_ap50": masked_evaluation.ap50 if masked_evaluation else None,
             "pruned_ap": pruned_evaluation.ap if pruned_evaluation else None,
             **(pruned_evaluation.metrics() if pruned_evaluation else NOT_EVALUATED),
         },

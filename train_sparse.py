@@ -223,7 +223,7 @@ def finish(
 ) -> TrainResult:
     """metrics.json and the plots, from the weights in last.pt."""
     network = detection.read_network(run.last)
-    evaluation = evaluator(network.model)
+    evaluation = evaluator.last or evaluator(network.model)
     cost = slim.cost(network.model.cpu(), detection.example_image(flags.img))
     metrics = {**evaluation.metrics(), "params": cost.params, "macs": cost.macs, "seconds": result.seconds}
     run.write_metrics(

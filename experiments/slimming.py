@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class SlimmingFlags(RunFlags):
     sparse_epochs: int = flag(16, "epochs of sparse training")
     finetune_epochs: int = flag(14, "epochs of fine-tuning after each cut")
     macs: list[float] = flag([0.5], "shares of the MACs to keep, one cut each")  # noqa: RUF009
-    eval_every: int = flag(10, "epochs between evaluations")
+    eval_every: int = flag(15, "epochs between evaluations")
     train: list[str] = flag(SHAPES, "further flags of every training, as name=value")  # noqa: RUF009
     sparse: list[str] = flag(["pull-from=11", "final-lr-ratio=0.7"], "further flags of the sparse training")  # noqa: RUF009
     finetune: list[str] = flag(["lr=0.002"], "further flags of the fine-tuning after a cut")  # noqa: RUF009
@@ -48,11 +48,11 @@ class SlimmingFlags(RunFlags):
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; test AP and milliseconds are None where they were not measured."""
+    """A line of the table; what was not measured is None."""
 
     step: str
     ap: float
-    ap50: float | None
+    ap50: float
     test_ap: float | None
     macs: int
     params: int
@@ -132,7 +132,7 @@ def compare(flags: SlimmingFlags) -> list[Row]:
         row_of("dense", dense, work.test_ap(dense / last, "dense")),
         row_of("sparse, not cut", sparse, work.test_ap(sparse / last, "sparse")),
     ]
-    timed = {"dense": dense / last}
+    timed = {"dense": dense / last, "sparse, not cut": sparse / last}
     for macs in flags.macs:
         label = f"{macs:.0%}"
         cut = work.script(
@@ -147,16 +147,20 @@ def compare(flags: SlimmingFlags) -> list[Row]:
             *work.data,
         )
         found = metrics_of(cut)
-        rows.append(Row(f"masked to {label}", found["masked_ap"], None, None, found["macs"], found["params"]))
+        full = found["before"]
+        rows.append(
+            Row(f"masked to {label}", found["masked_ap"], found["masked_ap50"], None, full["macs"], full["params"])
+        )
         pruned = cut / "weights" / "pruned.pt"
         rows.append(row_of(f"cut to {label}", cut, work.test_ap(pruned, f"cut-{macs:g}")))
         tuned = work.training("finetune", f"finetune-{macs:g}", flags.finetune_epochs, str(pruned), flags.finetune)
         rows.append(row_of(f"fine-tuned at {label}", tuned, work.test_ap(tuned / last, f"finetune-{macs:g}")))
-        timed[f"fine-tuned at {label}"] = tuned / last
+        timed |= {f"cut to {label}": pruned, f"fine-tuned at {label}": tuned / last}
     bench = work.script("benchmark", "benchmark", "--weights", *map(str, timed.values()), "--img", str(flags.img))
     times = json.loads((bench / "benchmark.json").read_text(encoding="utf-8"))
     by_step = dict(zip(timed, (float(t["milliseconds"]) for t in times), strict=True))
-    rows = [Row(**{**vars(row), "milliseconds": by_step.get(row.step)}) for row in rows]
+    # A masked network has the size of the one that it masks, and so its run time.
+    rows = [replace(row, milliseconds=by_step.get(row.step, by_step["sparse, not cut"])) for row in rows]
     slim.write_text_atomically(work.run.path / "report.md", table(rows) + "\n")
     print(verdict(rows, metrics_of(sparse)["closed_share"]))
     return rows

@@ -22,6 +22,7 @@ from slim.graph import ChannelGraph as ChannelGraph
 from slim.graph import ChannelGroup as ChannelGroup
 from slim.insert import add_gates as add_gates
 from slim.plan import Plan as Plan
+from slim.propagate import evaluation_mode as evaluation_mode
 from slim.score import score as score
 from slim.solver import make_plan as make_plan
 from slim.surgery import apply_plan as apply_plan
