@@ -85,7 +85,7 @@ torch.save(network.eval()(torch.load(sys.argv[2]))[0], sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("name", ["yolov5n", "yolov5s-csp", "yolov5s-ghost"])
+@pytest.mark.parametrize("name", NAMES)
 def test_saved_loaded_and_trained_on(name: str, tmp_path: Path) -> None:
     model, graph = gated(name)
     pruned = slim.apply_plan(model, plan_for(model, graph, 0.5))
