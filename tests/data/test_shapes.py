@@ -128,7 +128,7 @@ def test_labels_are_valid_and_classes_balanced() -> None:
     shares = np.bincount(rows[:, 0].astype(int), minlength=4) / len(rows)
     assert shares.min() > 0.18 and shares.max() < 0.32
     sides = rows[:, 3:] * 48
-    assert sides.min() >= 3 and sides.max() <= 2 * 0.2 * 48 + 2
+    assert sides.min() >= 5 and sides.max() <= 2 * 0.3 * 48 + 2
 
 
 @pytest.mark.parametrize("kind", range(4), ids=SHAPE_NAMES)
