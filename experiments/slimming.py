@@ -35,13 +35,13 @@ class SlimmingFlags(RunFlags):
     img: int = flag(128, "image size in pixels")
     batch_size: int = flag(8, "images a step")
     workers: int = flag(1, "loader processes")
-    dense_epochs: int = flag(38, "epochs of the dense baseline")
-    sparse_epochs: int = flag(18, "epochs of sparse training")
-    finetune_epochs: int = flag(20, "epochs of fine-tuning after each cut")
+    dense_epochs: int = flag(30, "epochs of the dense baseline")
+    sparse_epochs: int = flag(16, "epochs of sparse training")
+    finetune_epochs: int = flag(14, "epochs of fine-tuning after each cut")
     macs: list[float] = flag([0.5], "shares of the MACs to keep, one cut each")  # noqa: RUF009
-    eval_every: int = flag(19, "epochs between evaluations")
+    eval_every: int = flag(15, "epochs between evaluations")
     train: list[str] = flag(SHAPES, "further flags of every training, as name=value")  # noqa: RUF009
-    sparse: list[str] = flag(["pull-from=12", "final-lr-ratio=0.7"], "further flags of the sparse training")  # noqa: RUF009
+    sparse: list[str] = flag(["pull-from=11", "final-lr-ratio=0.7"], "further flags of the sparse training")  # noqa: RUF009
     finetune: list[str] = flag(["lr=0.002"], "further flags of the fine-tuning after a cut")  # noqa: RUF009
     test: bool = flag(False, "also evaluate on the test split (nothing is chosen by it)")
 
