@@ -20,14 +20,16 @@ from PIL import Image
 from .errors import DataError
 
 SHAPE_NAMES = ("circle", "square", "triangle", "cross")
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 RECORD = "shapes.json"
 """Written last: it says that the set is whole, and from which parameters it was made."""
 
 PARTIAL = f"{RECORD}.partial"
 _FILE_NAME = re.compile(r"shapes_\d{6,}\.(jpg|txt)")
-_MAX_OBJECTS = 4
-_RADIUS = (0.12, 0.3)
+_OBJECTS = (3, 6)
+"""Fewest and most objects that are tried in an image; one that finds no free spot is left out."""
+
+_RADIUS = (0.13, 0.26)
 """Radius of a shape as a fraction of the image side."""
 _MAX_COVER = 0.25
 """How much of an object's box another one's may cover."""
@@ -52,7 +54,7 @@ class _Recipe:
 def make_shapes(
     root: str | Path, train: int = 400, val: int = 100, test: int = 100, image_size_px: int = 160, seed: int = 0
 ) -> None:
-    """Write ``images/{train,val,test}`` and ``labels/...`` under ``root``: square JPEGs with 1 to 6 objects of 4 classes.
+    """Write ``images/{train,val,test}`` and ``labels/...`` under ``root``: square JPEGs with up to 6 objects of 4 classes.
 
     The same arguments give the same bytes. A whole set with the same arguments is left alone; an interrupted or
     different one is made anew. DataError if ``root`` holds files that are not of such a set (none is ever deleted).
@@ -111,7 +113,7 @@ def draw_scene(size_px: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8
         _paint_clutter(canvas, rng, opacity=rng.uniform(0.3, 0.9))
     placed: list[tuple[float, float, float]] = []
     labels: list[list[float]] = []
-    for _ in range(int(rng.integers(1, _MAX_OBJECTS + 1))):
+    for _ in range(int(rng.integers(_OBJECTS[0], _OBJECTS[1] + 1))):
         spot = _free_spot(placed, rng)
         if spot is None:
             continue

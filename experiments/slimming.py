@@ -6,21 +6,34 @@ python -m experiments.slimming --data data/bccd.yaml --weights yolov5n.pt ...   
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import slim
+from detection import open_data
 from engine import EngineError, RunFolder
 from engine.command import RunFlags, flag, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-# From scratch on small images the default gains leave classes and objectness almost without gradient.
-SHAPES = ["optimizer=adamw", "lr=0.003", "mosaic=0", "scale=0.25", "cls=5", "obj=5"]
+# From scratch on small images the default gains, made for COCO at 640 pixels, train boxes and classes too little.
+SHAPES = [
+    *("optimizer=adamw", "lr=0.004", "momentum=0.9", "box=0.4", "cls=10", "obj=10"),
+    *("mosaic=0", "scale=0.1", "translate=0.05"),
+]
+# Late, when the features are there, and just long enough to close: every epoch with closed gates must be regained.
+PULL = ["pull-from=21", "travel=1.3", "final-lr-ratio=0.5"]
 
 
 @dataclass(frozen=True)
@@ -34,16 +47,19 @@ class SlimmingFlags(RunFlags):
     data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
     img: int = flag(128, "image size in pixels")
     batch_size: int = flag(8, "images a step")
-    workers: int = flag(1, "loader processes")
-    dense_epochs: int = flag(30, "epochs of the dense baseline")
-    sparse_epochs: int = flag(16, "epochs of sparse training")
-    finetune_epochs: int = flag(14, "epochs of fine-tuning after each cut")
+    workers: int = flag(0, "loader processes")
+    dense_epochs: int = flag(44, "epochs of the dense baseline")
+    sparse_epochs: int = flag(25, "epochs of sparse training")
+    finetune_epochs: int = flag(19, "epochs of fine-tuning after each cut")
     macs: list[float] = flag([0.5], "shares of the MACs to keep, one cut each")  # noqa: RUF009
-    eval_every: int = flag(15, "epochs between evaluations")
+    eval_every: int = flag(20, "epochs between evaluations")
     train: list[str] = flag(SHAPES, "further flags of every training, as name=value")  # noqa: RUF009
-    sparse: list[str] = flag(["pull-from=11", "final-lr-ratio=0.7"], "further flags of the sparse training")  # noqa: RUF009
-    finetune: list[str] = flag(["lr=0.002"], "further flags of the fine-tuning after a cut")  # noqa: RUF009
+    sparse: list[str] = flag(PULL, "further flags of the sparse training")  # noqa: RUF009
+    finetune: list[str] = flag([], "further flags of the fine-tuning after a cut")  # noqa: RUF009
     test: bool = flag(False, "also evaluate on the test split (nothing is chosen by it)")
+    in_turn: bool = flag(
+        False, "first the dense baseline, then the slim branch; else both at once on half of the cores each"
+    )
 
 
 @dataclass(frozen=True)
@@ -59,32 +75,52 @@ class Row:
     milliseconds: float | None = None
 
 
-class Comparison:
-    """Runs scripts one after another into one run folder and reads their metrics back."""
+@dataclass(frozen=True)
+class Findings:
+    """A branch's rows, and the weights that are timed by the row that they belong to."""
 
-    def __init__(self, flags: SlimmingFlags) -> None:
-        self.flags = flags
-        self.run = RunFolder.create(flags.project, flags.name)
-        self.data = ["--data", flags.data, *(["--data-root", flags.data_root] if flags.data_root else [])]
-        self.common = [
-            "--img",
-            str(flags.img),
-            "--batch-size",
-            str(flags.batch_size),
-            "--seed",
-            str(flags.seed),
-            "--device",
-            flags.device,
-        ]
+    rows: list[Row]
+    weights: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Runs scripts one after another into the comparison's run folder and reads their metrics back.
+
+    Their output goes to ``log``, where given. Once ``stop`` is set the running script is ended.
+    """
+
+    flags: SlimmingFlags
+    run: RunFolder
+    stop: threading.Event
+    log: Path | None = None
+
+    @property
+    def data(self) -> list[str]:
+        return ["--data", self.flags.data, *(["--data-root", self.flags.data_root] if self.flags.data_root else [])]
+
+    @property
+    def common(self) -> list[str]:
+        names = ("img", "batch_size", "seed", "device")
+        return as_flags([f"{name.replace('_', '-')}={getattr(self.flags, name)}" for name in names])
 
     def script(self, name: str, folder: str, *arguments: str) -> Path:
         """Run one script; its run folder."""
         command = [f"{name}.py", *arguments, "--project", str(self.run.path), "--name", folder]
-        print("$ python " + " ".join(a or "''" for a in command), flush=True)
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False)
-        if done.returncode:
-            raise EngineError(f"{name}.py ended with exit code {done.returncode}; its message stands above")
+        shown = " ".join(a or "''" for a in command) + ("" if self.log is None else f" >> {self.log}")
+        print(f"$ python {shown}", flush=True)
+        threads = {} if self.flags.in_turn else {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // 2))}
+        code = execute([sys.executable, *command], {**threads, **os.environ}, self.log, self.stop)
+        if code:
+            raise EngineError(f"{name}.py ended with exit code {code}; its message {self.last_words()}")
         return self.run.path / folder
+
+    def last_words(self) -> str:
+        """Where the message of a script that failed is found, or what it is."""
+        if self.log is None:
+            return "stands above"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"in {self.log}: {lines[-1] if lines else 'none'}"
 
     def training(self, name: str, folder: str, epochs: int, weights: str, further: list[str]) -> Path:
         """A training's run folder."""
@@ -122,30 +158,39 @@ def row_of(step: str, folder: Path, test_ap: float | None) -> Row:
     return Row(step, found["ap"], found["ap50"], test_ap, found["macs"], found["params"])
 
 
-def compare(flags: SlimmingFlags) -> list[Row]:
-    """All steps; the table's rows in order."""
-    work = Comparison(flags)
-    dense = work.training("finetune", "dense", flags.dense_epochs, flags.weights, [])
+def execute(command: list[str], environment: dict[str, str], log: Path | None, stop: threading.Event) -> int:
+    """A process's exit code; it is ended when ``stop`` is set or this process is interrupted."""
+    with contextlib.nullcontext() if log is None else log.open("a", encoding="utf-8") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out and subprocess.STDOUT)
+        try:
+            while process.poll() is None and not stop.is_set():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    return process.returncode
+
+
+def dense_branch(work: Branch) -> Findings:
+    """The baseline."""
+    dense = work.training("finetune", "dense", work.flags.dense_epochs, work.flags.weights, [])
+    last = dense / "weights" / "last.pt"
+    return Findings([row_of("dense", dense, work.test_ap(last, "dense"))], {"dense": last})
+
+
+def slim_branch(work: Branch) -> Findings:
+    """Sparse training, then for each target a cut and its fine-tuning."""
+    flags = work.flags
     sparse = work.training("train_sparse", "sparse", flags.sparse_epochs, flags.weights, flags.sparse)
     last = Path("weights") / "last.pt"
-    rows = [
-        row_of("dense", dense, work.test_ap(dense / last, "dense")),
-        row_of("sparse, not cut", sparse, work.test_ap(sparse / last, "sparse")),
-    ]
-    timed = {"dense": dense / last, "sparse, not cut": sparse / last}
+    rows = [row_of("sparse, not cut", sparse, work.test_ap(sparse / last, "sparse"))]
+    weights = {"sparse, not cut": sparse / last}
     for macs in flags.macs:
         label = f"{macs:.0%}"
-        cut = work.script(
-            "prune",
-            f"cut-{macs:g}",
-            "--weights",
-            str(sparse / last),
-            "--img",
-            str(flags.img),
-            "--macs",
-            str(macs),
-            *work.data,
-        )
+        target = ["--weights", str(sparse / last), "--img", str(flags.img), "--macs", str(macs)]
+        cut = work.script("prune", f"cut-{macs:g}", *target, *work.data)
         found = metrics_of(cut)
         full = found["before"]
         rows.append(
@@ -155,14 +200,41 @@ def compare(flags: SlimmingFlags) -> list[Row]:
         rows.append(row_of(f"cut to {label}", cut, work.test_ap(pruned, f"cut-{macs:g}")))
         tuned = work.training("finetune", f"finetune-{macs:g}", flags.finetune_epochs, str(pruned), flags.finetune)
         rows.append(row_of(f"fine-tuned at {label}", tuned, work.test_ap(tuned / last, f"finetune-{macs:g}")))
-        timed |= {f"cut to {label}": pruned, f"fine-tuned at {label}": tuned / last}
+        weights |= {f"cut to {label}": pruned, f"fine-tuned at {label}": tuned / last}
+    return Findings(rows, weights)
+
+
+def at_once(branches: list[Callable[[], Findings]], stop: threading.Event) -> list[Findings]:
+    """What each branch found, in order; the first error ends the others."""
+    with ThreadPoolExecutor(len(branches)) as pool:
+        futures = [pool.submit(branch) for branch in branches]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            stop.set()
+            raise
+    return [future.result() for future in futures]
+
+
+def compare(flags: SlimmingFlags) -> list[Row]:
+    """All steps; the table's rows in order."""
+    open_data(flags.data, flags.data_root)  # draws the shapes once, before two processes would
+    run = RunFolder.create(flags.project, flags.name)
+    stop = threading.Event()
+    work = Branch(flags, run, stop)
+    baseline = work if flags.in_turn else replace(work, log=run.path / "dense.log")
+    branches = [lambda: dense_branch(baseline), lambda: slim_branch(work)]
+    dense, slimmed = [branch() for branch in branches] if flags.in_turn else at_once(branches, stop)
+    rows, timed = [*dense.rows, *slimmed.rows], {**dense.weights, **slimmed.weights}
     bench = work.script("benchmark", "benchmark", "--weights", *map(str, timed.values()), "--img", str(flags.img))
     times = json.loads((bench / "benchmark.json").read_text(encoding="utf-8"))
     by_step = dict(zip(timed, (float(t["milliseconds"]) for t in times), strict=True))
     # A masked network has the size of the one that it masks, and so its run time.
     rows = [replace(row, milliseconds=by_step.get(row.step, by_step["sparse, not cut"])) for row in rows]
-    slim.write_text_atomically(work.run.path / "report.md", table(rows) + "\n")
-    print(verdict(rows, metrics_of(sparse)["closed_share"]))
+    slim.write_text_atomically(run.path / "report.md", table(rows) + "\n")
+    print(verdict(rows, metrics_of(run.path / "sparse")["closed_share"]))
     return rows
 
 

@@ -4,41 +4,55 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
+import signal
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data import make_shapes
+from engine import EngineError
 from experiments import slimming
 
 STEPS = ["dense", "sparse, not cut", "masked to 50%", "cut to 50%", "fine-tuned at 50%"]
+SLEEPER = [sys.executable, "-c", "import time; print('asleep', flush=True); time.sleep(600)"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real scripts with the real arguments, without starting an interpreter for each."""
 
-    def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, importlib.import_module(Path(command[1]).stem).cli(command[2:]))
+    def execute(command: list[str], *_: Any) -> int:
+        return int(importlib.import_module(Path(command[1]).stem).cli(command[2:]))
 
     monkeypatch.chdir(slimming.ROOT)
-    monkeypatch.setattr(slimming.subprocess, "run", run)
+    monkeypatch.setattr(slimming, "execute", execute)
 
 
-def test_table_is_made_of_the_scripts_own_metrics(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    make_shapes(tmp_path / "tiny", train=16, val=6, test=6, image_size_px=64, seed=3)
-    data = tmp_path / "tiny.yaml"
+def tiny_data(folder: Path) -> Path:
+    make_shapes(folder / "tiny", train=16, val=6, test=6, image_size_px=64, seed=3)
+    data = folder / "tiny.yaml"
     data.write_text(
-        f"path: {tmp_path / 'tiny'}\ntrain: images/train\nval: images/val\ntest: images/test\n"
+        f"path: {folder / 'tiny'}\ntrain: images/train\nval: images/val\ntest: images/test\n"
         "names: [circle, square, triangle, cross]\n"
     )
+    return data
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_table_is_made_of_the_scripts_own_metrics(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = {
-        "data": data, "img": 64, "batch-size": 8, "workers": 0, "dense-epochs": 1, "sparse-epochs": 2, "sparse": "pull-from=1",
+        "data": tiny_data(tmp_path), "img": 64, "batch-size": 8, "workers": 0,
+        "dense-epochs": 1, "sparse-epochs": 2, "sparse": "pull-from=1",
         "finetune-epochs": 1, "finetune": "lr=0.01", "project": tmp_path / "runs", "name": "x",
     }  # fmt: skip
-    code = slimming.cli([*(str(a) for k, v in arguments.items() for a in (f"--{k}", v)), "--test"])
+    code = slimming.cli([*(str(a) for k, v in arguments.items() for a in (f"--{k}", v)), "--test", "--in-turn"])
     out = capfd.readouterr().out
     assert code == 0, out
     run = tmp_path / "runs" / "x"
@@ -53,6 +67,77 @@ def test_table_is_made_of_the_scripts_own_metrics(tmp_path: Path, capfd: pytest.
     assert "$ python train_sparse.py" in out and "gates closed after sparse training: " in out
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_failing_script_ends_the_comparison(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code = slimming.cli(["--data", str(tmp_path / "none.yaml"), "--project", str(tmp_path / "runs")])
-    assert code == 1 and "finetune.py ended with exit code 1" in capfd.readouterr().err
+    arguments = ["--data", tiny_data(tmp_path), "--project", tmp_path / "runs", "--img", 65, "--in-turn"]
+    code = slimming.cli([str(a) for a in arguments])
+    assert code == 1
+    assert "finetune.py ended with exit code 1; its message stands above" in capfd.readouterr().err
+
+
+def test_a_missing_data_set_is_told_before_anything_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert slimming.cli(["--data", str(tmp_path / "none.yaml"), "--project", str(tmp_path / "runs")]) == 1
+    assert "none.yaml" in capfd.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_both_branches_run_at_once_and_keep_their_order() -> None:
+    meeting = threading.Barrier(2, timeout=60)  # breaks unless both are there at the same time
+
+    def branch(name: str) -> slimming.Findings:
+        meeting.wait()
+        return slimming.Findings([], {name: Path(name)})
+
+    found = slimming.at_once([lambda: branch("dense"), lambda: branch("slim")], threading.Event())
+    assert [list(f.weights) for f in found] == [["dense"], ["slim"]]
+
+
+def test_the_first_error_ends_the_other_branch(tmp_path: Path) -> None:
+    stop, codes, log = threading.Event(), [], tmp_path / "log"
+
+    def sleeping() -> slimming.Findings:
+        codes.append(slimming.execute(SLEEPER, dict(os.environ), log, stop))
+        raise EngineError("ended by the other branch")
+
+    def failing() -> slimming.Findings:
+        wait_for(lambda: log.exists() and "asleep" in log.read_text())
+        raise EngineError("the first error")
+
+    with pytest.raises(EngineError, match="the first error"):
+        slimming.at_once([sleeping, failing], stop)
+    assert codes == [-signal.SIGTERM]
+
+
+def test_a_failing_script_behind_a_log_is_quoted(tmp_path: Path) -> None:
+    flags = slimming.SlimmingFlags(project=str(tmp_path), img=65)
+    run = slimming.RunFolder.create(tmp_path, "x")
+    branch = slimming.Branch(flags, run, threading.Event(), tmp_path / "dense.log")
+    with pytest.raises(
+        EngineError, match=r"benchmark.py ended with exit code 1; its message in .*dense.log: error: .*none"
+    ):
+        branch.script("benchmark", "benchmark", "--weights", str(tmp_path / "none.pt"))
+
+
+def test_an_interrupt_ends_both_trainings(tmp_path: Path) -> None:
+    arguments = ["--data", tiny_data(tmp_path), "--project", tmp_path / "runs", "--name", "x", "--img", 64]
+    command = [sys.executable, "-m", "experiments.slimming", *map(str, arguments)]
+    output = tmp_path / "output"
+    with output.open("w") as out:
+        process = subprocess.Popen(command, cwd=slimming.ROOT, stdout=out, stderr=out, start_new_session=True)
+    try:
+        trained = [tmp_path / "runs" / "x" / name / "weights" / "last.pt" for name in ("dense", "sparse")]
+        wait_for(lambda: all(path.exists() for path in trained) or process.poll() is not None)
+        process.send_signal(signal.SIGINT)  # to the parent alone, as from a job scheduler
+        assert process.wait(60) == 130, output.read_text()
+        with pytest.raises(ProcessLookupError):  # nobody of its process group is left
+            os.killpg(process.pid, 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert re.search(r"interrupted; what is finished is in the run folder", output.read_text())
+
+
+def wait_for(condition: Any, seconds: float = 120.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.1)
