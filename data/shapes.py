@@ -26,10 +26,12 @@ RECORD = "shapes.json"
 
 PARTIAL = f"{RECORD}.partial"
 _FILE_NAME = re.compile(r"shapes_\d{6,}\.(jpg|txt)")
-_OBJECTS = (3, 6)
-"""Fewest and most objects that are tried in an image; one that finds no free spot is left out."""
+_OBJECTS = (6, 10)
+"""Fewest and most objects that are tried in an image; one that finds no free spot is left out.
 
-_RADIUS = (0.13, 0.26)
+Many, so that a short training from scratch sees many."""
+
+_RADIUS = (0.13, 0.22)
 """Radius of a shape as a fraction of the image side."""
 _MAX_COVER = 0.25
 """How much of an object's box another one's may cover."""
@@ -54,7 +56,7 @@ class _Recipe:
 def make_shapes(
     root: str | Path, train: int = 400, val: int = 100, test: int = 100, image_size_px: int = 160, seed: int = 0
 ) -> None:
-    """Write ``images/{train,val,test}`` and ``labels/...`` under ``root``: square JPEGs with up to 6 objects of 4 classes.
+    """Write ``images/{train,val,test}`` and ``labels/...`` under ``root``: square JPEGs with up to 10 objects of 4 classes.
 
     The same arguments give the same bytes. A whole set with the same arguments is left alone; an interrupted or
     different one is made anew. DataError if ``root`` holds files that are not of such a set (none is ever deleted).
