@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -59,7 +60,8 @@ def make_shapes(
     """Write ``images/{train,val,test}`` and ``labels/...`` under ``root``: square JPEGs with up to 10 objects of 4 classes.
 
     The same arguments give the same bytes. A whole set with the same arguments is left alone; an interrupted or
-    different one is made anew. DataError if ``root`` holds files that are not of such a set (none is ever deleted).
+    different one is made anew. Of several processes one draws and the others wait (``<root>.lock``). DataError if
+    ``root`` holds files that are not of such a set (none is ever deleted).
     """
     recipe = _Recipe(train, val, test, image_size_px, seed)
     if min(recipe.counts.values()) < 0 or image_size_px < 32 or seed < 0:
@@ -69,12 +71,19 @@ def make_shapes(
     root = Path(root)
     if _is_whole(root, recipe):
         return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f"{root.name}.lock")):
+        if not _is_whole(root, recipe):
+            _draw(root, recipe)
+
+
+def _draw(root: Path, recipe: _Recipe) -> None:
     _clear(root)
     for number, (split, count) in enumerate(recipe.counts.items()):
         for kind in ("images", "labels"):
             (root / kind / split).mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            image, labels = draw_scene(image_size_px, np.random.default_rng((seed, number, index)))
+            image, labels = draw_scene(recipe.image_size_px, np.random.default_rng((recipe.seed, number, index)))
             stem = f"shapes_{index:06d}"
             Image.fromarray(image).save(root / "images" / split / f"{stem}.jpg", quality=92)
             lines = [f"{int(row[0])} " + " ".join(f"{value:.6f}" for value in row[1:]) + "\n" for row in labels]

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 import slim
-from detection import open_data
 from engine import EngineError, RunFolder
 from engine.command import RunFlags, flag, run_script
 
@@ -220,7 +219,6 @@ def at_once(branches: list[Callable[[], Findings]], stop: threading.Event) -> li
 
 def compare(flags: SlimmingFlags) -> list[Row]:
     """All steps; the table's rows in order."""
-    open_data(flags.data, flags.data_root)  # draws the shapes once, before two processes would
     run = RunFolder.create(flags.project, flags.name)
     stop = threading.Event()
     work = Branch(flags, run, stop)

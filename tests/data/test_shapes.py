@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from data import DataError, DetectionDataset, load_data_config, make_shapes
 from data.labels import parse_label
@@ -48,6 +50,21 @@ def test_a_whole_set_is_left_alone(tmp_path: Path) -> None:
     before = times(tmp_path)
     make_shapes(tmp_path, **SMALL)
     assert times(tmp_path) == before
+
+
+def test_of_two_at_once_one_draws_and_the_other_waits(tmp_path: Path) -> None:
+    root = tmp_path / "shapes"
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(tmp_path / "shapes.lock"):
+            waiting = pool.submit(make_shapes, root, **SMALL)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+            assert not root.exists()
+            make_shapes(tmp_path / "other", **SMALL)
+            (tmp_path / "other").rename(root)
+            before = times(root)
+        waiting.result(timeout=60)
+    assert times(root) == before
 
 
 @pytest.mark.parametrize("interruption", ["no record", "lost image", "lost labels", "damaged record", "partial record"])
