@@ -1,4 +1,4 @@
-"""A tiny shapes data set, and the scripts run in this process as from a shell."""
+"""The scripts run in this process as from a shell."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data import make_shapes
-from tests.scripts.runs import NAMES, ROOT, SMALL, Done, Runner
+from tests.scripts.runs import ROOT, SMALL, Done, Runner
 
 
 @pytest.fixture
@@ -22,17 +21,6 @@ def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Done(code, *capsys.readouterr())
 
     return run
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data.yaml of 16 train, 6 val and 6 test images of 64 pixels, four classes."""
-    root = tmp_path_factory.mktemp("datasets")
-    make_shapes(root / "tiny", train=16, val=6, test=6, image_size_px=64, seed=3)
-    file = root / "tiny.yaml"
-    names = "".join(f"  {i}: {name}\n" for i, name in enumerate(NAMES))
-    file.write_text(f"path: {root / 'tiny'}\ntrain: images/train\nval: images/val\ntest: images/test\nnames:\n{names}")
-    return file
 
 
 @pytest.fixture(scope="session")
