@@ -7,8 +7,9 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
-Role = Literal["out", "in", "depthwise", "scale"]
-"""How a parameter's axis meets a channel: produces it, consumes it linearly, or acts on it alone."""
+Role = Literal["out", "in", "depthwise", "scale", "width"]
+"""How a parameter's axis meets a channel: produces it, consumes it linearly, acts on it alone; ``width``: not a tensor but
+a module's integer attribute that counts the channels (such as a group norm's ``num_groups``)."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,31 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """``size`` channels that are alike in where they occur; each can be removed, with all that it occupies."""
+    """``size`` channels that are alike in where they occur; each can be removed, with all that it occupies.
+
+    ``inexact`` says which operator's statistics change when a channel goes (only where the caller allowed such cuts).
+    """
 
     name: str
     size: int
     members: tuple[Member, ...]
     frozen_reason: str | None = None
+    inexact: str | None = None
 
     @property
     def prunable(self) -> bool:
         return self.frozen_reason is None
+
+    @property
+    def per_channel(self) -> int:
+        """How many of the producing layer's output channels one channel of the group stands for (more than 1 where several
+        must go together, as the same position of every part of a grouped convolution)."""
+        return positions_per_channel(self.members, self.size)
+
+
+def positions_per_channel(members: tuple[Member, ...], size: int) -> int:
+    """Output channels of the first producing layer for each of a group's ``size`` channels."""
+    return next((len(m.index) // size for m in members if m.role in ("out", "depthwise")), 1)
 
 
 @dataclass(frozen=True)
