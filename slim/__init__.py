@@ -22,10 +22,13 @@ from slim.graph import ChannelGraph as ChannelGraph
 from slim.graph import ChannelGroup as ChannelGroup
 from slim.insert import add_gates as add_gates
 from slim.plan import Plan as Plan
+from slim.propagate import Call as Call
 from slim.propagate import evaluation_mode as evaluation_mode
+from slim.rules import register_rule as register_rule
 from slim.score import score as score
 from slim.solver import make_plan as make_plan
 from slim.surgery import apply_plan as apply_plan
 from slim.surgery import mask as mask
 from slim.surgery import max_difference as max_difference
+from slim.trace import ChannelPropagation as ChannelPropagation
 from slim.trace import trace as trace

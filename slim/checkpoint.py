@@ -21,10 +21,12 @@ from slim.errors import SlimError
 from slim.fold import example_of
 from slim.gate import Gate
 from slim.insert import gate_layout, restore_gates
-from slim.surgery import refresh_widths, replace_tensor
+from slim.surgery import replace_tensor
+from slim.widths import norm_widths, refresh_widths, set_norm_widths
 
 FORMAT = "slim-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # 1 had no widths of norms
 
 
 def widths_of(model: nn.Module) -> dict[str, list[int]]:
@@ -50,6 +52,7 @@ def pack(model: nn.Module, build: Mapping[str, Any]) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "build": dict(build),
         "widths": widths_of(model),
+        "norms": norm_widths(model),
         "gates": gate_layout(model),
         "example": None if example is None else [[list(shape), kind] for shape, kind in example],
         "params": count_params(model),
@@ -90,8 +93,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise SlimError(f"{path}: not a readable checkpoint ({first}); expected a file written by slim.save") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise SlimError(f"{path}: a checkpoint of another kind; expected one written by slim.save")
-    if content["format_version"] != FORMAT_VERSION:
-        raise SlimError(f"{path}: checkpoint format {content['format_version']}; this slim reads {FORMAT_VERSION}")
+    if content["format_version"] not in READABLE:
+        raise SlimError(
+            f"{path}: checkpoint format {content['format_version']}; this slim reads up to {FORMAT_VERSION}"
+        )
     return content
 
 
@@ -119,6 +124,7 @@ def restore(
         if own[name].shape != tensor.shape:
             replace_tensor(model, name, torch.empty_like(tensor, dtype=own[name].dtype))
     refresh_widths(model)
+    set_norm_widths(model, content.get("norms", {}))
     model.load_state_dict(state)
     verify(model, content, origin)
     return model

@@ -17,7 +17,7 @@ from slim.errors import SlimError
 from slim.gate import Gate, gates_in
 from slim.insert import unwrap
 from slim.labels import spread
-from slim.propagate import Propagation
+from slim.propagate import Call, Propagation
 from slim.surgery import get_tensor
 
 logger = logging.getLogger(__name__)
@@ -81,70 +81,61 @@ class GatePropagation(Propagation):
             self.fail(labels, "a gate before it")
         self.put(output, labels)
 
-    def unknown(
-        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
-        for tensor in inputs:
-            self.fail(self.get(tensor), name)
-        for tensor in outputs:
+    def unknown(self, call: Call) -> None:
+        for tensor in call.inputs:
+            self.fail(self.get(tensor), call.name)
+        for tensor in call.outputs:
             self.put(tensor, None)
 
-    def elementwise(
-        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
+    def elementwise(self, call: Call) -> None:
         """A sum keeps a factor that both sides have; a product keeps the one that one side has."""
-        labels = [self.get(t) for t in inputs]
+        labels = [self.get(t) for t in call.inputs]
         scaled = [x for x in labels if x is not None]
         if not scaled:
             result = None
-        elif name in ADDITIVE and len(inputs) > 1:
-            full = [spread(x, t).broadcast_to(outputs[0].shape) for x, t in zip(labels, inputs, strict=True)]
-            differing = torch.zeros(outputs[0].shape, dtype=torch.bool)
+        elif call.name in ADDITIVE and len(call.inputs) > 1:
+            full = [spread(x, t).broadcast_to(call.outputs[0].shape) for x, t in zip(labels, call.inputs, strict=True)]
+            differing = torch.zeros(call.outputs[0].shape, dtype=torch.bool)
             for other in full[1:]:
                 differing |= other != full[0]
             for x in full:
-                self.fail(x[differing], name)
-            result = scaled[0] if len(scaled) == len(inputs) else None
-        elif len(scaled) == 1 and (name in HOMOGENEOUS or name == "mul" or (name == "div" and labels[0] is not None)):
-            result = scaled[0].reshape((1,) * (outputs[0].ndim - scaled[0].ndim) + tuple(scaled[0].shape))
+                self.fail(x[differing], call.name)
+            result = scaled[0] if len(scaled) == len(call.inputs) else None
+        elif len(scaled) == 1 and (
+            call.name in HOMOGENEOUS or call.name == "mul" or (call.name == "div" and labels[0] is not None)
+        ):
+            result = scaled[0].reshape((1,) * (call.outputs[0].ndim - scaled[0].ndim) + tuple(scaled[0].shape))
         else:
-            return self.unknown(name, func, args, kwargs, inputs, outputs)
-        for tensor in outputs:
+            return self.unknown(call)
+        for tensor in call.outputs:
             self.put(tensor, result)
 
-    def spatial(
-        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
+    def spatial(self, call: Call) -> None:
         """Max and mean over windows of one map commute with its factor."""
-        labels = self.get(inputs[0])
+        labels = self.get(call.inputs[0])
         if labels is not None and any(size > 1 for size in labels.shape[2:]):
-            return self.unknown(name, func, args, kwargs, inputs, outputs)
-        for tensor in outputs:
+            return self.unknown(call)
+        for tensor in call.outputs:
             self.put(tensor, labels)
 
-    def reduce(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def reduce(self, call: Call) -> None:
         """Means and maxima over axes along which the factor does not change."""
-        labels = self.get(inputs[0])
-        dims = args[1] if len(args) > 1 else kwargs.get("dim")
-        axes = [d % inputs[0].ndim for d in ([dims] if isinstance(dims, int) else dims or range(inputs[0].ndim))]
-        if labels is None or name in ("var", "std", "prod") or any(labels.shape[a] > 1 for a in axes):
-            return self.unknown(name, func, args, kwargs, inputs, outputs)
-        keep = outputs[0].ndim == inputs[0].ndim
-        self.put(outputs[0], labels.reshape([s for a, s in enumerate(labels.shape) if keep or a not in axes]))
+        labels = self.get(call.inputs[0])
+        axes = call.axes(call.inputs[0])
+        if labels is None or call.name in ("var", "std", "prod") or any(labels.shape[a] > 1 for a in axes):
+            return self.unknown(call)
+        keep = call.outputs[0].ndim == call.inputs[0].ndim
+        self.put(call.outputs[0], labels.reshape([s for a, s in enumerate(labels.shape) if keep or a not in axes]))
 
-    def batch_norm(
-        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
-        self.unknown(name, func, args, kwargs, inputs, outputs)
+    def batch_norm(self, call: Call) -> None:
+        self.unknown(call)
 
-    def convolution(
-        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
+    def convolution(self, call: Call) -> None:
         """Takes the factors of its input channels up into its weight."""
-        x, weight, transposed, groups = args[0], args[1], bool(args[6]), int(args[8])
+        x, weight, transposed, groups = call.args[0], call.args[1], bool(call.args[6]), int(call.args[8])
         known, entries = self.weight_of(weight), self.channel_labels(x, 1)
         if known is None or entries is None:
-            return self.unknown(name, func, args, kwargs, inputs, outputs)
+            return self.unknown(call)
         # Grouped: input i meets rows of its own group only, so its factor belongs to a block, not to a whole column.
         per_group = len(entries) // groups
         if transposed:
@@ -152,18 +143,18 @@ class GatePropagation(Propagation):
         else:
             block = entries.reshape(groups, 1, per_group).expand(-1, weight.shape[0] // groups, -1)
             self.read(known[0], block.reshape(weight.shape[0], per_group))
-        self.put(outputs[0], None)
+        self.put(call.outputs[0], None)
 
-    def matmul(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        x, weight = (args[1], args[2]) if name == "addmm" else (args[0], args[1])
+    def matmul(self, call: Call) -> None:
+        x, weight = (call.args[1], call.args[2]) if call.name == "addmm" else (call.args[0], call.args[1])
         known, entries = self.weight_of(weight), self.channel_labels(x, x.ndim - 1)
         if known is None or entries is None:
-            return self.unknown(name, func, args, kwargs, inputs, outputs)
-        stored_in_axis = known[1][1] if name == "linear" else known[1][0]
-        out = weight.shape[0] if name == "linear" else weight.shape[1]
+            return self.unknown(call)
+        stored_in_axis = known[1][1] if call.name == "linear" else known[1][0]
+        out = weight.shape[0] if call.name == "linear" else weight.shape[1]
         block = entries.reshape(1, -1).expand(out, -1)
         self.read(known[0], block if stored_in_axis == 1 else block.t())
-        self.put(outputs[0], None)
+        self.put(call.outputs[0], None)
 
     def read(self, param: str, entries: Tensor) -> None:
         """A weight reads these entries' channels, by its first two axes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -88,11 +89,12 @@ class Site:
 
 
 @dataclass(frozen=True)
-class UnknownOp:
-    """An operator without a channel rule, the module that called it, and what it froze."""
+class FreezingOp:
+    """An operator without a channel rule, or one that mixes channels; the module that called it, and what it froze."""
 
     op: str
     path: str
+    reason: str
     groups: tuple[str, ...]
 
 
@@ -104,7 +106,7 @@ class ChannelGraph:
     layers: tuple[LayerCost, ...]
     shapes: dict[str, tuple[int, ...]]
     sites: tuple[Site, ...]
-    unknown_ops: tuple[UnknownOp, ...]
+    freezing_ops: tuple[FreezingOp, ...]
     example: tuple[tuple[tuple[int, ...], str], ...] | None
 
     @cached_property
@@ -132,25 +134,31 @@ class ChannelGraph:
             if m.role in ("out", "depthwise") and m.param in by_weight
         )
 
+    def macs_share(self, groups: Iterable[ChannelGroup]) -> float:
+        """Share of the network's MACs that produce these groups' channels, 0..1."""
+        return sum(self.group_macs(group) for group in groups) / self.macs if self.macs else 0.0
+
     def report(self) -> str:
-        """A table: group, channels, share of the MACs that produce it, what it occupies, and what froze it."""
+        """A table: group, channels, share of the MACs that produce it, what it occupies, and what froze it.
+
+        Below it the totals, and each operator that froze channels with its module and the share that it froze.
+        """
         width = max([5, *(len(g.name) for g in self.groups)])
-        lines = [f"{'group':<{width}}  {'size':>5}  {'MACs':>6}  members"]
+        lines = [f"{'group':<{width}}  {'size':>9}  {'MACs':>6}  members"]
         for group in self.groups:
-            share = self.group_macs(group) / self.macs if self.macs else 0.0
+            size = f"{group.size} x {group.per_channel}" if group.per_channel > 1 else str(group.size)
             state = f"{len(group.members)}" if group.prunable else f"frozen: {group.frozen_reason}"
-            lines.append(f"{group.name:<{width}}  {group.size:>5}  {share:>6.1%}  {state}")
-        frozen = sum(self.group_macs(g) for g in self.groups if not g.prunable) / self.macs if self.macs else 0.0
-        prunable = sum(g.prunable for g in self.groups)
+            inexact = f"; inexact: {group.inexact}" if group.prunable and group.inexact else ""
+            lines.append(f"{group.name:<{width}}  {size:>9}  {self.macs_share([group]):>6.1%}  {state}{inexact}")
+        frozen = [g for g in self.groups if not g.prunable]
         lines.append(
-            f"{len(self.groups)} groups, {prunable} prunable; {self.macs / 1e6:.1f} M MACs, {self.params / 1e6:.3f} M "
-            f"parameters; {frozen:.1%} of the MACs make frozen channels"
+            f"{len(self.groups)} groups, {len(self.groups) - len(frozen)} prunable; {self.macs / 1e6:.1f} M MACs, "
+            f"{self.params / 1e6:.3f} M parameters; {self.macs_share(frozen):.1%} of the MACs make frozen channels"
         )
-        lines += [
-            f"no channel rule for {u.op} in {u.path or 'the model'}: froze {', '.join(u.groups)}"
-            for u in self.unknown_ops
-            if u.groups
-        ]
+        for op in self.freezing_ops:
+            groups = [self.by_name[name] for name in op.groups]
+            if groups:
+                lines.append(f"{op.reason}: froze {self.macs_share(groups):.1%} of the MACs ({', '.join(op.groups)})")
         return "\n".join(lines)
 
     def __str__(self) -> str:

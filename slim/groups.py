@@ -5,72 +5,103 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from slim.gate import Gate
-from slim.graph import ChannelGraph, ChannelGroup, Member, Role, Site, UnknownOp
+from slim.graph import ChannelGraph, ChannelGroup, FreezingOp, Member, Role, Site
 from slim.labels import varying_axes
 
 if TYPE_CHECKING:
     from slim.trace import ChannelPropagation
 
+Key = tuple[str, int, Role]
+
+
+class Classes:
+    """Every occurrence of a label in the records, sorted by the class that it belongs to."""
+
+    def __init__(self, run: ChannelPropagation) -> None:
+        self.roots = run.classes.roots()
+        self.keys: list[Key] = [(r.param, r.axis, r.role) for r in run.records]
+        sizes = torch.tensor([len(r.labels) for r in run.records])
+        labels = torch.cat([r.labels for r in run.records]) if run.records else torch.zeros(0, dtype=torch.int64)
+        numbers = torch.arange(len(sizes)).repeat_interleave(sizes)
+        index = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        present = labels.nonzero().flatten()
+        place = self.roots[labels[present]]
+        order = torch.sort(place, stable=True).indices
+        self.record = numbers[present][order]
+        self.index = index[present][order]
+        found, counts = torch.unique_consecutive(place[order], return_counts=True)
+        starts = counts.cumsum(0) - counts
+        # Classes in the order in which they first occur.
+        first = torch.sort(order[starts]).indices
+        self.root, self.start, self.count = found[first], starts[first], counts[first]
+
 
 def build_graph(run: ChannelPropagation, example_inputs: Any) -> ChannelGraph:
     """Classes of united labels, gathered into groups of channels that occur alike."""
-    find = run.classes.find
-    occurrences: dict[int, list[tuple[int, int]]] = {}
-    for number, record in enumerate(run.records):
-        for index, label in enumerate(record.labels.tolist()):
-            if label:
-                occurrences.setdefault(find(label), []).append((number, index))
-    reasons = frozen_reasons(run, occurrences)
+    classes = Classes(run)
+    frozen, inexact = reasons(run, classes), first_reasons(run.inexact, classes.roots)
+    records = classes.record.tolist()
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for root, places in occurrences.items():
-        keys = [(run.records[n].param, run.records[n].axis, run.records[n].role) for n, _ in places]
-        alike.setdefault((tuple(keys), reasons.get(root)), []).append(root)
+    for number, (root, start, count) in enumerate(
+        zip(classes.root.tolist(), classes.start.tolist(), classes.count.tolist(), strict=True)
+    ):
+        met = tuple(classes.keys[r] for r in records[start : start + count])
+        alike.setdefault((met, frozen.get(root), inexact.get(root)), []).append(number)
     groups: list[ChannelGroup] = []
-    home: dict[int, tuple[int, int]] = {}
-    for (keys, reason), roots in alike.items():
+    home = torch.full((len(classes.roots), 2), -1)
+    for (keys, reason, mixed), numbers in alike.items():
         if not any(role in ("out", "depthwise") for _, _, role in keys):
             continue
-        members = gather_members(keys, [occurrences[root] for root in roots])
+        chosen = torch.tensor(numbers)
+        members = gather_members(keys, classes.index[classes.start[chosen].unsqueeze(1) + torch.arange(len(keys))])
         producer = next(m for m in members if m.role in ("out", "depthwise"))
-        home.update({root: (len(groups), k) for k, root in enumerate(roots)})
-        groups.append(ChannelGroup(unique_name(producer.layer, groups), len(roots), members, reason))
+        home[classes.root[chosen]] = torch.stack([torch.full_like(chosen, len(groups)), torch.arange(len(chosen))], 1)
+        groups.append(ChannelGroup(unique_name(producer.layer, groups), len(numbers), members, reason, mixed))
+    home = home[classes.roots]
     return ChannelGraph(
         groups=tuple(groups),
         layers=tuple(run.layers),
         shapes=learnable_shapes(run.model),
         sites=tuple(activation_sites(run, home)),
-        unknown_ops=tuple(unknown_ops(run, home, groups)),
+        freezing_ops=tuple(freezing_ops(run, home, groups)),
         example=example_spec(example_inputs),
     )
 
 
-def frozen_reasons(run: ChannelPropagation, occurrences: dict[int, list[tuple[int, int]]]) -> dict[int, str]:
-    """Why each frozen class is frozen: the first reason found."""
-    reasons: dict[int, str] = {}
-    for labels, reason in run.frozen:
-        for label in labels.tolist():
-            if label:
-                reasons.setdefault(run.classes.find(label), reason)
-    for root, places in occurrences.items():
-        for number, _ in places:
-            if run.records[number].param in run.unreadable:
-                reasons.setdefault(root, run.unreadable[run.records[number].param])
-    return reasons
+def first_reasons(said: list[tuple[Tensor, str]], roots: Tensor) -> dict[int, str]:
+    """The first reason given for each class."""
+    found: dict[int, str] = {}
+    for labels, reason in said:
+        for root in roots[labels[labels != 0]].tolist():
+            found.setdefault(root, reason)
+    return found
 
 
-def gather_members(keys: Sequence[tuple[str, int, Role]], places: list[list[tuple[int, int]]]) -> tuple[Member, ...]:
-    """One member per (parameter, axis, role); the positions of channel 0 first, each position once."""
-    columns: dict[tuple[str, int, Role], list[int]] = {}
+def reasons(run: ChannelPropagation, classes: Classes) -> dict[int, str]:
+    """Why each frozen class is frozen."""
+    found = first_reasons(run.frozen, classes.roots)
+    kept = [(r.labels, run.unreadable[r.param]) for r in run.records if r.param in run.unreadable]
+    return {**first_reasons(kept, classes.roots), **found}
+
+
+def gather_members(keys: Sequence[Key], index: Tensor) -> tuple[Member, ...]:
+    """One member per (parameter, axis, role) from index [channels, occurrences]; each position once."""
+    columns: dict[Key, list[int]] = {}
     for column, key in enumerate(keys):
         columns.setdefault(key, []).append(column)
     members = []
     for (param, axis, role), numbers in columns.items():
-        per_channel = [list(dict.fromkeys(channel[n][1] for n in numbers)) for channel in places]
-        members.append(Member(param, axis, role, tuple(i for channel in per_channel for i in channel)))
+        met = index[:, numbers]
+        if len(numbers) > 1:
+            rows = [list(dict.fromkeys(row)) for row in met.tolist()]
+            members.append(Member(param, axis, role, tuple(i for row in rows for i in row)))
+        else:
+            members.append(Member(param, axis, role, tuple(met.flatten().tolist())))
     return tuple(members)
 
 
@@ -90,7 +121,7 @@ def learnable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters() if id(p) not in gates}
 
 
-def activation_sites(run: ChannelPropagation, home: dict[int, tuple[int, int]]) -> list[Site]:
+def activation_sites(run: ChannelPropagation, home: Tensor) -> list[Site]:
     """Activation modules that run once per forward and whose every channel belongs to a group."""
     sites = []
     for path, outputs in run.activations.items():
@@ -98,20 +129,18 @@ def activation_sites(run: ChannelPropagation, home: dict[int, tuple[int, int]]) 
         if len(outputs) != 1 or labels is None or len(varying_axes(labels)) != 1:
             continue
         axis = varying_axes(labels)[0]
-        channels = [home.get(run.classes.find(label)) for label in labels.flatten().tolist()]
-        if len(channels) == outputs[0].shape[axis] and all(c is not None for c in channels):
-            sites.append(Site(path, axis, tuple(c for c in channels if c is not None)))
+        channels = home[labels.flatten()]
+        if len(channels) == outputs[0].shape[axis] and bool((channels >= 0).all()):
+            sites.append(Site(path, axis, tuple((group, channel) for group, channel in channels.tolist())))
     return sites
 
 
-def unknown_ops(
-    run: ChannelPropagation, home: dict[int, tuple[int, int]], groups: list[ChannelGroup]
-) -> list[UnknownOp]:
+def freezing_ops(run: ChannelPropagation, home: Tensor, groups: list[ChannelGroup]) -> list[FreezingOp]:
     found = []
-    for op, path, labels in run.unknown_ops:
-        met = [home.get(run.classes.find(label)) for label in labels.tolist() if label]
-        names = dict.fromkeys(groups[place[0]].name for place in met if place is not None)
-        found.append(UnknownOp(op, path, tuple(names)))
+    for op, path, reason, labels in run.freezing_ops:
+        met = home[labels[labels != 0]][:, 0]
+        names = tuple(groups[n].name for n in torch.unique(met).tolist() if n >= 0)
+        found.append(FreezingOp(op, path, reason, names))
     return found
 
 

@@ -94,6 +94,15 @@ class UnionFind:
             parent[label], label = root, parent[label]
         return root
 
+    def roots(self) -> Tensor:
+        """The representative of every label, [labels]."""
+        roots = torch.tensor(self.parent)
+        while True:
+            further = roots[roots]
+            if torch.equal(further, roots):
+                return roots
+            roots = further
+
     def unite(self, first: Tensor, second: Tensor) -> None:
         """Unite element by element where both labels are not 0; the shapes broadcast."""
         first, second = torch.broadcast_tensors(first, second)

@@ -1,7 +1,8 @@
 """Which ATen operator moves, mixes or keeps channels: one table from operator name to the kind of rule.
 
-Names are those of ``func._schema.name`` without ``aten::`` and without the underscore of the in-place form.
-An operator that is in no table freezes every channel that enters it.
+Names are those of ``func._schema.name`` without ``aten::`` and without the underscore of the in-place form; operators of
+other libraries keep their namespace (``torchvision::roi_align``). An operator that is in no table freezes every channel
+that enters it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 # Each output element depends on the input elements at the same (broadcast) position alone.
 # fmt: off
 ELEMENTWISE = [
-    "abs", "add", "addcdiv", "addcmul", "alias", "atan2", "bitwise_and", "bitwise_not", "bitwise_or", "ceil",
-    "celu", "clamp", "clamp_max", "clamp_min", "clone", "copy", "cos", "detach", "div", "dropout", "elu", "eq",
-    "erf", "exp", "expm1", "floor", "ge", "gelu", "gt", "hardshrink", "hardsigmoid", "hardswish", "hardtanh",
-    "le", "leaky_relu", "lerp", "lift_fresh", "log", "log1p", "log_sigmoid_forward", "logical_and", "logical_not",
-    "logical_or", "lt", "masked_fill", "maximum", "minimum", "mish", "mul", "nan_to_num", "ne", "neg", "pow",
-    "prelu", "_prelu_kernel", "reciprocal", "relu", "relu6", "round", "rsqrt", "rsub", "selu", "sigmoid", "sign",
-    "silu", "sin", "softplus", "softshrink", "sqrt", "square", "sub", "tanh", "threshold", "_to_copy", "to",
-    "where", "native_dropout", "contiguous",
+    "abs", "acos", "add", "addcdiv", "addcmul", "alias", "asin", "atan", "atan2", "bitwise_and", "bitwise_not",
+    "bitwise_or", "bitwise_xor", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "clone", "contiguous", "copysign",
+    "cos", "cosh", "detach", "div", "dropout", "elu", "empty_like", "eq", "erf", "erfc", "exp", "exp2", "expm1", "fill",
+    "floor", "floor_divide", "fmod", "frac", "full_like", "ge", "gelu", "gt", "hardshrink", "hardsigmoid", "hardswish",
+    "hardtanh", "isfinite", "isinf", "isnan", "le", "leaky_relu", "lerp", "lift_fresh", "log", "log10", "log1p", "log2",
+    "log_sigmoid_forward", "logical_and", "logical_not", "logical_or", "logical_xor", "logit", "lt", "masked_fill",
+    "maximum", "minimum", "mish", "mul", "nan_to_num", "native_dropout", "ne", "neg", "ones_like", "pow", "prelu",
+    "_prelu_kernel", "rand_like", "randn_like", "reciprocal", "relu", "relu6", "remainder", "round", "rrelu",
+    "rrelu_with_noise", "rsqrt", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "sinh", "softplus", "softshrink",
+    "sqrt", "square", "sub", "tan", "tanh", "threshold", "to", "_to_copy", "trunc", "where", "xlogy", "zero",
+    "zeros_like",
 ]
 # fmt: on
 
@@ -31,6 +35,7 @@ SPATIAL = [
             "adaptive_avg_pool",
             "_adaptive_avg_pool",
             "adaptive_max_pool",
+            "fractional_max_pool",
             "upsample_nearest",
             "_upsample_nearest_exact",
             "reflection_pad",
@@ -46,19 +51,32 @@ SPATIAL = [
     "upsample_trilinear3d",
     "_upsample_bilinear2d_aa",
     "_upsample_bicubic2d_aa",
+    "grid_sampler_2d",
+    "grid_sampler_3d",
 ]
+
+VIEW = ["view", "_unsafe_view", "reshape", "_reshape_alias"]
 
 # The output is a rearrangement of the inputs' elements: the very same operator is applied to the labels.
 # fmt: off
 MOVE = [
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "expand", "squeeze",
-    "unsqueeze", "slice", "select", "split", "split_with_sizes", "unbind", "flip", "repeat", "stack", "cat",
-    "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "roll", "index_select", "narrow", "diagonal", "unfold",
-    "index", "channel_shuffle", "native_channel_shuffle",
+    *VIEW, "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "slice", "select", "split",
+    "split_with_sizes", "unbind", "flip", "repeat", "repeat_interleave", "stack", "cat", "constant_pad_nd",
+    "pixel_unshuffle", "roll", "rot90", "index_select", "narrow", "diagonal", "unfold", "index", "movedim",
+    "channel_shuffle", "native_channel_shuffle",
 ]
 # fmt: on
 
-REDUCE = ["mean", "sum", "amax", "amin", "var", "std", "prod"]
+# A sum or another summary over some axes, which disappear or shrink to 1.
+# fmt: off
+REDUCE = [
+    "mean", "sum", "amax", "amin", "var", "std", "prod", "max", "min", "argmax", "argmin", "linalg_vector_norm", "norm",
+    "logsumexp", "any", "all", "median", "var_mean", "std_mean",
+]
+# fmt: on
+
+# Mix the elements along one axis and keep its length.
+ALONG = ["_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "sort"]
 
 BATCH_NORM = [
     "_native_batch_norm_legit_no_training",
@@ -75,19 +93,45 @@ CONVOLUTION = ["convolution", "_convolution", "cudnn_convolution", "mkldnn_convo
 
 MATMUL = ["mm", "addmm", "linear"]
 
+# Products of activations with each other: every output element sums over many input elements.
+ATTENTION = [
+    "bmm",
+    "baddbmm",
+    "_native_multi_head_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math",
+]
+
 KINDS: dict[str, str] = {
     **dict.fromkeys(ELEMENTWISE, "elementwise"),
     **dict.fromkeys(SPATIAL, "spatial"),
     **dict.fromkeys(MOVE, "move"),
     **dict.fromkeys(REDUCE, "reduce"),
+    **dict.fromkeys(ALONG, "along_axis"),
     **dict.fromkeys(BATCH_NORM, "batch_norm"),
     **dict.fromkeys(CONVOLUTION, "convolution"),
     **dict.fromkeys(MATMUL, "matmul"),
+    **dict.fromkeys(ATTENTION, "attention"),
+    "copy": "copy",
+    "glu": "gated_halves",
+    "native_layer_norm": "layer_norm",
+    "native_group_norm": "group_norm",
+    "pixel_shuffle": "pixel_shuffle",
+    "torchvision::roi_align": "windows",
+    "torchvision::roi_pool": "windows",
 }
+
+LIKE_PARAMETER = ("t", "transpose", "permute", "detach", "alias", "_to_copy", "clone", "contiguous")
+"""A parameter that went through one of these is still that parameter, its axes in another order at most."""
 
 
 def operator_name(func: object) -> tuple[str, bool]:
-    """(name without namespace and in-place underscore, whether it works in place) of an ATen overload."""
-    name: str = func._schema.name.removeprefix("aten::")  # type: ignore[attr-defined]
+    """(name without aten:: and in-place underscore, whether it works in place) of an operator or overload."""
+    schema = getattr(func, "_schema", None)
+    name: str = schema.name if schema is not None else func._qualified_op_name  # type: ignore[attr-defined]
+    name = name.removeprefix("aten::")
     in_place = name.endswith("_") and not name.endswith("__")
     return (name[:-1] if in_place else name), in_place

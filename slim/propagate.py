@@ -6,8 +6,13 @@ subclasses' business (channels in ``slim.trace``, gate factors in ``slim.fold``)
 
 from __future__ import annotations
 
+import copy
+import random
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -20,7 +25,31 @@ from slim.errors import SlimError
 from slim.gate import gates_in
 from slim.graph import LayerCost
 from slim.labels import along, collapse, split_axes, spread
-from slim.ops import KINDS, operator_name
+from slim.ops import KINDS, LIKE_PARAMETER, VIEW, operator_name
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator as the model called it; ``inputs`` and ``outputs`` are the tensors among arguments and results."""
+
+    name: str
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    in_place: bool = False
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """An argument by its name in the operator's schema."""
+        given = dict(zip((a.name for a in self.func._schema.arguments), self.args, strict=False))
+        return {**given, **self.kwargs}.get(name, default)
+
+    def axes(self, tensor: Tensor) -> list[int]:
+        """The axes that ``dim`` names, ascending and not negative; all of them when it is left out."""
+        dims = self.argument("dim")
+        given = [dims] if isinstance(dims, int) else dims or range(tensor.ndim)
+        return sorted({d % tensor.ndim for d in given})
 
 
 class Propagation(TorchDispatchMode):
@@ -37,7 +66,10 @@ class Propagation(TorchDispatchMode):
         self.labels: dict[int, Tensor | None] = {}
         # Labels are held by identity: every tensor must live as long as the table does.
         self.alive: list[Any] = []
+        # Tensors whose values come from the example inputs: indices among them choose other elements on other inputs.
+        self.computed: set[int] = set()
         self.path: list[str] = []
+        self.failed_at: tuple[str, list[Tensor]] | None = None
         self.layers: list[LayerCost] = []
         self.batch_size = 1
 
@@ -46,18 +78,23 @@ class Propagation(TorchDispatchMode):
     def run(self, example_inputs: Any) -> list[Tensor]:
         """Forward once in evaluation mode without gradients; returns the tensors among the outputs."""
         args, kwargs = call_arguments(example_inputs)
-        self.batch_size = next(
-            (t.shape[0] for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.ndim), 1
-        )
-        with (
-            self.watched_modules(),
-            evaluation_mode(self.model),
-            torch.random.fork_rng(devices=[]),
-            torch.no_grad(),
-            self,
-        ):
-            outputs = self.model(*args, **kwargs)
-        return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor)]
+        given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        self.computed = {id(tensor) for tensor in given}
+        self.batch_size = next((t.shape[0] for t in given if t.ndim), 1)
+        with untouched(self.model), self.watched_modules(), evaluation_mode(self.model), torch.no_grad():
+            try:
+                with self:
+                    outputs = self.model(*args, **kwargs)
+            except SlimError:
+                raise
+            except Exception as error:
+                where, _ = self.failed_at or (self.where(), [])
+                text = (str(error).strip() or repr(error)).splitlines()[0]
+                raise SlimError(
+                    f"the model does not run on the example inputs: {type(error).__name__} in {where or 'its forward'}: "
+                    f"{text}; give inputs as model(*example_inputs) would take them"
+                ) from error
+        return tensors_in(outputs)
 
     @contextmanager
     def watched_modules(self) -> Iterator[None]:
@@ -81,6 +118,9 @@ class Propagation(TorchDispatchMode):
 
     def leaving(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            # The hooks of a failing module run too, before its error reaches run().
+            if self.failed_at is None and sys.exc_info()[1] is not None:
+                self.failed_at = (self.where(), [])
             self.path.pop()
             self.after_module(path, module, args, output)
 
@@ -103,9 +143,9 @@ class Propagation(TorchDispatchMode):
         self.alive.append(tensor)
         self.labels[id(tensor)] = labels
 
-    def weight_of(self, tensor: Tensor) -> tuple[str, tuple[int, ...]] | None:
-        """(parameter name, its axes in this tensor's order) of a parameter or of a transposed view of one."""
-        if id(tensor) in self.tensors:
+    def weight_of(self, tensor: Tensor | None) -> tuple[str, tuple[int, ...]] | None:
+        """(parameter name, its axes in this tensor's order) of a parameter or of a transposed or cast view of one."""
+        if tensor is not None and id(tensor) in self.tensors:
             return self.tensors[id(tensor)], tuple(range(tensor.ndim))
         return self.views.get(id(tensor))
 
@@ -117,39 +157,47 @@ class Propagation(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.alive.append((args, kwargs, out))
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            self.failed_at = (self.where(), inputs)
+            raise
+        self.alive.append((args, kwargs, out))
         outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
         if not outputs:
             return out
+        if not self.computed.isdisjoint(map(id, inputs)):
+            self.computed.update(map(id, outputs))
         name, in_place = operator_name(func)
-        if (
-            name in ("t", "transpose", "permute", "detach", "alias")
-            and self.weight_of(inputs[0])
-            and inputs[0].ndim > 1
-        ):
-            self.view_of_weight(name, inputs[0], outputs[0])
+        if name in LIKE_PARAMETER and inputs and self.weight_of(inputs[0]) and inputs[0].ndim > 1:
+            self.view_of_weight(name, inputs[0], outputs[0], args)
             return out
-        self.count(name, args, outputs[0])
+        call = Call(name, func, args, kwargs, inputs, outputs, in_place)
+        self.count(call)
         if self.muted:
             return out
         if any(self.labels.get(id(t)) is not None or self.weight_of(t) for t in inputs):
-            rule: Callable[..., None] = getattr(self, KINDS.get(name, "unknown"))
-            rule(name, func, args, kwargs, inputs, outputs)
+            self.apply(call)
         elif not in_place:
             for tensor in outputs:
                 self.put(tensor, None)
         return out
 
-    def count(self, name: str, args: Any, out: Tensor) -> None:
+    def apply(self, call: Call) -> None:
+        """Find the operator's rule among the methods and follow it."""
+        rule: Callable[[Call], None] = getattr(self, KINDS.get(call.name, "unknown"), self.unknown)
+        rule(call)
+
+    def count(self, call: Call) -> None:
         """Note the cost of a convolution or linear layer."""
-        if KINDS.get(name) == "convolution":
+        args, out = call.args, call.outputs[0]
+        if KINDS.get(call.name) == "convolution":
             weight, transposed = args[1], bool(args[6])
             applied = args[0] if transposed else out
             positions = applied.shape[0] * prod(applied.shape[2:])
-        elif KINDS.get(name) == "matmul":
-            weight = args[2] if name == "addmm" else args[1]
+        elif KINDS.get(call.name) == "matmul":
+            weight = args[2] if call.name == "addmm" else args[1]
             positions = out.numel() // out.shape[-1]
         else:
             return
@@ -157,38 +205,44 @@ class Propagation(TorchDispatchMode):
         shape = tuple(weight.shape[axes.index(axis)] for axis in range(weight.ndim))
         self.layers.append(LayerCost(self.where(), param, shape, positions // self.batch_size))
 
-    def view_of_weight(self, name: str, tensor: Tensor, out: Tensor) -> None:
-        """A transposed parameter is still that parameter."""
+    def view_of_weight(self, name: str, tensor: Tensor, out: Tensor, args: Any) -> None:
+        """A transposed or cast parameter is still that parameter."""
         param, axes = self.weight_of(tensor) or ("", ())
-        if name in ("detach", "alias"):
+        if name == "t":
+            axes = axes[::-1]
+        elif name == "transpose":
+            order = list(axes)
+            order[args[1]], order[args[2]] = axes[args[2]], axes[args[1]]
+            axes = tuple(order)
+        elif name == "permute":
+            axes = tuple(axes[d] for d in args[1])
+        if out is not tensor:
             self.views[id(out)] = (param, axes)
-        elif tensor.ndim == 2:
-            self.views[id(out)] = (param, axes[::-1])
-        # Other permutations of parameters are not followed: their use is an unknown reading of the parameter.
 
-    def move(self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def move(self, call: Call) -> None:
         """Operators that rearrange elements: apply the very same operator to the labels."""
-        labelled = {
-            id(t): spread(self.get(t), t) for t in inputs if t.dtype is not torch.int64 or self.get(t) is not None
-        }
-        swap: Callable[[Any], Any] = lambda leaf: labelled.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        if name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
-            moved = [labelled[id(inputs[0])].reshape(outputs[0].shape)]
+        # Where an operator takes indices, they are no elements that it moves.
+        moving = call.inputs[:1] if call.name.startswith("index") else call.inputs
+        labelled = {id(t): spread(self.get(t), t) for t in moving}
+
+        def swap(leaf: Any) -> Any:
+            return labelled.get(id(leaf), leaf.cpu()) if isinstance(leaf, Tensor) else leaf
+
+        if call.name in VIEW:
+            moved = [labelled[id(call.inputs[0])].reshape(call.outputs[0].shape)]
         else:
             # The padding of a map carries no label, whatever its value.
-            kept = args[:2] if name == "constant_pad_nd" else args
-            result = func(*tree_map(swap, kept), **tree_map(swap, kwargs if kept is args else {}))
+            padding = call.name == "constant_pad_nd"
+            result = call.func(
+                *tree_map(swap, call.args[:2] if padding else call.args),
+                **tree_map(swap, {} if padding else call.kwargs),
+            )
             moved = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
-        for tensor, labels in zip(outputs, moved, strict=True):
+        for tensor, labels in zip(call.outputs, moved, strict=True):
             self.put(tensor, collapse(labels))
-        self.tie_parts(name, args, inputs, outputs)
 
-    def tie_parts(self, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Hook for propagations in which splitting an axis into equal parts couples the parts."""
-
-    def unknown(
-        self, name: str, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]
-    ) -> None:
+    def unknown(self, call: Call) -> None:
+        """Called for an operator without a rule, and by rules that do not understand their call."""
         raise NotImplementedError
 
     def split_of_labelled_axis(self, tensor: Tensor, out: Tensor) -> list[int] | None:
@@ -219,6 +273,17 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     )
 
 
+def tensors_in(output: Any) -> list[Tensor]:
+    """Every tensor of a model's output: in tuples, lists, dictionaries, and in the attributes of other objects."""
+    found: list[Tensor] = []
+    for leaf in tree_flatten(output)[0]:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
+            found += tensors_in(dict(vars(leaf)))
+    return found
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the duration; every module's flag is put back as it was."""
@@ -229,6 +294,36 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """What a forward pass writes is undone: buffers, attributes that modules set on themselves, random number generators."""
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    containers = [
+        (value, copy.copy(value))
+        for _, values in attributes
+        for value in values.values()
+        if type(value) in (dict, OrderedDict, list, set)
+    ]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {t.device.index for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
+    python_state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+            yield
+    finally:
+        random.setstate(python_state)
+        for module, values in attributes:
+            vars(module).clear()
+            vars(module).update(values)
+        for container, values in containers:
+            container.clear()
+            container.extend(values) if isinstance(container, list) else container.update(values)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 @contextmanager

@@ -1,16 +1,10 @@
-"""From scores to a plan: the lowest channels go first until the target is met, within floors and rounding.
-
-Costs come from widths: a layer's MACs are the elements of its weight times its output positions, and every axis of a weight
-is as long as the kept channels that occupy it, so nothing is cut or run while solving.
-"""
+"""From scores to a plan: the lowest channels go first until the target is met, within floors and rounding."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Literal
 
 import torch
@@ -19,66 +13,10 @@ from torch import Tensor
 from slim.errors import SlimError
 from slim.graph import ChannelGraph, ChannelGroup
 from slim.plan import GroupPlan, Plan
+from slim.targets import Room, Rounding, Target, WidthCosts, Widths, rooms_of, unreachable
 
-Widths = list[int]
-
-
-class WidthCosts:
-    """Parameters and MACs of a graph as functions of how many channels each of some groups keeps."""
-
-    def __init__(self, graph: ChannelGraph, groups: list[ChannelGroup]) -> None:
-        self.sizes = [g.size for g in groups]
-        axes: dict[str, dict[int, list[tuple[int, int]]]] = {}
-        for number, group in enumerate(groups):
-            # The same axis can appear in two roles (a layer that feeds itself); each position counts once.
-            seen: set[tuple[str, int]] = set()
-            for m in group.members:
-                if m.param in graph.shapes and (m.param, m.axis) not in seen:
-                    seen.add((m.param, m.axis))
-                    axes.setdefault(m.param, {}).setdefault(m.axis, []).append((number, len(m.index) // group.size))
-        self.axes = axes
-        self.shapes = graph.shapes
-        self.positions: dict[str, int] = {}
-        for layer in graph.layers:
-            self.positions[layer.weight] = self.positions.get(layer.weight, 0) + layer.positions
-        self.fixed_params = sum(prod(s) for n, s in graph.shapes.items() if n not in axes)
-        self.fixed_macs = graph.macs - sum(prod(graph.shapes[n]) * self.positions.get(n, 0) for n in axes)
-
-    def numel(self, param: str, widths: Widths) -> int:
-        """Elements of a parameter when group i keeps widths[i] channels."""
-        shape = list(self.shapes[param])
-        for axis, parts in self.axes[param].items():
-            shape[axis] -= sum((self.sizes[n] - widths[n]) * each for n, each in parts)
-        return prod(shape)
-
-    def params(self, widths: Widths) -> int:
-        return self.fixed_params + sum(self.numel(p, widths) for p in self.axes)
-
-    def macs(self, widths: Widths) -> int:
-        return self.fixed_macs + sum(
-            self.numel(p, widths) * self.positions[p] for p in self.axes if p in self.positions
-        )
-
-    def channels(self, widths: Widths) -> int:
-        return sum(widths)
-
-
-@dataclass(frozen=True)
-class Target:
-    """What must come down to ``keep`` of what it was."""
-
-    kind: Literal["macs", "params", "channels"]
-    keep: float
-
-    @staticmethod
-    def of(macs: float | None, params: float | None, channels: float | None) -> Target:
-        given = [(k, v) for k, v in (("macs", macs), ("params", params), ("channels", channels)) if v is not None]
-        if len(given) != 1:
-            raise SlimError("give exactly one target: macs=, params= or channels=, a keep ratio above 0 and at most 1")
-        kind, keep = given[0]
-        if not 0 < keep <= 1:
-            raise SlimError(f"{kind}={keep}: expected a keep ratio above 0 and at most 1 (0.4 keeps 40 %)")
-        return Target(kind, keep)  # type: ignore[arg-type]
+Scope = Literal["global", "local", "isomorphic"]
+SCOPES = ("global", "local", "isomorphic")
 
 
 def make_plan(
@@ -88,45 +26,77 @@ def make_plan(
     macs: float | None = None,
     params: float | None = None,
     channels: float | None = None,
+    threshold: float | None = None,
     round_to: int = 8,
     min_channels: int = 8,
-    scope: Literal["global", "local"] = "global",
+    min_keep: float = 0.0,
+    scope: Scope = "global",
+    cost_aware: bool = False,
+    overrides: Mapping[str, float] | None = None,
+    ignore: Sequence[str] = (),
 ) -> Plan:
-    """The plan that keeps the given ratio of MACs, parameters or channels of the traced model, at most.
+    """The plan that keeps at most the given MACs, parameters or channels of the traced model.
 
-    ``scope="global"`` ranks all channels against each other, ``"local"`` keeps the same ratio of every group. Of channels
-    with equal scores, those go first that stand lowest in their own group, so that ties are spread over the groups. Every
-    group keeps at least ``min_channels``, and a multiple of ``round_to``, or all of its channels. Groups without scores
-    stay whole. SlimError when the target cannot be reached, with how far it can go and the floors that bind.
+    Exactly one target. ``macs``, ``params``, ``channels`` (of the groups with scores): a keep ratio up to 1, or a whole
+    number above 1 to keep. ``threshold``: every channel with a score below it goes, and nothing at or above it.
+
+    ``scope``: ``"global"`` ranks all channels against each other; ``"local"`` keeps the same ratio of every group;
+    ``"isomorphic"`` ranks channels within classes of groups of like structure, of which each keeps the same ratio (Fang et
+    al., "Isomorphic Pruning for Vision Models", ECCV 2024). ``cost_aware`` ranks by score per MAC or parameter that one
+    channel of the full network saves: the greedy answer to the knapsack that Shen et al. pose for latency ("Structural
+    Pruning via Latency-Saliency Knapsack", NeurIPS 2022). Of equal channels, those go first that stand lowest in their own
+    group, so that ties are spread over the groups.
+
+    Channels are counted at the producing layer: where one channel of a group stands for several that go together, all
+    count. A group keeps at least ``min_channels``, at least the share ``min_keep``, and a multiple of ``round_to``, or all
+    of its channels. Widths go to the nearest such multiple; what this leaves of the budget widens groups again: the one
+    whose next channel ranks highest, of the class that keeps the lowest ratio, while the budget lasts.
+
+    ``overrides``: {pattern of a group's or producing layer's name: keep ratio (float) or channels (int)}; the first that
+    matches sets the group's exact width, past rounding, floors and ranking. ``ignore``: patterns of groups that stay whole,
+    before all else, as do groups without scores.
+
+    SlimError for options out of range, patterns that match nothing, scores that do not fit the graph, and a target that
+    cannot be reached, with how far it can go and what binds.
     """
-    target = Target.of(macs, params, channels)
-    if round_to < 1 or min_channels < 1:
-        raise SlimError(f"round_to={round_to}, min_channels={min_channels}: expected at least 1")
-    if scope not in ("global", "local"):
-        raise SlimError(f"scope is {scope!r}; expected 'global' or 'local'")
-    groups = scored_groups(graph, scores)
-    costs = WidthCosts(graph, groups)
-    floors = [rounded(0, g.size, round_to, min_channels) for g in groups]
-    measure: Callable[[Widths], int] = getattr(costs, target.kind)
-    sizes = [g.size for g in groups]
-    budget = target.keep * measure(sizes)
-    if measure(floors) > budget:
-        raise SlimError(unreachable(target, groups, floors, measure))
-    rank = ranking(groups, scores)
-    rungs, raw_widths = local_ladder(sizes) if scope == "local" else global_ladder(rank, sizes)
-
-    def widths_at(rung: int) -> Widths:
-        return [rounded(w, s, round_to, min_channels) for w, s in zip(raw_widths(rung), sizes, strict=True)]
-
-    widths = widths_at(bisect_left(range(rungs), True, key=lambda rung: measure(widths_at(rung)) <= budget))
-    if scope == "global":
-        widths = give_back(widths, rank, sizes, round_to, measure, budget)
-    chosen = [keep_best(g, scores[g.name], w) for g, w in zip(groups, widths, strict=True)]
-    return Plan(tuple(chosen), (graph.macs, costs.macs(widths)), (graph.params, costs.params(widths)))
+    target = Target.of(macs=macs, params=params, channels=channels, threshold=threshold)
+    if scope not in SCOPES:
+        raise SlimError(f"scope is {scope!r}; expected one of {', '.join(map(repr, SCOPES))}")
+    if cost_aware and target.kind not in ("macs", "params"):
+        raise SlimError(
+            f"cost_aware=True divides by what a channel costs; {target.kind} has no cost, use macs= or params="
+        )
+    rounding = Rounding(round_to, min_channels, min_keep)
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    rooms = rooms_of(graph, checked_scores(graph, scores), rounding, overrides or {}, patterns)
+    costs = WidthCosts(graph, rooms)
+    values = {n: flat(scores[room.group.name]) for n, room in enumerate(rooms) if room.ranked}
+    if target.kind == "threshold":
+        widths = [r.at_least(above(scores[r.group.name], target)) if r.ranked else r.floor for r in rooms]
+    else:
+        if cost_aware:
+            values = {n: per_unit_saved(v, n, rooms[n], costs, target) for n, v in values.items()}
+        widths = solve(target, rooms, costs, Ranking(values, classes_of(graph, list(values), scope)))
+    return assemble(graph, scores, rooms, costs, widths)
 
 
-def scored_groups(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> list[ChannelGroup]:
-    """The prunable groups that have scores, in the graph's order."""
+def assemble(
+    graph: ChannelGraph, scores: Mapping[str, Tensor], rooms: list[Room], costs: WidthCosts, widths: Widths
+) -> Plan:
+    """The plan of the groups that may change, each at its width."""
+    chosen = [
+        keep_best(room.group, flat(scores[room.group.name]), width)
+        for room, width in zip(rooms, widths, strict=True)
+        if room.counted and room.held != "ignored"
+    ]
+    touched = {m.param for group in chosen for m in group.members}
+    shapes = {name: shape for name, shape in graph.shapes.items() if name in touched}
+    after = (costs.measure("macs", widths), costs.measure("params", widths))
+    return Plan(tuple(chosen), (graph.macs, after[0]), (graph.params, after[1]), shapes)
+
+
+def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> set[str]:
+    """The names of the groups that have scores; SlimError when scores do not fit the graph."""
     for name, values in scores.items():
         group = graph.by_name.get(name)
         if group is None:
@@ -135,82 +105,140 @@ def scored_groups(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> list[Cha
             raise SlimError(f"scores of group {name} have shape {tuple(values.shape)}; expected ({group.size},)")
         if bool(torch.isnan(values).any()):
             raise SlimError(f"scores of group {name} hold NaN; was the training finite?")
-    return [g for g in graph.groups if g.prunable and g.name in scores]
+    return set(scores)
 
 
-def rounded(width: int, size: int, round_to: int, min_channels: int) -> int:
-    """The nearest allowed width: a multiple of ``round_to`` not below the floor, or the whole group."""
-    floor = -(-min_channels // round_to) * round_to
-    return min(size, max(floor, (2 * width + round_to) // (2 * round_to) * round_to))
+def above(values: Tensor, target: Target) -> int:
+    """How many scores reach the threshold, compared in their own precision."""
+    return int((values >= target.value).sum())
 
 
-def ranking(groups: list[ChannelGroup], scores: Mapping[str, Tensor]) -> list[int]:
-    """The group of each channel, lowest channel first."""
-    rows: list[tuple[float, float, int]] = []
-    for number, group in enumerate(groups):
-        ordered = sorted(scores[group.name].tolist())
-        rows += [(value, place / group.size, number) for place, value in enumerate(ordered)]
-    return [number for _, _, number in sorted(rows)]
+def flat(values: Tensor) -> Tensor:
+    return values.detach().double().cpu()
 
 
-Ladder = tuple[int, Callable[[int], Widths]]
-"""A number of rungs, and each rung's widths; they only fall, so costs do too and bisection finds the target."""
+def per_unit_saved(values: Tensor, number: int, room: Room, costs: WidthCosts, target: Target) -> Tensor:
+    """Scores over what one output channel of the group saves at full width; what saves nothing goes last."""
+    saved = -costs.change(target.kind, costs.sizes, number, room.group.size - 1) / room.group.per_channel
+    return values / saved if saved else torch.full_like(values, inf)
 
 
-def global_ladder(rank: list[int], sizes: list[int]) -> Ladder:
-    """Widths after removing the lowest 0, 1, 2, ... channels of all."""
+def classes_of(graph: ChannelGraph, numbers: list[int], scope: Scope) -> list[list[int]]:
+    """The groups, by their numbers, whose channels are ranked against each other."""
+    keys = {
+        "global": lambda number: (),
+        "local": lambda number: number,
+        "isomorphic": lambda number: structure(graph, graph.groups[number]),
+    }
+    classes: dict[object, list[int]] = {}
+    for number in numbers:
+        classes.setdefault(keys[scope](number), []).append(number)
+    return list(classes.values())
 
-    def widths(rung: int) -> Widths:
-        removed = Counter(rank[:rung])
-        return [size - removed[number] for number, size in enumerate(sizes)]
 
-    return len(rank), widths
+def structure(graph: ChannelGraph, group: ChannelGroup) -> tuple[object, ...]:
+    """What the group's channels occupy, whatever its width and wherever it is: role, axes, kernel, axis and own name."""
+    kinds = []
+    for m in group.members:
+        shape = graph.shapes.get(m.param)
+        axes, kernel = (-1, ()) if shape is None else (len(shape), shape[2:])
+        kinds.append((m.role, axes, kernel, m.axis, m.param.rpartition(".")[2]))
+    return tuple(sorted(kinds))
 
 
-def local_ladder(sizes: list[int], steps: int = 1000) -> Ladder:
-    """Widths when every group keeps the same ratio, from 1 down to 0."""
-    return steps, lambda rung: [round(size * (steps - rung) / steps) for size in sizes]
+class Ranking:
+    """The order in which channels go, within each class of groups.
+
+    A ladder of widths: at rung 0 everything is kept, at the last nothing, and every class keeps the same ratio. Widths only
+    fall, so costs do too and bisection finds the target.
+    """
+
+    def __init__(self, values: dict[int, Tensor], classes: list[list[int]]) -> None:
+        self.classes = classes
+        self.orders = [channel_order({n: values[n] for n in members}) for members in classes]
+        # Where each group's channels stand in the order of its class, ascending.
+        self.places = {
+            n: (order == n).nonzero().flatten().tolist()
+            for members, order in zip(classes, self.orders, strict=True)
+            for n in members
+        }
+        # No class is larger than the number of rungs, so each channel has its own.
+        self.rungs = max(1000, sum(len(order) for order in self.orders))
+
+    def kept(self, rung: int) -> dict[int, int]:
+        """Channels kept of each group, before rounding."""
+        widths = {}
+        for members, order in zip(self.classes, self.orders, strict=True):
+            kept = round(len(order) * (self.rungs - rung) / self.rungs)
+            removed = torch.bincount(order[: len(order) - kept], minlength=max(members) + 1).tolist()
+            widths.update({n: len(self.places[n]) - removed[n] for n in members})
+        return widths
+
+
+def channel_order(values: dict[int, Tensor]) -> Tensor:
+    """The group number of each channel, lowest channel first."""
+    numbers = torch.cat([torch.full_like(v, n, dtype=torch.long) for n, v in values.items()])
+    ordered = torch.cat([v.sort().values for v in values.values()])
+    places = torch.cat([torch.arange(len(v), dtype=torch.float64) / len(v) for v in values.values()])
+    by_place = places.sort(stable=True).indices
+    return numbers[by_place[ordered[by_place].sort(stable=True).indices]]
+
+
+def solve(target: Target, rooms: list[Room], costs: WidthCosts, ranking: Ranking) -> Widths:
+    """The widths that meet the target; SlimError when the floors do not allow it."""
+    budget = target.budget(costs.measure(target.kind, costs.sizes))
+    if costs.measure(target.kind, [room.floor for room in rooms]) > budget:
+        raise SlimError(unreachable(target, rooms, costs))
+
+    def widths_at(rung: int) -> Widths:
+        kept = ranking.kept(rung)
+        return [room.nearest(kept[n]) if room.ranked else room.floor for n, room in enumerate(rooms)]
+
+    def within(rung: int) -> bool:
+        return costs.measure(target.kind, widths_at(rung)) <= budget
+
+    widths = widths_at(bisect_left(range(ranking.rungs), True, key=within))
+    return give_back(widths, target.kind, budget, rooms, costs, ranking)
 
 
 def give_back(
-    widths: Widths, rank: list[int], sizes: list[int], round_to: int, measure: Callable[[Widths], int], budget: float
+    widths: Widths, kind: str, budget: float, rooms: list[Room], costs: WidthCosts, ranking: Ranking
 ) -> Widths:
-    """Spend what rounding left of the budget: widen groups again, those whose next channel ranks highest first."""
-    place = {number: [p for p, n in enumerate(rank) if n == number] for number in set(rank)}
-    widths = list(widths)
-    candidates = {n for n in place if widths[n] < sizes[n]}
+    """Spend what rounding left of the budget: widen groups again, of the class that keeps the lowest ratio first, and in it
+    those whose next channel ranks highest."""
+    widths, cost = list(widths), costs.measure(kind, widths)
+    home = {n: c for c, members in enumerate(ranking.classes) for n in members}
+    kept = [sum(widths[n] for n in members) for members in ranking.classes]
+    candidates = {n for n in home if widths[n] < rooms[n].group.size}
+
+    def turn(n: int) -> tuple[float, int, int]:
+        # Places ascend: with w kept, the best removed channel is the one at index size - w - 1.
+        next_place = ranking.places[n][len(ranking.places[n]) - widths[n] - 1]
+        return kept[home[n]] / len(ranking.orders[home[n]]), home[n], -next_place
+
     while candidates:
-        # place[n] ascends: with w kept, the best removed channel is the one at index size - w - 1.
-        best = max(candidates, key=lambda n: place[n][sizes[n] - widths[n] - 1])
-        wider = list(widths)
-        wider[best] = min(sizes[best], (widths[best] // round_to + 1) * round_to)
-        if measure(wider) <= budget:
-            widths = wider
-        else:
+        best = min(candidates, key=turn)
+        wider = rooms[best].wider(widths[best])
+        more = costs.change(kind, widths, best, wider)
+        if cost + more > budget:
             candidates.discard(best)
-        if widths[best] == sizes[best]:
+            continue
+        kept[home[best]] += wider - widths[best]
+        widths[best], cost = wider, cost + more
+        if wider == rooms[best].group.size:
             candidates.discard(best)
     return widths
 
 
 def keep_best(group: ChannelGroup, values: Tensor, width: int) -> GroupPlan:
     """The ``width`` channels with the highest scores; of equals the ones of lower index."""
-    order = torch.sort(values.double(), descending=True, stable=True).indices[:width]
-    keep = tuple(sorted(order.tolist()))
-    return GroupPlan(group.name, group.size, keep, group.members, (float(values.min()), float(values.max())))
-
-
-def unreachable(target: Target, groups: list[ChannelGroup], floors: Widths, measure: Callable[[Widths], int]) -> str:
-    """The message for a target below what the floors allow: how far it goes, and the floors that cost most."""
-    sizes = [g.size for g in groups]
-    lowest, whole = measure(floors), measure(sizes)
-    gains = []
-    for n, group in enumerate(groups):
-        without = [*floors[:n], 0, *floors[n + 1 :]]
-        gains.append((lowest - measure(without), group.name, floors[n]))
-    binding = ", ".join(f"{name} ({floor} channels)" for _, name, floor in sorted(gains, reverse=True)[:5])
-    frozen = "" if gains else "; no group can be pruned"
-    return (
-        f"{target.kind}={target.keep:g} cannot be reached: with every group at its floor {lowest / whole:.3f} remains; "
-        f"the floors that bind most: {binding or 'none'}{frozen}; lower min_channels or round_to, or raise the target"
+    ordered, order = torch.sort(values, descending=True, stable=True)
+    return GroupPlan(
+        group.name,
+        group.size,
+        tuple(sorted(order[:width].tolist())),
+        group.members,
+        score_range=(float(values.min()), float(values.max())),
+        lowest_kept=float(ordered[width - 1]),
+        highest_removed=float(ordered[width]) if width < group.size else None,
     )

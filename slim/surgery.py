@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeVar, overload
 
 import torch
@@ -13,40 +14,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from slim.errors import SlimError
 from slim.gate import gates_in
+from slim.optimizer_state import cut_optimizer
 from slim.plan import GroupPlan, Plan
-from slim.propagate import call_arguments, evaluation_mode
-
-Keep = dict[str, dict[int, Tensor]]
-"""For each parameter or buffer that is cut: axis -> positions kept, ascending."""
+from slim.propagate import call_arguments, evaluation_mode, tensors_in
+from slim.slicing import Keep, positions_kept, slice_axes
+from slim.widths import check_layers, refresh_widths, set_count
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def positions_kept(model: nn.Module, plan: Plan) -> Keep:
-    """What the plan leaves of every tensor that it touches; SlimError where the plan does not fit the model."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    removed: dict[str, dict[int, set[int]]] = {}
-    for group in plan.groups:
-        for member in group.members:
-            tensor = tensors.get(member.param)
-            if tensor is None or member.axis >= tensor.ndim or max(member.index) >= tensor.shape[member.axis]:
-                found = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
-                raise SlimError(
-                    f"the plan does not fit: group {group.name} needs {member.param} with axis {member.axis} of at least "
-                    f"{max(member.index) + 1}, the model has {found}; apply it to a copy of the network that was traced"
-                )
-            positions = member.positions(group.removed, group.size)
-            removed.setdefault(member.param, {}).setdefault(member.axis, set()).update(positions)
-    keep: Keep = {}
-    for name, axes in removed.items():
-        for axis, gone in axes.items():
-            if gone:
-                size = tensors[name].shape[axis]
-                kept = [i for i in range(size) if i not in gone]
-                if not kept:
-                    raise SlimError(f"the plan removes every channel of {name} (axis {axis}, {size} positions)")
-                keep.setdefault(name, {})[axis] = torch.tensor(kept)
-    return keep
 
 
 def mask(model: Model, plan: Plan) -> Model:
@@ -55,14 +29,14 @@ def mask(model: Model, plan: Plan) -> Model:
     Every consumer reads a channel through a weight; the weights that read a removed channel are 0.
     """
     positions_kept(model, plan)
-    masked = copy.deepcopy(model)
-    parameters = dict(masked.named_parameters())
+    masked = copied(model)
+    tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
     with torch.no_grad():
         for group in plan.groups:
             for member in group.members:
                 gone = member.positions(group.removed, group.size)
                 if member.role == "in" and gone:
-                    weight = parameters[member.param]
+                    weight = tensors[member.param]
                     weight.index_fill_(member.axis, torch.tensor(gone, device=weight.device), 0.0)
     return masked
 
@@ -79,41 +53,61 @@ def apply_plan(model: Any, plan: Plan, **state: Any) -> Any:
     """The pruned model: a new, narrower one; ``model`` is untouched.
 
     With ``optimizer=`` and / or ``ema=`` returns (model, optimizer, ema), all new and cut alike: per-parameter optimiser
-    state (momentum, moments) is sliced with its parameter, param-group options are kept.
+    state (momentum, moments) is sliced with its parameter, param-group options are kept. All or nothing: on any error what
+    was given is as it was. SlimError names the layer that the plan does not fit or would break.
     """
     unknown = set(state) - {"optimizer", "ema"}
     if unknown:
         raise TypeError(f"apply_plan got {', '.join(sorted(unknown))}; it takes optimizer= and ema=")
-    pruned = cut(model, plan)
+    keep = positions_kept(model, plan)
+    pruned = cut(model, plan, keep)
     if not state:
         return pruned
     optimizer, ema = state.get("optimizer"), state.get("ema")
-    new_ema = copy.deepcopy(ema)
-    if new_ema is not None:
-        new_ema.module = cut(new_ema.module, plan)
-    return pruned, None if optimizer is None else cut_optimizer(optimizer, model, pruned, plan), new_ema
+    new_ema = None if ema is None else cut(ema, averaged(plan), positions_kept(ema, averaged(plan)))
+    return pruned, None if optimizer is None else cut_optimizer(optimizer, model, pruned, plan, keep), new_ema
 
 
-def cut(model: Model, plan: Plan) -> Model:
+def averaged(plan: Plan) -> Plan:
+    """The plan for an AveragedModel, which holds the network as its ``module``."""
+
+    def moved(group: GroupPlan) -> GroupPlan:
+        return replace(group, members=tuple(replace(m, param=f"module.{m.param}") for m in group.members))
+
+    shapes = {f"module.{name}": shape for name, shape in plan.shapes.items()}
+    return replace(plan, groups=tuple(moved(g) for g in plan.groups), shapes=shapes)
+
+
+def cut(model: Model, plan: Plan, keep: Keep) -> Model:
     """A narrow copy of the model."""
-    keep = positions_kept(model, plan)
-    pruned = copy.deepcopy(model)
+    narrow: dict[int, Any] = {}
+    counts: list[tuple[str, int, int]] = []
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, axes in keep.items():
-        replace_tensor(pruned, name, slice_axes(get_tensor(pruned, name), axes))
+        old = tensors.get(name)
+        if old is None:
+            counts += [(name, axis, len(kept)) for axis, kept in axes.items()]
+        else:
+            new = slice_axes(old, axes)
+            narrow[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    pruned = copied(model, narrow)
+    for name, axis, count in counts:
+        set_count(pruned, name, axis, count)
     cut_gates(pruned, plan.groups)
     refresh_widths(pruned)
+    check_layers(pruned)
     return pruned
 
 
-def slice_axes(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:
-    """The kept positions along each axis, in memory of their own."""
-    channels_last = (
-        tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
-    out = tensor.detach().clone()
-    for axis, kept in axes.items():
-        out = out.index_select(axis, kept.to(out.device))
-    return out.contiguous(memory_format=torch.channels_last) if channels_last else out.contiguous()
+def copied(model: Model, instead: dict[int, Any] | None = None) -> Model:
+    """A deep copy; ``instead`` has, by identity, what takes the place of some of the model's tensors."""
+    try:
+        return copy.deepcopy(model, dict(instead or {}))
+    except (RuntimeError, TypeError) as error:
+        raise SlimError(
+            f"the model cannot be copied ({str(error).splitlines()[0]}); a module holds what "
+            "copy.deepcopy cannot copy, such as a tensor with a gradient history: set it to None first"
+        ) from error
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:
@@ -160,89 +154,6 @@ def cut_gates(model: nn.Module, groups: Iterable[GroupPlan]) -> None:
             gate.index = torch.tensor([place[i] for i in gate.index.tolist() if i in place], device=gate.index.device)
 
 
-def refresh_widths(model: nn.Module) -> None:
-    """Set the modules' channel counts from their tensors, in place."""
-    for module in model.modules():
-        refresh = WIDTH_ATTRIBUTES.get(base_kind(module))
-        if refresh is not None:
-            refresh(module)
-
-
-def refresh_convolution(module: Any) -> None:
-    """A depthwise convolution has as many groups as input channels; other group counts never change."""
-    weight, transposed = module.weight, module.transposed
-    rows, columns = weight.shape[0], weight.shape[1]
-    depthwise = module.groups > 1 and module.groups == module.in_channels
-    if transposed:
-        module.groups = rows if depthwise else module.groups
-        module.in_channels, module.out_channels = rows, columns * module.groups
-    else:
-        module.groups = rows // (module.out_channels // module.groups) if depthwise else module.groups
-        module.in_channels, module.out_channels = columns * module.groups, rows
-
-
-def refresh_linear(module: Any) -> None:
-    module.out_features, module.in_features = module.weight.shape
-
-
-def refresh_norm(module: Any) -> None:
-    vector = module.weight if module.weight is not None else module.running_mean
-    module.num_features = module.num_features if vector is None else vector.numel()
-
-
-WIDTH_ATTRIBUTES: dict[type[nn.Module] | None, Any] = {
-    nn.modules.conv._ConvNd: refresh_convolution,
-    nn.Linear: refresh_linear,
-    nn.modules.batchnorm._NormBase: refresh_norm,
-}
-
-
-def base_kind(module: nn.Module) -> type[nn.Module] | None:
-    """The class of ``WIDTH_ATTRIBUTES`` that a module is an instance of."""
-    return next((kind for kind in WIDTH_ATTRIBUTES if kind is not None and isinstance(module, kind)), None)
-
-
-def cut_optimizer(optimizer: Optimizer, model: nn.Module, pruned: nn.Module, plan: Plan) -> Optimizer:
-    """A new optimiser over the pruned model's parameters, its state sliced like them."""
-    keep = positions_kept(model, plan)
-    names = {id(p): name for name, p in model.named_parameters()}
-    successors = dict(pruned.named_parameters())
-    gate_keep = gate_positions(model, plan)
-    new = copy.copy(optimizer)
-    new.param_groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    new.state = type(optimizer.state)(dict)  # type: ignore[call-arg]
-    for old_group, new_group in zip(optimizer.param_groups, new.param_groups, strict=True):
-        new_group["params"] = []
-        for old in old_group["params"]:
-            if id(old) not in names:
-                raise SlimError(
-                    "the optimizer holds a parameter that is not the model's; give the one that trains this model"
-                )
-            name = names[id(old)]
-            successor = successors[name]
-            new_group["params"].append(successor)
-            axes = gate_keep.get(id(old), keep.get(name, {}))
-            if old in optimizer.state:
-                new.state[successor] = {
-                    key: slice_axes(value, axes)
-                    if isinstance(value, Tensor) and value.shape == old.shape
-                    else copy.deepcopy(value)
-                    for key, value in optimizer.state[old].items()
-                }
-    return new
-
-
-def gate_positions(model: nn.Module, plan: Plan) -> dict[int, dict[int, Tensor]]:
-    """For each gate vector of a planned group: axis 0 -> entries kept."""
-    plans = {group.name: group for group in plan.groups}
-    return {
-        id(vector): {0: torch.tensor(plans[name].keep)}
-        for _, gate in gates_in(model)
-        for name, vector in zip(gate.groups, gate.vectors, strict=True)
-        if name in plans
-    }
-
-
 def max_difference(first: nn.Module, second: nn.Module, inputs: Any) -> float:
     """Largest absolute difference between two models' outputs in evaluation mode, over the first's largest magnitude.
 
@@ -250,7 +161,9 @@ def max_difference(first: nn.Module, second: nn.Module, inputs: Any) -> float:
     """
     args, kwargs = call_arguments(inputs)
     with torch.no_grad(), evaluation_mode(first), evaluation_mode(second):
-        outputs = [tensors_of(model(*args, **kwargs)) for model in (first, second)]
+        outputs = [
+            [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point()] for model in (first, second)
+        ]
     if [t.shape for t in outputs[0]] != [t.shape for t in outputs[1]]:
         raise SlimError(
             f"outputs differ in shape: {[tuple(t.shape) for t in outputs[0]]} and {[tuple(t.shape) for t in outputs[1]]}"
@@ -261,8 +174,3 @@ def max_difference(first: nn.Module, second: nn.Module, inputs: Any) -> float:
             ratio = (a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30)
             worst = max(worst, float(ratio)) if not bool(torch.isnan(ratio)) else float("nan")
     return worst
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_flatten(output)[0]
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

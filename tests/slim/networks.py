@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+import slim
 
 
 def conv(inputs: int, outputs: int, kernel: int = 1, **kwargs: int) -> nn.Sequential:
@@ -52,12 +56,14 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if not isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)):
+                continue
+            if module.weight is not None:
                 module.weight.uniform_(0.5, 1.5, generator=generator)
                 module.bias.normal_(0, 0.3, generator=generator)
-                assert module.running_mean is not None and module.running_var is not None
-                module.running_mean.normal_(0, 0.3, generator=generator)
-                module.running_var.uniform_(0.5, 1.5, generator=generator)
+            if getattr(module, "running_mean", None) is not None:
+                module.running_mean.normal_(0, 0.3, generator=generator)  # type: ignore[union-attr,operator]
+                module.running_var.uniform_(0.5, 1.5, generator=generator)  # type: ignore[union-attr,operator]
         for name, parameter in model.named_parameters():
             if ".vectors." in name:
                 parameter.uniform_(0, 1.5, generator=generator)
@@ -75,3 +81,17 @@ def settle(model: nn.Module, x: Tensor) -> nn.Module:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()
+
+
+def prove(
+    model: nn.Module, x: Any, keep: float = 0.5, seed: int = 0, tolerance: float = 1e-4
+) -> tuple[slim.ChannelGraph, slim.Plan]:
+    """Cut to a share of the channels, chosen at random, and assert pruned = masked and that something was cut."""
+    graph = slim.trace(model, x)
+    plan = slim.make_plan(
+        graph, slim.score(model, graph, "random", seed=seed), channels=keep, round_to=1, min_channels=1, scope="local"
+    )
+    masked, pruned = slim.mask(model, plan), slim.apply_plan(model, plan)
+    difference = slim.max_difference(masked, pruned, x)
+    assert difference <= tolerance, f"pruned differs from masked by {difference}"
+    return graph, plan

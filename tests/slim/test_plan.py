@@ -1,6 +1,10 @@
-"""Scores to plans: exact kept indices, targets, floors, JSON."""
+"""Plans as data: JSON, what is refused, and how they print."""
 
 from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,144 +15,155 @@ import slim
 from slim.plan import from_runs, to_runs
 from tests.slim.networks import Chain, Residual, randomise
 
-
-def chain_graph() -> slim.ChannelGraph:
-    return slim.trace(Chain(), torch.rand(1, 3, 8, 8))
-
-
-def kept(plan: slim.Plan) -> dict[str, tuple[int, ...]]:
-    return {g.name: g.keep for g in plan.groups}
-
-
+FINE = {"round_to": 1, "min_channels": 1}
 SCORES = {"first.0": torch.tensor([0.9, 0.1, 0.8, 0.7]), "second.0": torch.tensor([0.5, 0.6, 0.2, 0.3, 0.05, 0.4])}
+CHAIN = slim.trace(Chain(), torch.rand(1, 3, 8, 8))
 
 
-def test_lowest_channels_go_first_across_groups() -> None:
-    plan = slim.make_plan(chain_graph(), SCORES, channels=0.7, round_to=1, min_channels=1)
-    assert kept(plan) == {"first.0": (0, 2, 3), "second.0": (0, 1, 3, 5)}
-
-
-def test_local_scope_keeps_the_same_share_of_every_group() -> None:
-    plan = slim.make_plan(chain_graph(), SCORES, channels=0.5, round_to=1, min_channels=1, scope="local")
-    assert kept(plan) == {"first.0": (0, 2), "second.0": (0, 1, 5)}
-
-
-def test_widths_are_multiples_and_the_next_best_goes_instead() -> None:
-    plan = slim.make_plan(chain_graph(), SCORES, channels=0.6, round_to=2, min_channels=2)
-    assert kept(plan) == {"first.0": (0, 1, 2, 3), "second.0": (0, 1)}
-
-
-def test_a_floor_between_two_multiples_is_the_higher_one() -> None:
-    plan = slim.make_plan(chain_graph(), SCORES, channels=0.8, round_to=2, min_channels=3)
-    assert kept(plan) == {"first.0": (0, 1, 2, 3), "second.0": (0, 1, 3, 5)}
-
-
-def test_ties_are_spread_over_the_groups() -> None:
-    scores = {"first.0": torch.zeros(4), "second.0": torch.zeros(6)}
-    plan = slim.make_plan(chain_graph(), scores, channels=0.5, round_to=1, min_channels=1)
-    assert {name: len(k) for name, k in kept(plan).items()} == {"first.0": 2, "second.0": 3}
-
-
-@pytest.mark.parametrize("target", ["macs", "params", "channels"])
-def test_target_is_met_and_costs_are_those_of_the_cut_model(target: str) -> None:
-    model, x = randomise(Residual()), torch.rand(1, 3, 16, 16)
-    graph = slim.trace(model, x)
-    plan = slim.make_plan(graph, slim.score(model, graph, "random"), **{target: 0.6}, round_to=1, min_channels=1)  # type: ignore[arg-type]
-    cost = slim.cost(slim.apply_plan(model, plan), x)
-    assert (cost.macs, cost.params) == (plan.macs[1], plan.params[1])
-    share = {
-        "macs": cost.macs / graph.macs,
-        "params": cost.params / graph.params,
-        "channels": sum(len(g.keep) for g in plan.groups) / 28,
-    }[target]
-    assert 0.5 < share <= 0.6
-
-
-def test_unreachable_target_says_how_far_and_names_the_floors() -> None:
-    with pytest.raises(
-        slim.SlimError, match=r"macs=0.1 cannot be reached.*0\.\d+ remains.*(second|first)\.0 \(4 channels\)"
-    ):
-        slim.make_plan(chain_graph(), SCORES, macs=0.1, round_to=4, min_channels=4)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({}, "exactly one target"),
-        ({"macs": 0.5, "params": 0.5}, "exactly one"),
-        ({"macs": 0.0}, "above 0"),
-        ({"macs": 1.5}, "at most 1"),
-        ({"macs": 0.5, "scope": "x"}, "scope"),
-        ({"macs": 0.5, "round_to": 0}, "round_to"),
-    ],
-)
-def test_bad_targets_are_named(kwargs: dict[str, float], message: str) -> None:
-    with pytest.raises(slim.SlimError, match=message):
-        slim.make_plan(chain_graph(), SCORES, **kwargs)  # type: ignore[arg-type]
-
-
-def test_nan_and_misshapen_scores_are_refused() -> None:
-    with pytest.raises(slim.SlimError, match="NaN"):
-        slim.make_plan(chain_graph(), {"first.0": torch.tensor([1.0, float("nan"), 1.0, 1.0])}, macs=0.5)
-    with pytest.raises(slim.SlimError, match="shape"):
-        slim.make_plan(chain_graph(), {"first.0": torch.ones(3)}, macs=0.5)
-    with pytest.raises(slim.SlimError, match="does not have"):
-        slim.make_plan(chain_graph(), {"other": torch.ones(3)}, macs=0.5)
+def chain_plan(channels: float = 0.7) -> slim.Plan:
+    scores = {name: values.double().round(decimals=2) for name, values in SCORES.items()}
+    return slim.make_plan(CHAIN, scores, channels=channels, **FINE)  # type: ignore[arg-type]
 
 
 def test_json_round_trip_applies_to_a_fresh_copy() -> None:
     model = randomise(Residual())
     graph = slim.trace(model, torch.rand(1, 3, 8, 8))
-    plan = slim.make_plan(graph, slim.score(model, graph, "l1"), macs=0.5, round_to=1, min_channels=1)
+    plan = slim.make_plan(graph, slim.score(model, graph, "l1"), macs=0.5, **FINE)  # type: ignore[arg-type]
     again = slim.Plan.from_json(plan.to_json())
-    assert again == plan
+    assert again == plan and again.to_json() == plan.to_json()
     fresh = Residual()
     fresh.load_state_dict(model.state_dict())
     assert slim.max_difference(slim.apply_plan(model, plan), slim.apply_plan(fresh, again), torch.rand(1, 3, 8, 8)) == 0
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 1, "groups": [{}]}'])
-def test_what_is_no_plan_is_refused(text: str) -> None:
-    with pytest.raises(slim.SlimError, match="plan"):
+def test_a_plan_records_the_shapes_that_it_touches_and_the_scores_at_the_edge() -> None:
+    plan = chain_plan()
+    assert plan.shapes == {name: shape for name, shape in CHAIN.shapes.items() if name != "head.bias"}
+    assert plan.shapes["second.0.weight"] == (6, 4, 1, 1)
+    edges = [(g.score_range, g.highest_removed, g.lowest_kept) for g in plan.groups]
+    assert edges == [((0.1, 0.9), 0.1, 0.7), ((0.05, 0.6), 0.2, 0.3)]
+    assert chain_plan(1.0).groups[0].highest_removed is None
+
+
+MALFORMED: list[tuple[list[Any], Any, str]] = [
+    (["version"], 1, r"version 1, which did not record .* make it again with prune\.py"),
+    (["version"], 3, "its version is 3; this slim reads version 2"),
+    (["version"], True, "its version is True"),
+    (["macs"], 5, "macs is 5; expected a list"),
+    (["macs"], [1, 2, 3], "macs is .*; expected two integers"),
+    (["macs"], [5, 6], "macs is 6; expected an integer from 0 to 5"),
+    (["params"], [-5, -6], "params is -5; expected an integer from 0"),
+    (["params"], [5.0, 4], "params is 5.0; expected an integer"),
+    (["shapes"], [], r"shapes is \[\]; expected an object"),
+    (["shapes", "first.0.weight"], [4, "3"], r"shapes\['first.0.weight'\] is '3'; expected an integer"),
+    (["groups"], {}, "groups is {}; expected a list"),
+    (["groups", 0], None, r"groups\[0\] is None; expected an object"),
+    (["groups", 0, "name"], "", r"groups\[0\].name is ''; expected a name"),
+    (["groups", 1, "name"], "first.0", "two groups are named first.0"),
+    (["groups", 0, "size"], 0, "group first.0: size is 0; expected an integer from 1"),
+    (["groups", 0, "size"], True, "size is True"),
+    (["groups", 0, "size"], 3, r"keep\[1\] is 4; expected an integer from 3 to 3"),
+    (["groups", 0, "size"], 5, "index is '4 positions long'; expected a multiple of the group's 5 channels"),
+    (["groups", 0, "keep"], [], "keep is .*; expected some integers"),
+    (["groups", 0, "keep"], [[0, 2], [1, 3]], "keep is .*; expected some integers, each once"),
+    (["groups", 0, "keep"], [[2, 4], [0, 1]], "keep is .*; expected ascending"),
+    (["groups", 0, "keep"], [[-1, 2]], r"keep\[0\] is -1"),
+    (["groups", 0, "keep"], [[3, 10**12]], r"keep\[0\] is 10{12}; expected an integer from 4 to 4"),
+    (["groups", 0, "keep"], [[2, 2]], r"keep\[0\] is 2; expected an integer from 3"),
+    (["groups", 0, "keep"], [3], r"keep\[0\] is 3; expected a list"),
+    (["groups", 0, "keep"], [[1]], r"keep\[0\] is \[1\]; expected a run"),
+    (["groups", 0, "members"], [], "members is .*; expected at least one"),
+    (["groups", 0, "members", 0, "param"], 7, r"members\[0\].param is 7; expected a name"),
+    (["groups", 0, "members", 0, "axis"], -1, r"\(first.0.weight\).axis is -1; expected an integer from 0 to 3"),
+    (["groups", 0, "members", 0, "axis"], 4, "axis is 4"),
+    (["groups", 0, "members", 0, "role"], "inn", "role is 'inn'; expected one of out, in, depthwise, scale, width"),
+    (["groups", 0, "members", 0, "role"], [], "role is .*; expected one of"),
+    (["groups", 0, "members", 0, "index"], [[0, 5]], r"index\[0\] is 5; expected an integer from 1 to 4"),
+    (["groups", 0, "members", 0, "index"], [[0, 2], [0, 2]], "index is .*; expected some integers, each once"),
+    (["groups", 0, "members", 0, "index"], [[0, 3]], "index is '3 positions long'"),
+    (["groups", 0, "score_range"], [1.0], "score_range is .*; expected the lowest and the highest"),
+    (["groups", 0, "score_range"], [1.0, 0.5], "score_range is .*; expected the lowest and the highest"),
+    (["groups", 0, "score_range"], ["a", "b"], "score_range is 'a'; expected a number"),
+    (["groups", 0, "lowest_kept"], float("nan"), "lowest_kept is nan; expected a number"),
+    (["groups", 0, "extra"], 1, r"groups\[0\] is an object with the unknown extra; expected name, size"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "message"), MALFORMED)
+def test_a_spoilt_plan_is_refused_by_what_and_where(path: list[Any], value: Any, message: str) -> None:
+    plain = json.loads(chain_plan().to_json())
+    place = plain
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    with pytest.raises(slim.SlimError, match=message):
+        slim.Plan.from_json(json.dumps(plain))
+
+
+def test_one_position_belongs_to_one_channel_of_one_group() -> None:
+    plain = json.loads(chain_plan().to_json())
+    plain["groups"][1]["members"].append({"param": "first.1.weight", "axis": 0, "role": "in", "index": [[2, 3]]})
+    plain["groups"][1].update(size=1, keep=[[0, 1]])
+    for member in plain["groups"][1]["members"][:-1]:
+        member["index"] = [[0, 1]]
+    with pytest.raises(
+        slim.SlimError, match=r"position 2 of first.1.weight .* channel 2 of group first.0 and to channel 0"
+    ):
+        slim.Plan.from_json(json.dumps(plain))
+    plain = json.loads(chain_plan().to_json())
+    twin = dict(plain["groups"][0]["members"][0], role="in", index=[[1, 4], [0, 1]])
+    plain["groups"][0]["members"].append(twin)
+    with pytest.raises(
+        slim.SlimError, match=r"position 1 of first\.0\.weight .* channel 1 of group first.0 and to channel 0"
+    ):
+        slim.Plan.from_json(json.dumps(plain))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "7", "[" * 10**5, '{"version": 2}', '{"version": 2, "version": 2}', "9" * 5000]
+)
+def test_what_is_no_plan_is_refused(text: str) -> None:  # fmt: skip
+    with pytest.raises(slim.SlimError, match="not a plan"):
         slim.Plan.from_json(text)
 
 
-def test_criteria_by_hand() -> None:
-    model = Chain()
-    with torch.no_grad():
-        model.first[0].weight.copy_(torch.tensor([1.0, -2.0, 3.0, 0.0]).reshape(4, 1, 1, 1).expand(4, 3, 3, 3))
-        model.first[1].weight.copy_(torch.tensor([4.0, -1.0, 2.0, 1.0]))
-    graph = slim.trace(model, torch.rand(1, 3, 8, 8))
-    assert slim.score(model, graph, "l1")["first.0"].tolist() == pytest.approx([2 / 3, 4 / 3, 2.0, 0.0])
-    assert slim.score(model, graph, "bn")["first.0"].tolist() == pytest.approx([2.0, 0.5, 1.0, 0.5])
-    gates = slim.add_gates(model, graph)
-    with torch.no_grad():
-        gates["first.0"].copy_(torch.tensor([0.1, 0.2, 0.0, 0.4]))
-    assert slim.score(model, graph, "gate")["first.0"].tolist() == pytest.approx([0.1, 0.2, 0.0, 0.4])
-    first, again = (slim.score(model, graph, "random", seed=3)["second.0"] for _ in range(2))
-    assert torch.equal(first, again) and not torch.equal(first, slim.score(model, graph, "random", seed=4)["second.0"])
+def test_a_truncated_plan_is_refused() -> None:
+    text = chain_plan().to_json()
+    for end in range(0, len(text), 7):
+        with pytest.raises(slim.SlimError, match="not a plan"):
+            slim.Plan.from_json(text[:end])
 
 
-def test_gate_criterion_takes_the_largest_of_free_gates() -> None:
-    model = Residual()
-    graph = slim.trace(model, torch.rand(1, 3, 8, 8))
-    gates = slim.add_gates(model, graph, tie="layer")
-    with torch.no_grad():
-        gates["stem.0@stem.2"].fill_(0.1)
-        gates["stem.0@branch.1.2"].copy_(torch.arange(8) / 10)
-        gates["stem.0@depthwise.2"].fill_(0.3)
-    assert slim.score(model, graph, "gate")["stem.0"].tolist() == pytest.approx(
-        [0.3, 0.3, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7]
-    )
+def leaves(plain: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value in a tree of dicts and lists."""
+    steps = plain.items() if isinstance(plain, dict) else enumerate(plain) if isinstance(plain, list) else ()
+    return [path] * bool(path) + [leaf for step, value in steps for leaf in leaves(value, (*path, step))]
 
 
-def test_unknown_criterion_and_missing_gates_are_named() -> None:
-    model = Chain()
-    graph = chain_graph()
-    with pytest.raises(slim.SlimError, match="gate, bn, l1"):
-        slim.score(model, graph, "magic")
-    with pytest.raises(slim.SlimError, match="no gates"):
-        slim.score(model, graph, "gate")
+LEAVES = leaves(json.loads(chain_plan().to_json()))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from(LEAVES), st.booleans(),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.integers(-2, 9), max_size=2),
+)  # fmt: skip
+def test_any_spoilt_value_is_refused_or_makes_a_sound_plan(path: tuple[Any, ...], delete: bool, value: Any) -> None:
+    plain = json.loads(chain_plan().to_json())
+    place = plain
+    for step in path[:-1]:
+        place = place[step]
+    if delete:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    try:
+        plan = slim.Plan.from_json(json.dumps(plain))
+    except slim.SlimError as error:
+        assert str(error)
+        return
+    assert slim.Plan.from_json(plan.to_json()) == plan
+    assert plan.compare(plan).count("\n") == str(plan).count("\n") + 1
 
 
 @given(st.lists(st.integers(0, 60), max_size=40))
@@ -156,35 +171,46 @@ def test_runs_hold_any_list_of_indices(numbers: list[int]) -> None:
     assert from_runs(to_runs(numbers)) == numbers
 
 
-RESIDUAL = slim.trace(Residual(), torch.zeros(1, 3, 8, 8))
+def test_table_shows_widths_shares_and_scores() -> None:
+    assert str(chain_plan()).splitlines() == [
+        "group     before  after   kept  scores                highest out    lowest in",
+        "first.0        4      3  75.0%  0.1 .. 0.9                    0.1          0.7",
+        "second.0       6      4  66.7%  0.05 .. 0.6                   0.2          0.3",
+        "MACs 0.0 M -> 0.0 M (70.1%), parameters 0.000 M -> 0.000 M (70.5%), channels 10 -> 7 (70.0%)",
+    ]
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    st.integers(0, 10**6), st.floats(0.3, 1.0), st.sampled_from(["macs", "params", "channels"]), st.sampled_from([1, 2, 4]),
-    st.integers(1, 5), st.sampled_from(["global", "local"]),
-)  # fmt: skip
-def test_any_plan_is_within_target_rounding_and_floors(
-    seed: int, keep: float, target: str, round_to: int, min_channels: int, scope: str
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    scores = {g.name: torch.rand(g.size, generator=generator) for g in RESIDUAL.groups if g.prunable}
-    try:
-        plan = slim.make_plan(
-            RESIDUAL,
-            scores,
-            **{target: keep},
-            round_to=round_to,
-            min_channels=min_channels,
-            scope=scope,  # type: ignore[arg-type]
-        )
-    except slim.SlimError as error:
-        assert "cannot be reached" in str(error)
-        return
-    whole = {"macs": RESIDUAL.macs, "params": RESIDUAL.params, "channels": 28}[target]
-    left = {"macs": plan.macs[1], "params": plan.params[1], "channels": sum(len(g.keep) for g in plan.groups)}[target]
-    assert left <= keep * whole
-    for g in plan.groups:
-        assert len(g.keep) == g.size or (len(g.keep) % round_to == 0 and len(g.keep) >= min(min_channels, g.size))
-        lowest_kept = min(float(scores[g.name][k]) for k in g.keep)
-        assert all(float(scores[g.name][k]) <= lowest_kept for k in g.removed)
+def test_chart_draws_before_and_after_to_one_scale() -> None:
+    assert chain_plan().chart(width=12).splitlines() == [
+        "first.0   ██████░░          4 ->     3   75.0%",
+        "second.0  ████████░░░░      6 ->     4   66.7%",
+    ]
+    with pytest.raises(slim.SlimError, match="width=0"):
+        chain_plan().chart(width=0)
+
+
+def test_comparison_shows_what_both_keep() -> None:
+    plan, other = chain_plan(), chain_plan(0.5)
+    alone = replace(other, groups=other.groups[1:])
+    assert plan.compare(other).splitlines() == [
+        "group     before  first  second  both  overlap",
+        "first.0        4      3       3     3    1.000",
+        "second.0       6      4       2     2    0.500",
+        "MACs 0.0 M -> 0.0 M (70.1%) and 0.0 M (63.2%)",
+        "parameters 0.000 M -> 0.000 M (70.5%) and 0.000 M (62.0%)",
+    ]
+    assert plan.compare(alone).splitlines()[1] == "first.0        4      3       -  only in the first"
+    assert alone.compare(plan).splitlines()[2] == "first.0        4      -       3  only in the second"
+
+
+def test_plans_of_different_networks_do_not_compare() -> None:
+    plan = chain_plan()
+    wider = replace(plan, shapes={**plan.shapes, "second.0.weight": (6, 5, 1, 1)})
+    moved = replace(plan.groups[0], members=plan.groups[0].members[1:])
+    for other, message in (
+        (wider, r"second.0.weight has shape \(6, 4, 1, 1\) in the first, \(6, 5, 1, 1\) in the second"),
+        (replace(plan, params=(9, 3)), "of 166 and 9 parameters"),
+        (replace(plan, groups=(moved, plan.groups[1])), "group first.0 of 4 channels and of 4 does not occupy"),
+    ):
+        with pytest.raises(slim.SlimError, match=message):
+            plan.compare(other)

@@ -119,12 +119,11 @@ class Softmaxed(nn.Module):
         return out
 
 
-def test_unknown_op_freezes_what_it_touches_and_is_reported() -> None:
+def test_op_that_mixes_channels_freezes_them_and_is_reported() -> None:
     graph = slim.trace(Softmaxed(), torch.rand(1, 3, 4, 4))
-    assert "softmax" in (graph.by_name["b.0"].frozen_reason or "")
-    assert "fixed size" in (graph.by_name["a.0"].frozen_reason or "")
-    assert any("softmax" in u.op and u.groups == ("b.0",) for u in graph.unknown_ops)
-    assert "softmax" in graph.report()
+    assert "_softmax in the model mixes channels" in (graph.by_name["b.0"].frozen_reason or "")
+    assert any("softmax" in op.op and op.groups == ("b.0",) for op in graph.freezing_ops)
+    assert "mixes channels: froze 75.0% of the MACs (b.0)" in graph.report()
 
 
 class Reused(nn.Module):

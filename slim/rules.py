@@ -1,0 +1,276 @@
+"""What operators do to channels, one function per kind of operator, and the way to add one's own.
+
+A rule gets the running propagation and the call. It reads labels with ``run.get`` (one per element, 0: no channel; axes
+along which they are constant have size 1), gives the outputs theirs with ``run.put``, and unites, freezes or records what
+must go together. Layers with weights are in ``slim.layers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from slim.errors import SlimError
+from slim.labels import spread, varying_axes
+from slim.layers import batch_norm, convolution, group_norm, layer_norm, matmul
+from slim.ops import KINDS, VIEW, operator_name
+from slim.propagate import Call
+
+if TYPE_CHECKING:
+    from slim.trace import ChannelPropagation
+
+Rule = Callable[["ChannelPropagation", Call], None]
+
+
+def unknown(run: ChannelPropagation, call: Call) -> None:
+    """No rule: freeze everything that enters; what comes out has no channels that we could follow."""
+    run.give_up(call, f"{call.name} in {run.here()} has no channel rule")
+
+
+def attention(run: ChannelPropagation, call: Call) -> None:
+    """Activations multiplied with each other: every output element depends on many channels."""
+    run.give_up(call, f"{call.name} in {run.here()} multiplies activations with each other (attention)")
+
+
+def elementwise(run: ChannelPropagation, call: Call) -> None:
+    """Labels that meet are united; a channel that meets a constant of fixed size is frozen."""
+    out = call.outputs[0]
+    aligned = same_axes(run, operands(run, call.inputs, out))
+    if aligned is None:
+        return run.give_up(call, f"{call.name} in {run.here()} crosses channels of different axes")
+    result: Tensor | None = None
+    for own in aligned:
+        if own is not None and result is not None:
+            run.unite(result, own)
+            result = torch.where(result != 0, result, own)
+        elif own is not None:
+            result = own
+    if result is not None:
+        for labels, tensor in zip(aligned, call.inputs, strict=True):
+            freeze_at_constant(run, call.name, result, labels, tensor)
+    linear = call.name in ("clone", "detach", "alias", "_to_copy") and id(call.inputs[0]) in run.affine
+    for tensor in call.outputs:
+        run.put(tensor, result if tensor.shape == out.shape else None)
+    (run.affine.add if linear else run.affine.discard)(id(out))
+
+
+def operands(run: ChannelPropagation, tensors: list[Tensor], out: Tensor) -> list[Tensor | None]:
+    """The labels of each operand, with as many axes as the output."""
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        labels = None if run.is_map(tensor) else run.get(tensor)
+        if labels is not None and labels.ndim <= out.ndim:
+            labels = labels.reshape((1,) * (out.ndim - labels.ndim) + tuple(labels.shape))
+            labels = alone(run, labels, tensor, out)
+        found.append(labels)
+    axes = {axis for labels in found if labels is not None for axis in varying_axes(labels)}
+    for place, tensor in enumerate(tensors):
+        if run.is_map(tensor):
+            found[place] = run.map_labels(tensor, axes, out)
+    return found
+
+
+def alone(run: ChannelPropagation, labels: Tensor, tensor: Tensor, out: Tensor) -> Tensor | None:
+    """A lone channel that is stretched over many (a spatial map of weights) does not tie those; it stays alone."""
+    shape = (1,) * (out.ndim - tensor.ndim) + tuple(tensor.shape)
+    if labels.numel() > 1 or all(own == wide for own, wide in zip(shape[1:], out.shape[1:], strict=True)):
+        return labels
+    run.freeze(labels, f"it is the only channel of a map that {run.here()} applies to many")
+    return None
+
+
+def same_axes(run: ChannelPropagation, found: list[Tensor | None]) -> list[Tensor | None] | None:
+    """Drop the labels of parameters that lie along other axes than the activations' channels (they keep their size);
+    None when activations themselves disagree."""
+    axes = [set(varying_axes(x)) for x in found if x is not None]
+    if all(a <= b or b <= a for a in axes for b in axes):
+        return found
+    made = [x for x in found if x is not None and run.made_by_layer(x)]
+    kept: list[Tensor | None] = []
+    for labels in found:
+        if labels is None or any(labels is x for x in made):
+            kept.append(labels)
+            continue
+        own = set(varying_axes(labels))
+        fits = all(own <= set(varying_axes(x)) or set(varying_axes(x)) <= own for x in made)
+        if not fits or not made:
+            run.freeze(labels, f"{run.here()} applies it along another axis than the channels'")
+        kept.append(labels if fits and made else None)
+    axes = [set(varying_axes(x)) for x in kept if x is not None]
+    return kept if all(a <= b or b <= a for a in axes for b in axes) else None
+
+
+def freeze_at_constant(
+    run: ChannelPropagation, name: str, result: Tensor, labels: Tensor | None, tensor: Tensor
+) -> None:
+    """Freeze the channels of ``result`` where this operand is unlabelled and yet as long as the channel axis."""
+    reason = f"{name} in {run.here()} meets a tensor of fixed size"
+    for axis in varying_axes(result):
+        own = axis - (result.ndim - tensor.ndim)
+        if own < 0 or tensor.shape[own] == 1:
+            continue
+        if labels is None:
+            run.freeze(result, reason)
+            continue
+        missing = spread(labels.reshape(labels.shape[result.ndim - tensor.ndim :]), tensor) == 0
+        if bool(missing.any()):
+            shape = torch.broadcast_shapes(result.shape, tensor.shape)
+            run.freeze(result.expand(shape)[missing.expand(shape)], reason)
+
+
+def copy(run: ChannelPropagation, call: Call) -> None:
+    """``target.copy_(source)``: the target takes the source's channels, and its own, if any, go together with them."""
+    target, source = call.inputs[0], call.inputs[1]
+    if run.get(target) is not None:
+        return elementwise(run, call)
+    labels = run.get(source)
+    if labels is None:
+        return run.put(target, None)
+    run.put(target, labels.reshape((1,) * (target.ndim - labels.ndim) + tuple(labels.shape)))
+
+
+def spatial(run: ChannelPropagation, call: Call) -> None:
+    """Windows over trailing axes: labels stay when they are constant over those axes."""
+    labels = run.get(call.inputs[0])
+    width = next(d for d in (1, 2, 3) if f"{d}d" in call.name)
+    if labels is not None and any(axis >= labels.ndim - width for axis in varying_axes(labels)):
+        return unknown(run, call)
+    keep_first(run, call, labels)
+
+
+def windows(run: ChannelPropagation, call: Call) -> None:
+    """Regions cut from maps [N, C, H, W] and pooled to [regions, C, h, w]."""
+    labels = run.get(call.inputs[0])
+    if labels is not None and varying_axes(labels) not in ([], [1]):
+        return unknown(run, call)
+    keep_first(run, call, labels)
+
+
+def keep_first(run: ChannelPropagation, call: Call, labels: Tensor | None) -> None:
+    """The outputs have the first input's channels; other inputs steer and may not change."""
+    for tensor in call.inputs[1:]:
+        run.freeze(run.get(tensor), f"{call.name} in {run.here()} is steered by it")
+    for tensor in call.outputs:
+        run.put(tensor, labels)
+
+
+def reduce(run: ChannelPropagation, call: Call) -> None:
+    """A summary over other axes than the channels' keeps them; over the channels it mixes them."""
+    labels = run.get(call.inputs[0])
+    if labels is None or len(call.inputs) > 1:
+        return unknown(run, call)
+    axes, varying = call.axes(call.inputs[0]), varying_axes(labels)
+    if any(axis in axes for axis in varying):
+        if not all(axis in axes for axis in varying):
+            return unknown(run, call)
+        run.mix(call, labels)
+        labels = None
+    if labels is not None:
+        keep = bool(call.argument("keepdim", False))
+        labels = labels.reshape([size for axis, size in enumerate(labels.shape) if keep or axis not in axes])
+    for tensor in call.outputs:
+        run.put(tensor, labels)
+
+
+def along_axis(run: ChannelPropagation, call: Call) -> None:
+    """Softmax, running sums and the like along one axis."""
+    labels = run.get(call.inputs[0])
+    if labels is not None and labels.shape[call.axes(call.inputs[0])[0]] > 1:
+        if "softmax" not in call.name:
+            return unknown(run, call)
+        run.mix(call, labels)
+    for tensor in call.outputs:
+        run.put(tensor, labels)
+
+
+def move(run: ChannelPropagation, call: Call) -> None:
+    """Elements are rearranged, and so are labels; code that splits the channel axis into parts (chunk, view) computes the
+    parts' size from its length, so the same position of every part is one channel."""
+    if call.name.startswith("index") and any(id(t) in run.computed for t in call.inputs[1:]):
+        return run.give_up(call, f"{call.name} in {run.here()} picks elements by indices that depend on the image")
+    run.move(call)
+    if call.name in VIEW:
+        parts, labels = run.split_of_labelled_axis(call.inputs[0], call.outputs[0]), run.get(call.outputs[0])
+        if parts and labels is not None:
+            shape = [call.outputs[0].shape[a] if a in parts else s for a, s in enumerate(labels.shape)]
+            run.tie(labels.expand(shape).movedim(parts[0], 0).flatten(1))
+    elif call.name == "split" and len(call.outputs) > 1:
+        whole = run.get(call.inputs[0])
+        found = [x for t in call.outputs if (x := run.get(t)) is not None]
+        axis = call.argument("dim", 0) % call.inputs[0].ndim
+        alike = len(found) == len(call.outputs) and len({x.shape for x in found}) == 1
+        if whole is not None and whole.shape[axis] > 1 and alike:
+            run.tie(torch.stack([x.flatten() for x in found]))
+
+
+def gated_halves(run: ChannelPropagation, call: Call) -> None:
+    """glu: the first half of an axis times the sigmoid of the second."""
+    tensor = call.inputs[0]
+    labels, axis = run.get(tensor), call.argument("dim", -1) % tensor.ndim
+    if labels is not None and labels.shape[axis] > 1:
+        first, second = labels.chunk(2, axis)
+        run.tie(torch.stack([first.flatten(), second.flatten()]))
+        labels = first
+    run.put(call.outputs[0], labels)
+
+
+def pixel_shuffle(run: ChannelPropagation, call: Call) -> None:
+    """r * r neighbouring channels become one: they go together."""
+    tensor, r = call.inputs[0], call.argument("upscale_factor")
+    channels = run.channel_labels(tensor, tensor.ndim - 3)
+    if channels is None:
+        return unknown(run, call)
+    blocks = channels.reshape(-1, r * r)
+    run.tie(blocks.t())
+    run.put(
+        call.outputs[0], blocks.amax(1).reshape(-1, 1, 1) if tensor.ndim == 3 else blocks.amax(1).reshape(1, -1, 1, 1)
+    )
+
+
+CHANNEL_RULES: dict[str, Rule] = {
+    "along_axis": along_axis,
+    "attention": attention,
+    "batch_norm": batch_norm,
+    "convolution": convolution,
+    "copy": copy,
+    "elementwise": elementwise,
+    "gated_halves": gated_halves,
+    "group_norm": group_norm,
+    "layer_norm": layer_norm,
+    "matmul": matmul,
+    "move": move,
+    "pixel_shuffle": pixel_shuffle,
+    "reduce": reduce,
+    "spatial": spatial,
+    "unknown": unknown,
+    "windows": windows,
+}
+
+REGISTERED: dict[str, Rule] = {}
+"""Rules of users by operator name."""
+
+
+def register_rule(op: Any, rule: str | Rule) -> None:
+    """Say what an operator does to channels; replaces the rule that it had.
+
+    ``op`` is an operator (``torch.ops.mylib.scale``), one of its overloads, or its name (``"mylib::scale"``, ATen's without
+    ``aten::``). ``rule`` is the kind of a known rule ("elementwise", "spatial", "move", ...) or a function of (run, call),
+    as those in this file are: it must give every output its labels with ``run.put``, unite labels that must go together,
+    and freeze what it cannot follow. SlimError for a kind that does not exist.
+    """
+    name = op.removeprefix("aten::") if isinstance(op, str) else operator_name(op)[0]
+    REGISTERED.pop(name, None)
+    if callable(rule):
+        REGISTERED[name] = rule
+    elif rule in CHANNEL_RULES:
+        KINDS[name] = rule
+    else:
+        raise SlimError(f"no kind of rule is named {rule!r}; expected one of {', '.join(CHANNEL_RULES)}, or a function")
+
+
+def rule_for(name: str) -> Rule:
+    """The rule of an operator; ``unknown`` when it has none."""
+    return REGISTERED.get(name) or CHANNEL_RULES[KINDS.get(name, "unknown")]

@@ -1,0 +1,284 @@
+"""What a plan aims at and what bounds it: the target, the widths that each group may take, and what such widths cost.
+
+Costs come from widths: a layer's MACs are the elements of its weight times its output positions, and every axis of a weight
+is as long as the kept channels that occupy it, so nothing is cut or run while solving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from math import ceil, floor, gcd, lcm, prod
+from typing import Literal
+
+from slim.errors import SlimError
+from slim.graph import ChannelGraph, ChannelGroup
+
+Widths = list[int]
+"""How many of its own channels each of the graph's groups keeps, in the graph's order."""
+
+UNITS = {"macs": "MACs", "params": "parameters", "channels": "channels"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What must come down, and to what: ``value`` is a share of it up to 1, a count above 1; for a threshold, a score."""
+
+    kind: Literal["macs", "params", "channels", "threshold"]
+    value: float
+
+    @staticmethod
+    def of(**targets: float | None) -> Target:
+        """The one target that is given; SlimError when there is not exactly one, or its value is of neither form."""
+        given = [(kind, value) for kind, value in targets.items() if value is not None]
+        if len(given) != 1:
+            raise SlimError(
+                "give exactly one target: macs=, params= or channels= (a keep ratio above 0 and at most 1, or a whole number "
+                "above 1 to keep), or threshold= (a score)"
+            )
+        kind, value = given[0]
+        real = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+        if kind == "threshold" and not real:
+            raise SlimError(f"threshold={value!r}: expected a score; every channel below it goes")
+        if kind != "threshold" and not (real and (0 < value <= 1 or is_count(value))):
+            raise SlimError(
+                f"{kind}={value!r}: expected a keep ratio above 0 and at most 1 (0.4 keeps 40 %), or a whole number above 1 "
+                f"(how many {UNITS[kind]} may remain)"
+            )
+        return Target(kind, value)  # type: ignore[arg-type]
+
+    def budget(self, whole: int) -> float:
+        """How much may remain of ``whole``."""
+        return self.value if self.value > 1 else self.value * whole
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value:.0f}" if self.value > 1 else f"{self.kind}={self.value:g}"
+
+
+def is_count(value: float) -> bool:
+    """Whether a number is whole and above 1."""
+    return value > 1 and float(value).is_integer()
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Which widths are good: for every layer that produces the channels a multiple of ``round_to`` output channels and at
+    least ``min_channels``, and at least the share ``min_keep`` of the group."""
+
+    round_to: int
+    min_channels: int
+    min_keep: float
+
+    def __post_init__(self) -> None:
+        if self.round_to < 1 or self.min_channels < 1:
+            raise SlimError(f"round_to={self.round_to}, min_channels={self.min_channels}: expected at least 1")
+        if not 0 <= self.min_keep <= 1:
+            raise SlimError(f"min_keep={self.min_keep}: expected a share of each group, 0 to 1")
+
+
+@dataclass(frozen=True)
+class Room:
+    """The widths that a group may take, in its own channels: ``floor``, larger multiples of ``step``, or the whole group.
+
+    ``held`` says what else than rounding and ``min_channels`` sets the floor; unranked groups stay at their floor.
+    """
+
+    group: ChannelGroup
+    floor: int
+    step: int = 1
+    held: str = ""
+    ranked: bool = False
+    counted: bool = True
+
+    @staticmethod
+    def of(group: ChannelGroup, rounding: Rounding) -> Room:
+        """The room that rounding and floors leave."""
+        # Every layer that produces the channels is rounded; one channel can stand for several of a layer's.
+        counts = [len(m.index) // group.size for m in group.members if m.role in ("out", "depthwise")] or [1]
+        step = lcm(*(rounding.round_to // gcd(rounding.round_to, count) for count in counts))
+        least = -(-rounding.min_channels // min(counts))
+        share = ceil(rounding.min_keep * group.size - 1e-9)
+        lowest = -(-max(least, share) // step) * step
+        held = "min_keep" if lowest > -(-least // step) * step else ""
+        return Room(group, min(group.size, lowest), step, held, ranked=True)
+
+    def nearest(self, width: int) -> int:
+        """The nearest multiple within the room."""
+        return min(self.group.size, max(self.floor, (2 * width + self.step) // (2 * self.step) * self.step))
+
+    def at_least(self, width: int) -> int:
+        """The least allowed width that holds ``width`` channels."""
+        return min(self.group.size, max(self.floor, -(-width // self.step) * self.step))
+
+    def wider(self, width: int) -> int:
+        """The next allowed width."""
+        return min(self.group.size, (width // self.step + 1) * self.step)
+
+
+def rooms_of(
+    graph: ChannelGraph,
+    scored: set[str],
+    rounding: Rounding,
+    overrides: Mapping[str, float],
+    ignore: Iterable[str],
+) -> list[Room]:
+    """The room of every group of the graph: ``ignore`` wins over ``overrides``, of which the first that matches counts."""
+    check_patterns(graph, scored, overrides, ignore)
+    rooms = []
+    for group in graph.groups:
+        pattern = next((p for p in overrides if matches(p, group)), None)
+        if not group.prunable:
+            rooms.append(Room(group, group.size, held=f"frozen: {group.frozen_reason}", counted=False))
+        elif group.name not in scored:
+            rooms.append(Room(group, group.size, held="no scores", counted=False))
+        elif any(matches(p, group) for p in ignore):
+            rooms.append(Room(group, group.size, held="ignored"))
+        elif pattern is not None:
+            rooms.append(Room(group, override_width(pattern, overrides[pattern], group), held="override"))
+        else:
+            rooms.append(Room.of(group, rounding))
+    return rooms
+
+
+def names_of(group: ChannelGroup) -> list[str]:
+    """The group's name and the paths of the layers that produce its channels."""
+    return list(dict.fromkeys([group.name, *(m.layer for m in group.members if m.role in ("out", "depthwise"))]))
+
+
+def matches(pattern: str, group: ChannelGroup) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names_of(group))
+
+
+def check_patterns(
+    graph: ChannelGraph, scored: set[str], overrides: Mapping[str, float], ignore: Iterable[str]
+) -> None:
+    """SlimError for a pattern that matches no group, and for an override that matches none that can be cut."""
+    names = sorted({name for group in graph.groups for name in names_of(group)})
+    for option, patterns in (("overrides", overrides), ("ignore", ignore)):
+        for pattern in patterns:
+            matched = [g for g in graph.groups if matches(pattern, g)]
+            if not matched:
+                near = get_close_matches(pattern.strip("*."), names, cutoff=0.4)
+                hint = f"near names: {', '.join(near)}" if near else f"names are {', '.join(names[:5])}, ..."
+                raise SlimError(f"{option}: no group or producing layer is named {pattern!r}; {hint}")
+            if option == "overrides" and not any(g.prunable and g.name in scored for g in matched):
+                first = matched[0]
+                why = "has no scores" if first.prunable else f"is frozen: {first.frozen_reason}"
+                raise SlimError(f"overrides: {pattern!r} matches no group that can be cut; {first.name} {why}")
+
+
+def override_width(pattern: str, value: float, group: ChannelGroup) -> int:
+    """Width in the group's own channels from a keep ratio or a count of output channels."""
+    each, whole = group.per_channel, group.size * group.per_channel
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and (isinstance(value, int) or is_count(value)):
+        if 1 <= value <= whole and value % each == 0:
+            return int(value) // each
+        raise SlimError(
+            f"overrides: {pattern!r} wants {value:.0f} channels of group {group.name}; expected 1 to {whole}"
+            + (f", in multiples of {each}, which go together" if each > 1 else "")
+        )
+    if not number or not 0 < value <= 1:
+        raise SlimError(
+            f"overrides: {pattern!r} is {value!r}; expected a keep ratio above 0 and at most 1 (a float), or a whole number "
+            "of channels (an integer)"
+        )
+    return max(1, floor(value * group.size + 0.5))
+
+
+class WidthCosts:
+    """Parameters, MACs and channels of a graph as functions of how many channels each of its groups keeps.
+
+    Channels are output channels of the producing layers, of the groups that count: those with scores.
+    """
+
+    def __init__(self, graph: ChannelGraph, rooms: list[Room]) -> None:
+        self.sizes = [room.group.size for room in rooms]
+        self.each = [room.group.per_channel if room.counted else 0 for room in rooms]
+        axes: dict[str, dict[int, list[tuple[int, int]]]] = {}
+        self.touched: list[list[str]] = []
+        for number, room in enumerate(rooms):
+            # The same axis can appear in two roles (a layer that feeds itself); each position counts once.
+            places: dict[tuple[str, int], set[int]] = {}
+            for m in room.group.members:
+                if m.param in graph.shapes:
+                    places.setdefault((m.param, m.axis), set()).update(m.index)
+            for (param, axis), positions in places.items():
+                axes.setdefault(param, {}).setdefault(axis, []).append((number, len(positions) // room.group.size))
+            self.touched.append(list(dict.fromkeys(param for param, _ in places)))
+        self.axes = axes
+        self.shapes = graph.shapes
+        self.positions: dict[str, int] = {}
+        for layer in graph.layers:
+            self.positions[layer.weight] = self.positions.get(layer.weight, 0) + layer.positions
+        self.fixed = {
+            "params": sum(prod(s) for n, s in graph.shapes.items() if n not in axes),
+            "macs": graph.macs - sum(prod(graph.shapes[n]) * self.positions.get(n, 0) for n in axes),
+        }
+
+    def cost_of(self, kind: str, param: str, widths: Widths) -> int:
+        """Elements (params) or MACs of a parameter when group i keeps widths[i] channels."""
+        times = 1 if kind == "params" else self.positions.get(param, 0)
+        if not times:
+            return 0
+        shape = list(self.shapes[param])
+        for axis, parts in self.axes[param].items():
+            shape[axis] -= sum((self.sizes[n] - widths[n]) * each for n, each in parts)
+        return prod(shape) * times
+
+    def measure(self, kind: str, widths: Widths) -> int:
+        """Total of ``macs``, ``params`` or ``channels``."""
+        if kind == "channels":
+            return sum(width * each for width, each in zip(widths, self.each, strict=True))
+        return self.fixed[kind] + sum(self.cost_of(kind, param, widths) for param in self.axes)
+
+    def change(self, kind: str, widths: Widths, number: int, width: int) -> int:
+        """How much the total rises when one group goes to another width."""
+        if kind == "channels":
+            return (width - widths[number]) * self.each[number]
+        other = [*widths[:number], width, *widths[number + 1 :]]
+        return sum(self.cost_of(kind, p, other) - self.cost_of(kind, p, widths) for p in self.touched[number])
+
+
+def unreachable(target: Target, rooms: list[Room], costs: WidthCosts) -> str:
+    """The message for a target below what the floors allow: how far it goes, and what holds most of the rest."""
+    floors = [room.floor for room in rooms]
+    lowest, whole = costs.measure(target.kind, floors), costs.measure(target.kind, costs.sizes)
+    gains = sorted(
+        ((-costs.change(target.kind, floors, n, 0), room.group.name, room) for n, room in enumerate(rooms)),
+        key=lambda row: row[:2],
+        reverse=True,
+    )
+    bound = [room for gain, _, room in gains if room.counted and gain][:5]
+    named = ", ".join(
+        f"{r.group.name} ({r.held + ': ' if r.held else ''}{counted(r.floor * r.group.per_channel)})" for r in bound
+    )
+    stuck = [room for gain, _, room in gains if not room.counted and gain]
+    without = costs.measure(target.kind, [room.floor if room.counted else 0 for room in rooms])
+    fixed = ""
+    if stuck and lowest - without >= 0.05 * lowest:
+        reasons = ", ".join(f"{room.group.name} ({room.held})" for room in stuck[:3])
+        fixed = f"; {(lowest - without) / whole:.3f} hangs on groups that cannot be cut: {reasons}"
+    if not any(room.ranked for room in rooms):
+        fixed += "; no group can be pruned"
+    held = {room.held for room in bound}
+    remedies = [text for key, text in REMEDIES.items() if key in held]
+    return (
+        f"{target} cannot be reached: with every group at its floor {lowest / whole:.3f} remains ({lowest:,} of {whole:,} "
+        f"{UNITS[target.kind]}); the floors that bind most: {named or 'none'}{fixed}; "
+        + ", ".join([*remedies, "or raise the target" if remedies else "raise the target"])
+    )
+
+
+def counted(channels: int) -> str:
+    return f"{channels} channel" + ("" if channels == 1 else "s")
+
+
+REMEDIES = {
+    "": "lower min_channels or round_to",
+    "min_keep": "lower min_keep",
+    "override": "lower the overrides",
+    "ignored": "ignore fewer groups",
+}
