@@ -78,8 +78,8 @@ def check_fit(first: Plan, later: Plan, removed: dict[Axis, set[int]]) -> None:
     for unit, ours, theirs in (("parameters", first.params, later.params), ("MACs", first.macs, later.macs)):
         if ours[1] != theirs[0]:
             raise SlimError(
-                f"the later plan does not fit: its network has {theirs[0]} {unit}, this plan leaves {ours[1]}; make it on the network "
-                "that this plan gives, traced with inputs of the same size"
+                f"the later plan does not fit: its network has {theirs[0]} {unit}, this plan leaves {ours[1]}; make it on "
+                "the network that this plan gives, traced with inputs of the same size"
             )
 
 

@@ -105,7 +105,9 @@ def compare(run: ChannelPropagation, again: ChannelPropagation, keep: Keep, grap
     before, after = run.classes.roots(), again.classes.roots()
     forward, backward = torch.full((len(before),), -1), torch.full((len(after),), -1)
     for record, found, labels in matched(run, again, keep):
-        reason = f"{found.param} meets other channels after a cut: a channel count or index is a constant in the code before it"
+        reason = (
+            f"{record.param} meets other channels after a cut: the code holds a channel count or an index as a constant"
+        )
         if labels is None:
             return Failure(reason, group_names(before[record.labels], run, graph))
         old, new = before[labels], after[found.labels]

@@ -108,6 +108,8 @@ class ChannelGraph:
     sites: tuple[Site, ...]
     freezing_ops: tuple[FreezingOp, ...]
     example: tuple[tuple[tuple[int, ...], str], ...] | None
+    unused: tuple[str, ...] = ()
+    """Layers with parameters that did not run (such as heads that only train): no cut reaches them."""
 
     @cached_property
     def macs(self) -> int:
@@ -159,6 +161,11 @@ class ChannelGraph:
             groups = [self.by_name[name] for name in op.groups]
             if groups:
                 lines.append(f"{op.reason}: froze {self.macs_share(groups):.1%} of the MACs ({', '.join(op.groups)})")
+        if self.unused:
+            lines.append(
+                f"did not run in evaluation mode, so keep their widths and do not fit what is cut before them: "
+                f"{', '.join(self.unused)}"
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -70,6 +70,7 @@ def build_graph(run: ChannelPropagation, example_inputs: Any) -> ChannelGraph:
         sites=tuple(activation_sites(run, home)),
         freezing_ops=tuple(freezing_ops(run, home, groups)),
         example=example_spec(example_inputs),
+        unused=unused_layers(run),
     )
 
 
@@ -119,6 +120,13 @@ def learnable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter that is not a gate's."""
     gates = {id(p) for m in model.modules() if isinstance(m, Gate) for p in m.parameters()}
     return {name: tuple(p.shape) for name, p in model.named_parameters() if id(p) not in gates}
+
+
+def unused_layers(run: ChannelPropagation) -> tuple[str, ...]:
+    """Layers none of whose parameters any operator met; gates are looked through and do not count."""
+    met = {name.rpartition(".")[0] for key, name in run.tensors.items() if key in run.met}
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in learnable_shapes(run.model))
+    return tuple(layer for layer in layers if layer not in met)
 
 
 def activation_sites(run: ChannelPropagation, home: Tensor) -> list[Site]:

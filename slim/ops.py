@@ -10,17 +10,17 @@ from __future__ import annotations
 # Each output element depends on the input elements at the same (broadcast) position alone.
 # fmt: off
 ELEMENTWISE = [
-    "abs", "acos", "add", "addcdiv", "addcmul", "alias", "asin", "atan", "atan2", "bitwise_and", "bitwise_not",
-    "bitwise_or", "bitwise_xor", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "clone", "contiguous", "copysign",
-    "cos", "cosh", "detach", "div", "dropout", "elu", "empty_like", "eq", "erf", "erfc", "exp", "exp2", "expm1", "fill",
-    "floor", "floor_divide", "fmod", "frac", "full_like", "ge", "gelu", "gt", "hardshrink", "hardsigmoid", "hardswish",
-    "hardtanh", "isfinite", "isinf", "isnan", "le", "leaky_relu", "lerp", "lift_fresh", "log", "log10", "log1p", "log2",
-    "log_sigmoid_forward", "logical_and", "logical_not", "logical_or", "logical_xor", "logit", "lt", "masked_fill",
-    "maximum", "minimum", "mish", "mul", "nan_to_num", "native_dropout", "ne", "neg", "ones_like", "pow", "prelu",
-    "_prelu_kernel", "rand_like", "randn_like", "reciprocal", "relu", "relu6", "remainder", "round", "rrelu",
-    "rrelu_with_noise", "rsqrt", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "sinh", "softplus", "softshrink",
-    "sqrt", "square", "sub", "tan", "tanh", "threshold", "to", "_to_copy", "trunc", "where", "xlogy", "zero",
-    "zeros_like",
+    "abs", "acos", "add", "addcdiv", "addcmul", "alias", "asin", "atan", "atan2", "bernoulli", "bitwise_and",
+    "bitwise_not", "bitwise_or", "bitwise_xor", "ceil", "celu", "clamp", "clamp_max", "clamp_min", "clone",
+    "contiguous", "copysign", "cos", "cosh", "detach", "div", "dropout", "elu", "empty_like", "eq", "erf", "erfc",
+    "exp", "exp2", "expm1", "exponential", "fill", "floor", "floor_divide", "fmod", "frac", "full_like", "ge", "gelu",
+    "gt", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "isfinite", "isinf", "isnan", "le", "leaky_relu",
+    "lerp", "lift_fresh", "log", "log10", "log1p", "log2", "log_sigmoid_forward", "logical_and", "logical_not",
+    "logical_or", "logical_xor", "logit", "lt", "masked_fill", "maximum", "minimum", "mish", "mul", "nan_to_num",
+    "native_dropout", "ne", "neg", "normal", "ones_like", "pow", "prelu", "_prelu_kernel", "rand_like", "randn_like",
+    "reciprocal", "relu", "relu6", "remainder", "round", "rrelu", "rrelu_with_noise", "rsqrt", "rsub", "selu",
+    "sigmoid", "sign", "silu", "sin", "sinh", "softplus", "softshrink", "sqrt", "square", "sub", "tan", "tanh",
+    "threshold", "to", "_to_copy", "trunc", "uniform", "where", "xlogy", "zero", "zeros_like",
 ]
 # fmt: on
 
@@ -115,6 +115,7 @@ KINDS: dict[str, str] = {
     **dict.fromkeys(CONVOLUTION, "convolution"),
     **dict.fromkeys(MATMUL, "matmul"),
     **dict.fromkeys(ATTENTION, "attention"),
+    "as_strided": "as_strided",
     "copy": "copy",
     "glu": "gated_halves",
     "native_layer_norm": "layer_norm",

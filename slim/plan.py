@@ -283,8 +283,3 @@ def to_runs(numbers: tuple[int, ...] | list[int]) -> list[list[int]]:
         else:
             runs.append([n, n + 1])
     return runs
-
-
-def from_runs(runs: list[list[int]]) -> list[int]:
-    """The inverse of ``to_runs``."""
-    return [n for first, end in runs for n in range(first, end)]

@@ -39,6 +39,8 @@ class Call:
     inputs: list[Tensor]
     outputs: list[Tensor]
     in_place: bool = False
+    contiguous: bool = True
+    """Whether the first input lay row by row in memory before the call."""
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema."""
@@ -62,6 +64,7 @@ class Propagation(TorchDispatchMode):
         self.tensors: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.tensors.setdefault(id(tensor), name)
+        self.met: set[int] = set()
         self.views: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.labels: dict[int, Tensor | None] = {}
         # Labels are held by identity: every tensor must live as long as the table does.
@@ -158,6 +161,7 @@ class Propagation(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        contiguous = bool(inputs) and inputs[0].is_contiguous()
         try:
             out = func(*args, **kwargs)
         except Exception:
@@ -167,13 +171,14 @@ class Propagation(TorchDispatchMode):
         outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
         if not outputs:
             return out
+        self.met.update(id(tensor) for tensor in inputs if id(tensor) in self.tensors)
         if not self.computed.isdisjoint(map(id, inputs)):
             self.computed.update(map(id, outputs))
         name, in_place = operator_name(func)
         if name in LIKE_PARAMETER and inputs and self.weight_of(inputs[0]) and inputs[0].ndim > 1:
             self.view_of_weight(name, inputs[0], outputs[0], args)
             return out
-        call = Call(name, func, args, kwargs, inputs, outputs, in_place)
+        call = Call(name, func, args, kwargs, inputs, outputs, in_place, contiguous)
         self.count(call)
         if self.muted:
             return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slim.errors import SlimError
-from slim.labels import spread, varying_axes
+from slim.labels import collapse, spread, varying_axes
 from slim.layers import batch_norm, convolution, group_norm, layer_norm, matmul
 from slim.ops import KINDS, VIEW, operator_name
 from slim.propagate import Call
@@ -137,6 +137,8 @@ def spatial(run: ChannelPropagation, call: Call) -> None:
     labels = run.get(call.inputs[0])
     width = next(d for d in (1, 2, 3) if f"{d}d" in call.name)
     if labels is not None and any(axis >= labels.ndim - width for axis in varying_axes(labels)):
+        labels = run.settle(call.inputs[0])
+    if labels is not None and any(axis >= labels.ndim - width for axis in varying_axes(labels)):
         return unknown(run, call)
     keep_first(run, call, labels)
 
@@ -164,6 +166,9 @@ def reduce(run: ChannelPropagation, call: Call) -> None:
         return unknown(run, call)
     axes, varying = call.axes(call.inputs[0]), varying_axes(labels)
     if any(axis in axes for axis in varying):
+        labels = run.settle(call.inputs[0])
+        varying = [] if labels is None else varying_axes(labels)
+    if labels is not None and any(axis in axes for axis in varying):
         if not all(axis in axes for axis in varying):
             return unknown(run, call)
         run.mix(call, labels)
@@ -177,8 +182,10 @@ def reduce(run: ChannelPropagation, call: Call) -> None:
 
 def along_axis(run: ChannelPropagation, call: Call) -> None:
     """Softmax, running sums and the like along one axis."""
-    labels = run.get(call.inputs[0])
-    if labels is not None and labels.shape[call.axes(call.inputs[0])[0]] > 1:
+    labels, axis = run.get(call.inputs[0]), call.axes(call.inputs[0])[0]
+    if labels is not None and labels.shape[axis] > 1:
+        labels = run.settle(call.inputs[0])
+    if labels is not None and labels.shape[axis] > 1:
         if "softmax" not in call.name:
             return unknown(run, call)
         run.mix(call, labels)
@@ -204,6 +211,17 @@ def move(run: ChannelPropagation, call: Call) -> None:
         alike = len(found) == len(call.outputs) and len({x.shape for x in found}) == 1
         if whole is not None and whole.shape[axis] > 1 and alike:
             run.tie(torch.stack([x.flatten() for x in found]))
+
+
+def as_strided(run: ChannelPropagation, call: Call) -> None:
+    """Followed where it is but a view of the whole tensor, row by row (as pooling to one position in channels-last is)."""
+    tensor, out, labels = call.inputs[0], call.outputs[0], run.get(call.inputs[0])
+    if labels is None or not (call.contiguous and out.is_contiguous() and out.untyped_storage().nbytes() == out.nbytes):
+        return unknown(run, call)
+    shape = out.shape if call.in_place else tensor.shape
+    if labels.ndim != len(shape) or any(own not in (1, size) for own, size in zip(labels.shape, shape, strict=True)):
+        return unknown(run, call)
+    run.put(out, collapse(labels.expand(shape).reshape(out.shape)))
 
 
 def gated_halves(run: ChannelPropagation, call: Call) -> None:
@@ -232,6 +250,7 @@ def pixel_shuffle(run: ChannelPropagation, call: Call) -> None:
 
 CHANNEL_RULES: dict[str, Rule] = {
     "along_axis": along_axis,
+    "as_strided": as_strided,
     "attention": attention,
     "batch_norm": batch_norm,
     "convolution": convolution,

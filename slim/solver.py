@@ -38,7 +38,7 @@ def make_plan(
     """The plan that keeps at most the given MACs, parameters or channels of the traced model.
 
     Exactly one target. ``macs``, ``params``, ``channels`` (of the groups with scores): a keep ratio up to 1, or a whole
-    number above 1 to keep. ``threshold``: every channel with a score below it goes, and nothing at or above it.
+    number above 1 to keep. ``threshold``: every channel with a score below it goes and nothing at or above it, in any scope.
 
     ``scope``: ``"global"`` ranks all channels against each other; ``"local"`` keeps the same ratio of every group;
     ``"isomorphic"`` ranks channels within classes of groups of like structure, of which each keeps the same ratio (Fang et
@@ -48,9 +48,10 @@ def make_plan(
     group, so that ties are spread over the groups.
 
     Channels are counted at the producing layer: where one channel of a group stands for several that go together, all
-    count. A group keeps at least ``min_channels``, at least the share ``min_keep``, and a multiple of ``round_to``, or all
-    of its channels. Widths go to the nearest such multiple; what this leaves of the budget widens groups again: the one
-    whose next channel ranks highest, of the class that keeps the lowest ratio, while the budget lasts.
+    count. Every layer that produces a group's channels keeps at least ``min_channels`` and a multiple of ``round_to``, and
+    the group at least the share ``min_keep``, or all of its channels. Widths go to the nearest such multiple (a threshold's
+    to the next); what this leaves of the budget widens groups again: of the class that keeps the lowest ratio, the group
+    whose next channel ranks highest, while the budget lasts.
 
     ``overrides``: {pattern of a group's or producing layer's name: keep ratio (float) or channels (int)}; the first that
     matches sets the group's exact width, past rounding, floors and ranking. ``ignore``: patterns of groups that stay whole,

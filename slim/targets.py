@@ -72,8 +72,10 @@ class Rounding:
     min_keep: float
 
     def __post_init__(self) -> None:
-        if self.round_to < 1 or self.min_channels < 1:
-            raise SlimError(f"round_to={self.round_to}, min_channels={self.min_channels}: expected at least 1")
+        if any(not isinstance(n, int) or n < 1 for n in (self.round_to, self.min_channels)):
+            raise SlimError(
+                f"round_to={self.round_to}, min_channels={self.min_channels}: expected whole numbers, at least 1"
+            )
         if not 0 <= self.min_keep <= 1:
             raise SlimError(f"min_keep={self.min_keep}: expected a share of each group, 0 to 1")
 
@@ -114,7 +116,7 @@ class Room:
 
     def wider(self, width: int) -> int:
         """The next allowed width."""
-        return min(self.group.size, (width // self.step + 1) * self.step)
+        return min(self.group.size, width + self.step)
 
 
 def rooms_of(

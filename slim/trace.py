@@ -21,7 +21,7 @@ from slim.errors import SlimError
 from slim.gate import Gate
 from slim.graph import ChannelGraph, Role
 from slim.groups import build_graph
-from slim.labels import UnionFind, varying_axes
+from slim.labels import UnionFind, collapse, varying_axes
 from slim.propagate import Call, Propagation, transparent_gates
 from slim.rules import rule_for, unknown
 
@@ -93,6 +93,24 @@ class ChannelPropagation(Propagation):
         """Give a tensor its labels: as many axes as the tensor, size 1 where they do not change; None for no channels."""
         super().put(tensor, labels)
         self.storages.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
+
+    def channel_labels(self, tensor: Tensor, axis: int) -> Tensor | None:
+        found = super().channel_labels(tensor, axis)
+        if found is None and self.get(tensor) is not None:
+            self.settle(tensor)
+            found = super().channel_labels(tensor, axis)
+        return found
+
+    def settle(self, tensor: Tensor) -> Tensor | None:
+        """Write every label as its class, so that axes along which only united labels alternate collapse."""
+        labels = self.get(tensor)
+        if labels is None:
+            return None
+        unique, place = torch.unique(labels, return_inverse=True)
+        classes = torch.tensor([self.classes.find(label) for label in unique.tolist()])
+        settled = collapse(classes[place])
+        self.put(tensor, settled)
+        return settled
 
     def own_labels(self, tensor: Tensor, axis: int) -> Tensor:
         """A parameter or buffer gets channels of its own along one axis."""

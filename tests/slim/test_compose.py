@@ -97,6 +97,14 @@ def test_groups_may_be_split_or_merged_in_between() -> None:
         assert same(slim.apply_plan(model, both), slim.apply_plan(slim.apply_plan(model, one), two))
 
 
+def test_two_judges_of_one_group_give_it_the_scores_of_both() -> None:
+    first, later = rounds(Joined(), [{"a": [0.9] * 4}, {"a": [0.1, 0.9, 0.8, 0.2]}])
+    low, high = split(later, 0).groups
+    low = replace(low, score_range=(0.1, 0.9), lowest_kept=0.9, highest_removed=0.1)
+    high = replace(high, score_range=(0.2, 0.8), lowest_kept=0.8, highest_removed=0.2)
+    assert first.then(replace(later, groups=(low, high))).groups == later.groups
+
+
 def test_a_name_that_now_means_other_channels_is_numbered() -> None:
     first, later = rounds(Joined(), [{"a": [0.9, 0.1, 0.9, 0.1]}, {"b": [0.1, 0.7, 0.8, 0.2]}])
     renamed = replace(later, groups=(replace(later.groups[0], name="a"),))

@@ -279,6 +279,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, tuple[int, int
         X,
         {"a.0": (6, 1)},
     ),
+    "sum over the parts of a split (split attention)": (
+        lambda: Net(
+            lambda m, x: m.head(m.a(x).unflatten(1, (2, -1)).softmax(1).sum(1)), a=conv(3, 8, 1, groups=1), head=head(4)
+        ),
+        X,
+        {"a.0": (4, 2)},
+    ),
     "fresh zeros of the same shape": (
         lambda: Net(
             lambda m, x: (lambda y: m.head(torch.where(y > 0.1, y, torch.zeros_like(y))))(m.a(x)),

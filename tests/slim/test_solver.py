@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import slim
 from models import build_model, load_description
+from slim.solver import Ranking, give_back
+from slim.targets import Rounding, WidthCosts, rooms_of
 from tests.slim.networks import Chain, Residual, conv, randomise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +57,7 @@ ALL = {"first.0": (0, 1, 2, 3), "second.0": (0, 1, 2, 3, 4, 5)}
         ({"threshold": 0.35}, (0, 2, 3), (0, 1, 5)),
         ({"threshold": 0.7}, (0, 2, 3), (1,)),
         ({"threshold": 0.35, "round_to": 2}, ALL["first.0"], (0, 1, 3, 5)),
+        ({"threshold": 0.15, "round_to": 4}, ALL["first.0"], ALL["second.0"]),
         ({"threshold": 2.0, "min_channels": 2}, (0, 2), (0, 1)),
         ({"threshold": -1}, ALL["first.0"], ALL["second.0"]),
         # A channel saves 27 + 6 or 4 + 2 times 64 MACs: per MAC the first group's are worth less, 0.9 / 33 at most.
@@ -117,6 +120,16 @@ def test_local_scope_gives_back_to_the_lowest_ratio() -> None:
     assert kept(plan) == {"stem.0": tuple(range(8)), "branch.0.0": tuple(range(4, 12)), "side.0": (4, 5, 6, 7)}
 
 
+def test_what_is_given_back_counts_for_the_next_turn() -> None:
+    graph = traced(conv(3, 4), conv(4, 6), conv(6, 8), nn.Conv2d(8, 2, 1))
+    scores = {name: torch.arange(graph.by_name[name].size).double() for name in ("0.0", "1.0", "2.0")}
+    rooms = rooms_of(graph, set(scores), Rounding(1, 1, 0.0), {}, ())
+    ranking = Ranking(dict(enumerate(scores.values())), [[0], [1], [2]])
+    # Kept ratios 1/4, 2/6, 2/8, with four channels to give: the first, the third, the second, the third again (3/8 < 1/2).
+    widths = give_back([1, 2, 2, 2], "channels", 9, rooms, WidthCosts(graph, rooms), ranking)
+    assert widths == [2, 3, 4, 2]
+
+
 def test_a_channel_that_stands_for_several_counts_as_several() -> None:
     graph = traced(conv(3, 8), conv(8, 8, groups=2), nn.Conv2d(8, 2, 1))
     scores = {"0.0": torch.tensor([0.9, 0.8, 0.1, 0.2]), "1.0": torch.tensor([0.7, 0.6, 0.5, 0.4])}
@@ -128,6 +141,21 @@ def test_a_channel_that_stands_for_several_counts_as_several() -> None:
     assert kept(plan) == {"0.0": (0, 1, 3), "1.0": (0, 1, 2, 3)}
     with pytest.raises(slim.SlimError, match=r"5 channels of group 0\.0; expected 1 to 8, in multiples of 2"):
         slim.make_plan(graph, scores, channels=1.0, overrides={"0.0": 5})
+
+
+def test_what_a_channel_saves_is_counted_for_one_of_the_producing_layer() -> None:
+    graph = traced(conv(3, 8), conv(8, 8, groups=2), conv(8, 4), nn.Conv2d(4, 2, 1))
+    # 3 * 8 + 8 b / 2 + b c + 2 c, 64 times: two of b, which go together, save 16 and one of c 10: 0.9 / 8 is above 0.8 / 10.
+    scores = {"1.0": torch.full((4,), 0.9), "2.0": torch.full((4,), 0.8)}
+    plan = slim.make_plan(graph, scores, macs=86 * 64, **FINE, cost_aware=True)
+    assert kept(plan) == {"1.0": (0, 1, 2, 3), "2.0": (0, 1, 2)}
+
+
+def test_a_floor_is_the_share_itself_and_not_one_more() -> None:
+    # In floating point 0.28 * 25 is just above 7.
+    graph = traced(conv(3, 25), nn.Conv2d(25, 2, 1))
+    plan = slim.make_plan(graph, {"0.0": torch.zeros(25)}, threshold=1.0, **FINE, min_keep=0.28)
+    assert len(kept(plan)["0.0"]) == 7
 
 
 class Halves(nn.Module):
@@ -246,7 +274,8 @@ def test_groups_without_scores_are_named_when_they_hold_much() -> None:
         ({"channels": True}, "whole number"),
         ({"threshold": float("nan")}, "expected a score"),
         ({"macs": 0.5, "scope": "x"}, "scope is 'x'; expected one of 'global', 'local', 'isomorphic'"),
-        ({"macs": 0.5, "round_to": 0}, "round_to"),
+        ({"macs": 0.5, "round_to": 0}, "round_to=0.*at least 1"),
+        ({"macs": 0.5, "round_to": 2.5}, "round_to=2.5.*whole numbers"),
         ({"macs": 0.5, "min_channels": 0}, "min_channels"),
         ({"macs": 0.5, "min_keep": 1.1}, "min_keep=1.1: expected a share"),
         ({"channels": 0.5, "cost_aware": True}, "cost_aware=True .* channels has no cost"),

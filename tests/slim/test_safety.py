@@ -1,0 +1,447 @@
+"""What slim cannot follow it freezes and reports; what would break it refuses; what it is given it leaves as it was."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import slim
+from slim import ops, rules
+from slim.plan import GroupPlan
+from tests.slim.networks import Residual, conv, prove, randomise
+from tests.slim.test_operators import Forward, Net, X, head, prunable
+
+
+@torch.library.custom_op("slimtest::ripple", mutates_args=())
+def ripple(x: Tensor) -> Tensor:
+    """Acts on every element alone."""
+    return torch.sin(x) + x
+
+
+@torch.library.custom_op("slimtest::mirror", mutates_args=())
+def mirror(x: Tensor) -> Tensor:
+    """Reverses the channels."""
+    return x.flip(1)
+
+
+@pytest.fixture
+def no_rules() -> Iterator[None]:
+    """Rules that a test registers are gone after it."""
+    kinds, registered = dict(ops.KINDS), dict(rules.REGISTERED)
+    yield
+    ops.KINDS.clear(), ops.KINDS.update(kinds)
+    rules.REGISTERED.clear(), rules.REGISTERED.update(registered)
+
+
+def through(op: Any) -> Net:
+    """a -> op -> b, beside a -> c."""
+    torch.manual_seed(0)
+    model = Net(lambda m, x: m.head(m.b(op(m.a(x))) + m.c(x)), a=conv(3, 6), b=conv(6, 4), c=conv(3, 4), head=head(4))
+    return randomise(model)  # type: ignore[return-value]
+
+
+def test_unknown_op_freezes_what_it_touches_and_the_report_says_so() -> None:
+    graph = slim.trace(through(torch.ops.slimtest.ripple), X)
+    assert prunable(graph) == {"b.0": (4, 1)}
+    assert graph.by_name["a.0"].frozen_reason == "slimtest::ripple in the model has no channel rule"
+    assert graph.freezing_ops[0].op == "slimtest::ripple" and graph.freezing_ops[0].groups == ("a.0",)
+    share = graph.macs_share([graph.by_name["a.0"]])
+    assert f"slimtest::ripple in the model has no channel rule: froze {share:.1%} of the MACs (a.0)" in graph.report()
+    assert 0.2 < share < 0.4
+    prove(through(torch.ops.slimtest.ripple), X)
+
+
+def test_unknown_op_names_the_module_that_calls_it() -> None:
+    class Rippling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.ops.slimtest.ripple(x)
+            return out
+
+    model = nn.Sequential(conv(3, 6), nn.Sequential(Rippling()), head(6))
+    assert slim.trace(model, X).by_name["0.0"].frozen_reason == "slimtest::ripple in 1.0 has no channel rule"
+
+
+def test_registered_kind_frees_the_channels(no_rules: None) -> None:
+    slim.register_rule("slimtest::ripple", "elementwise")
+    model = through(torch.ops.slimtest.ripple)
+    assert prunable(slim.trace(model, X)) == {"a.0": (6, 1), "b.0": (4, 1)}
+    _, plan = prove(model, X)
+    assert len(plan.groups) == 2
+
+
+def test_registered_function_is_followed(no_rules: None) -> None:
+    def reverse(run: slim.ChannelPropagation, call: slim.Call) -> None:
+        labels = run.get(call.inputs[0])
+        run.put(call.outputs[0], None if labels is None else labels.flip(1))
+
+    model = through(torch.ops.slimtest.mirror)
+    assert "a.0" not in prunable(slim.trace(model, X))
+    slim.register_rule(torch.ops.slimtest.mirror, reverse)
+    graph, _ = prove(model, X)
+    assert prunable(graph)["a.0"] == (6, 1)
+    assert [m.index for m in graph.by_name["a.0"].members if m.param == "b.0.weight"] == [(5, 4, 3, 2, 1, 0)]
+
+
+def test_wrong_registered_rule_is_caught_by_the_dry_run(no_rules: None) -> None:
+    slim.register_rule(torch.ops.slimtest.mirror, lambda run, call: run.put(call.outputs[0], run.get(call.inputs[0])))
+    model = through(torch.ops.slimtest.mirror)
+    masked_wrongly = slim.trace(model, X)
+    # Labels alone cannot show it; the proof on numbers does.
+    assert "a.0" in prunable(masked_wrongly)
+    with pytest.raises(AssertionError, match="differs from masked"):
+        prove(model, X)
+
+
+def test_unknown_kind_of_rule_is_refused() -> None:
+    with pytest.raises(slim.SlimError, match=r"'elementwize'; expected one of .*elementwise"):
+        slim.register_rule("slimtest::ripple", "elementwize")
+
+
+def by_group_norm(m: Net, x: Tensor) -> Tensor:
+    return F.group_norm(m.a(x), 4)
+
+
+def by_width(m: Net, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return y if y.shape[1] == 8 else y.flip(1)
+
+
+CONSTANTS: dict[str, Forward] = {
+    "view": lambda m, x: m.a(x).view(-1, 2, 4, 8, 8).sum(1).repeat(1, 2, 1, 1),
+    "view that always fits": lambda m, x: m.a(x).reshape(x.shape[0], 8, -1).unflatten(2, (-1, 8)),
+    "slice": lambda m, x: torch.cat([m.a(x)[:, 4:], m.a(x)[:, :4]], 1),
+    "split into parts of a size": lambda m, x: torch.cat(m.a(x).split(4, 1)[::-1], 1),
+    "split into given sizes": lambda m, x: torch.cat(m.a(x).split([3, 5], 1)[::-1], 1),
+    "index": lambda m, x: m.a(x)[:, [7, 6, 5, 4, 3, 2, 1, 0]],
+    "roll": lambda m, x: m.a(x).roll(3, 1),
+    "one channel": lambda m, x: m.a(x) * m.a(x)[:, 5:6],
+    "groups of a functional norm": by_group_norm,
+    "branch on the width": by_width,
+    "assertion": lambda m, x: m.check(m.a(x)),
+}
+
+
+class Checked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 8, "expected 8 channels"
+        return x
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_channel_counts_held_as_constants_are_found_frozen_and_reported(name: str) -> None:
+    torch.manual_seed(0)
+    constant = CONSTANTS[name]
+    model = Net(
+        lambda m, x: m.head(m.last(constant(m, x) + 0 * m.other(x).mean((1, 2, 3), keepdim=True))),
+        a=conv(3, 8),
+        check=Checked(),
+        other=conv(3, 4),
+        last=conv(8, 6),
+        head=head(6),
+    )
+    randomise(model)
+    graph = slim.trace(model, X)
+    frozen = {g.name: g.frozen_reason or "" for g in graph.groups if not g.prunable}
+    assert any("after a cut" in why or "constant" in why for key, why in frozen.items() if key.startswith("a.0"))
+    assert "last.0" in prunable(graph), "what has nothing to do with the constant stays prunable"
+    assert any(why in graph.report() for why in frozen.values())
+    prove(model, X)
+    # Without the dry run the same channels would be offered for cutting.
+    assert any(key.startswith("a.0") for key in prunable(slim.trace(model, X, dry_run=False)))
+
+
+def test_reused_module_keeps_its_input_and_output_alike() -> None:
+    torch.manual_seed(0)
+    shared = conv(6, 6, 3)
+    model = Net(lambda m, x: m.head(m.twice(m.twice(m.a(x)))), a=conv(3, 6), twice=shared, head=head(6))
+    graph, plan = prove(randomise(model), X)
+    assert prunable(graph) == {"a.0": (6, 1)}
+    assert len(plan.groups[0].keep) == 3
+
+
+def test_module_that_is_reused_on_foreign_channels_is_frozen() -> None:
+    model = Net(lambda m, x: m.head(m.b(x) + m.b(m.a(x))), a=conv(3, 3), b=conv(3, 6), head=head(6))
+    graph = slim.trace(randomise(model), X)
+    assert prunable(graph) == {"b.0": (6, 1)}
+    assert "also used on channels that are not ours" in (graph.by_name["a.0"].frozen_reason or "")
+
+
+def test_shared_parameter_stays_shared() -> None:
+    model = Net(lambda m, x: m.head(m.a(x) + m.b(x)), a=nn.Conv2d(3, 6, 1), b=nn.Conv2d(3, 6, 1), head=head(6))
+    model.b.weight = model.a.weight
+    _, plan = prove(model, X)
+    pruned = slim.apply_plan(model, plan)
+    assert pruned.b.weight is pruned.a.weight and pruned.a.weight.shape[0] == 3
+
+
+def test_write_into_a_part_of_a_tensor_freezes_what_is_written() -> None:
+    def fill(m: Net, x: Tensor) -> Tensor:
+        out = x.new_zeros(x.shape[0], 8, 8, 8)
+        out[:, :6] = m.a(x)
+        return m.head(out)  # type: ignore[no-any-return]
+
+    graph = slim.trace(Net(fill, a=conv(3, 6), head=head(8)), X)
+    assert "writes it in place into a part" in (graph.by_name["a.0"].frozen_reason or "")
+
+
+def test_indices_that_depend_on_the_image_freeze() -> None:
+    def pick(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.head(y[:, x.sum((0, 2, 3)).argsort()])  # type: ignore[no-any-return]
+
+    graph = slim.trace(Net(pick, a=conv(3, 3), head=head(3)), X)
+    assert "indices that depend on the image" in (graph.by_name["a.0"].frozen_reason or "")
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.attention, self.mlp = conv(3, 8), nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        out: Tensor = self.mlp(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+        return out
+
+
+def test_attention_is_frozen_with_the_reason() -> None:
+    graph = slim.trace(Attention(), X)
+    assert prunable(graph) == {}
+    assert "multiplies activations with each other (attention)" in (graph.by_name["stem.0"].frozen_reason or "")
+
+
+@dataclass
+class Result:
+    logits: Tensor
+    extra: dict[str, Any]
+
+
+def test_every_tensor_of_any_output_is_kept_whole() -> None:
+    def several(m: Net, x: Tensor) -> Any:
+        return Result(m.c(m.b(x)), {"maps": [m.a(x)], "n": 3})
+
+    graph = slim.trace(Net(several, a=conv(3, 4), b=conv(3, 6), c=conv(6, 5)), X)
+    assert prunable(graph) == {"b.0": (6, 1)}
+    assert {graph.by_name[n].frozen_reason for n in ("a.0", "c.0")} == {"a model output"}
+
+
+def test_several_inputs_by_position_and_by_name() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = conv(3, 6), conv(1, 6), head(6)
+
+        def forward(self, image: Tensor, depth: Tensor) -> dict[str, Tensor]:
+            return {"out": self.head(self.a(image) + self.b(depth))}
+
+    model = randomise(Two())
+    inputs = (X, torch.rand(2, 1, 8, 8))
+    for given in (inputs, list(inputs), {"image": inputs[0], "depth": inputs[1]}):
+        graph, _ = prove(model, given)
+        assert prunable(graph) == {"a.0": (6, 1)}
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_traced_and_cut(kind: torch.dtype) -> None:
+    model = randomise(Residual()).to(kind)
+    _, plan = prove(model, torch.rand(1, 3, 8, 8, dtype=kind), tolerance=1e-2 if kind != torch.float64 else 1e-12)
+    assert all(p.dtype is kind for p in slim.apply_plan(model, plan).parameters())
+
+
+def test_models_without_gradients_are_cut_alike() -> None:
+    free, bound = randomise(Residual()), randomise(Residual()).requires_grad_(False)
+    bound.load_state_dict(free.state_dict())
+    x = torch.rand(1, 3, 8, 8)
+    plans = [prove(model, x)[1] for model in (free, bound)]
+    assert plans[0] == plans[1]
+    assert not any(p.requires_grad for p in slim.apply_plan(bound, plans[1]).parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_models_on_a_gpu_are_cut_alike() -> None:
+    model, x = randomise(Residual()), torch.rand(1, 3, 8, 8)
+    _, plan = prove(model, x)
+    _, again = prove(model.cuda(), x.cuda())
+    assert plan == again
+    assert next(slim.apply_plan(model, plan).parameters()).is_cuda
+
+
+class Remembering(nn.Module):
+    """Writes to itself whenever it runs, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = conv(3, 6), head(6)
+        self.register_buffer("calls", torch.zeros(()))
+        self.shapes: list[Any] = []
+        self.cache: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1  # type: ignore[operator]
+        self.shapes.append(x.shape)
+        self.cache = self.a(x) * random.random()
+        out: Tensor = self.head(F.dropout(self.cache, 0.5, training=True))
+        return out
+
+
+def test_tracing_undoes_what_the_forward_writes() -> None:
+    model = Remembering().train()
+    model.a.eval()
+    before = copy.deepcopy(model.state_dict())
+    states = torch.get_rng_state(), random.getstate()
+    flags = [m.training for m in model.modules()]
+    graph = slim.trace(model, X)
+    assert prunable(graph) == {"a.0": (6, 1)}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.shapes == [] and model.cache is None
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert [m.training for m in model.modules()] == flags
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_failing_forward_is_one_clear_error_and_leaves_the_model() -> None:
+    model = Residual().train()
+    with pytest.raises(
+        slim.SlimError, match=r"does not run on the example inputs: RuntimeError in stem\.0: .*channels"
+    ):
+        slim.trace(model, torch.rand(1, 4, 8, 8))
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+    with pytest.raises(slim.SlimError, match="example_inputs is str"):
+        slim.trace(model, "image")
+    with pytest.raises(slim.SlimError, match=r"0\.weight has no shape yet.*run the model once"):
+        slim.trace(nn.Sequential(nn.LazyConv2d(4, 1)), X)
+
+
+def test_layers_that_did_not_run_are_reported() -> None:
+    model = Net(
+        lambda m, x: (m.head(m.a(x)), m.aux(m.a(x))) if m.training else m.head(m.a(x)),
+        a=conv(3, 6),
+        aux=head(6),
+        head=head(6),
+    )
+    graph = slim.trace(model, X)
+    assert graph.unused == ("aux",)
+    assert "do not fit what is cut before them: aux" in graph.report()
+    assert slim.trace(Residual(), X).unused == ()
+
+
+def normed(channels: int = 8) -> Net:
+    torch.manual_seed(0)
+    model = Net(
+        lambda m, x: m.head(m.norm(m.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
+        a=nn.Conv2d(3, channels, 1),
+        norm=nn.LayerNorm(channels),
+        head=head(channels),
+    )
+    return randomise(model)  # type: ignore[return-value]
+
+
+def test_layer_norm_freezes_unless_inexact_cuts_are_allowed() -> None:
+    model = normed()
+    exact = slim.trace(model, X)
+    assert prunable(exact) == {}
+    assert "native_layer_norm in norm mixes channels" in (exact.by_name["a"].frozen_reason or "")
+    graph = slim.trace(model, X, allow_inexact=True)
+    assert prunable(graph) == {"a": (8, 1)}
+    assert graph.by_name["a"].inexact == "native_layer_norm in norm mixes channels"
+    assert "inexact: native_layer_norm in norm mixes channels" in graph.report()
+    plan = slim.make_plan(graph, slim.score(model, graph, "l1"), channels=0.5, round_to=1, min_channels=1)
+    pruned = slim.apply_plan(model, plan)
+    assert pruned.norm.normalized_shape == (4,) and pruned(X).shape == (2, 3, 8, 8)
+
+
+def test_norms_without_parameters_are_saved_and_loaded(tmp_path: Any) -> None:
+    def build(_: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return Net(
+            lambda m, x: m.head(m.n(m.b(m.g(m.a(x))))),
+            a=nn.Conv2d(3, 12, 1),
+            g=nn.GroupNorm(4, 12, affine=False),
+            b=nn.Conv2d(12, 6, 1),
+            n=nn.InstanceNorm2d(6),
+            head=head(6),
+        )
+
+    model = build(None)
+    _, plan = prove(model, X)
+    pruned = slim.apply_plan(model, plan)
+    assert (pruned.g.num_groups, pruned.g.num_channels, pruned.n.num_features) == (2, 6, 3)
+    slim.save(pruned, tmp_path / "m.pt", {})
+    loaded = slim.load(tmp_path / "m.pt", build)
+    assert torch.equal(loaded.eval()(X), pruned.eval()(X))
+
+
+def broken(plan: slim.Plan, **members: Any) -> slim.Plan:
+    """The plan with one parameter's members left out."""
+
+    def without(group: GroupPlan) -> GroupPlan:
+        return replace(group, members=tuple(m for m in group.members if m.param != members["without"]))
+
+    return replace(plan, groups=tuple(without(g) for g in plan.groups))
+
+
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        ("a.bias", r"break a: its bias has 6 entries for 3"),
+        ("n.running_var", r"break n: its vectors have 3 and 6"),
+        ("g.num_groups", r"break g: 4 channels do not divide into 4 groups|break g"),
+        ("b.weight", "break c|break b"),
+    ],
+)
+def test_plan_that_would_break_a_layer_is_refused_with_its_name(param: str, message: str) -> None:
+    model = Net(
+        lambda m, x: m.head(m.g(m.c(m.b(m.n(m.a(x)))))),
+        a=nn.Conv2d(3, 6, 1),
+        n=nn.BatchNorm2d(6),
+        b=nn.Conv2d(6, 8, 1),
+        c=nn.Conv2d(8, 12, 1, groups=2),
+        g=nn.GroupNorm(4, 12),
+        head=head(12),
+    )
+    _, plan = prove(randomise(model), X)
+    if param == "b.weight":
+        # Three of the eight channels that enter a convolution of two groups.
+        members = tuple(replace(m, index=m.index[:4]) if m.param == "c.weight" else m for m in plan.groups[1].members)
+        odd = replace(plan.groups[1], size=4, members=members)
+        plan = replace(plan, groups=(plan.groups[0], odd, *plan.groups[2:]))
+        message = "break|does not fit"
+    with pytest.raises(slim.SlimError, match=message):
+        slim.apply_plan(model, broken(plan, without=param))
+
+
+@pytest.mark.parametrize(
+    "where", ["slim.surgery.check_layers", "slim.surgery.refresh_widths", "slim.surgery.cut_gates"]
+)
+def test_apply_plan_is_all_or_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise(Residual()).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(X).sum().backward()
+    optimizer.step()
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    _, plan = prove(model, X)
+    before = [copy.deepcopy(thing.state_dict()) for thing in (model, ema, optimizer)]
+    calls = []
+
+    def fail(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:  # the model is cut by then, its average is not
+            raise MemoryError("no memory left")
+
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(MemoryError):
+        slim.apply_plan(model, plan, optimizer=optimizer, ema=ema)
+    for thing, old in zip((model, ema), before, strict=False):
+        assert all(torch.equal(v, old[k]) for k, v in thing.state_dict().items())
+    assert model.stem[0].out_channels == 8
+    state = optimizer.state_dict()["state"]
+    assert all(torch.equal(state[k]["momentum_buffer"], v["momentum_buffer"]) for k, v in before[2]["state"].items())
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
