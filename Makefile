@@ -1,10 +1,11 @@
-# make demo: set up, then the main job on shapes that the project draws itself; make test: set up, then the tests.
+# make demo: set up, then the main job on shapes that the project draws itself; make test: set up, then the tests;
+# make zoo: the pruning library on many networks of others (about ten minutes); make bench: slim's speed.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test zoo bench lint clean
 
 $(STAMP): setup.cfg
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -19,6 +20,15 @@ demo: $(STAMP)
 test: export OMP_WAIT_POLICY = PASSIVE
 test: $(STAMP)
 	$(PY) -m pytest -n 2
+
+zoo: export OMP_WAIT_POLICY = PASSIVE
+zoo: $(STAMP)
+	$(PY) -m pip install --quiet --editable '.[detect,test,zoo]'
+	$(PY) -m pytest -n 2 -m zoo
+
+bench: $(STAMP)
+	$(PY) -m pip install --quiet --editable '.[detect,bench]'
+	$(PY) -m benchmarks.slim_speed
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
