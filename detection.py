@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,22 @@ def check_classes(network: Network, config: DataConfig, weights: str, data: str)
 def make_loss(model: nn.Module, gains: LossGains, img: int) -> DetectionLoss:
     """YOLOv5's loss with its gains scaled to the task."""
     return DetectionLoss(model, gains.scaled(model.num_classes, img, len(model.stride_px)))
+
+
+def training_loss(
+    model: nn.Module, config: DataConfig, img: int, batch_size: int, seed: int
+) -> tuple[Iterator[Any], Callable[[nn.Module, Any], Tensor]]:
+    """Shuffled batches of the training split, not augmented, and the loss of a model on one of them (default gains)."""
+    loader = build_loader(DetectionDataset(config, "train", img), batch_size, shuffle=True, seed=seed)
+    criterion = make_loss(model, LossGains(), img)
+
+    def loss(network: nn.Module, batch: Any) -> Tensor:
+        # In evaluation mode the head gives (decoded, raw maps).
+        device = next(network.parameters()).device
+        _, raw = network(batch.images.to(device).float() / 255)
+        return criterion(raw, batch.targets)[0]
+
+    return iter(loader), loss
 
 
 class Evaluator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,15 +28,23 @@ class PruneFlags(RunFlags):
     project: str = flag("runs/prune", "folder that holds the run folders")
     weights: str = flag("", "checkpoint to cut (ours or a published YOLOv5 .pt)")
     img: int = flag(320, "image size in pixels at which MACs are counted and the proof is made")
-    macs: float | None = flag(None, "share of the MACs to keep, above 0 to 1")
-    params: float | None = flag(None, "share of the parameters to keep, above 0 to 1")
-    channels: float | None = flag(None, "share of the prunable channels to keep, above 0 to 1")
-    criterion: str = flag("gate", "what ranks the channels: gate, bn, l1, l2 or random")
-    scope: Literal["global", "local"] = flag(
-        "global", "rank all channels together, or keep the same share of each group"
+    macs: float | None = flag(None, "MACs to keep: a share above 0 to 1, or a count")
+    params: float | None = flag(None, "parameters to keep: a share above 0 to 1, or a count")
+    channels: float | None = flag(None, "prunable channels to keep: a share above 0 to 1, or a count")
+    threshold: float | None = flag(None, "instead: cut every channel whose score is below this (gates: 0.01 is closed)")
+    criterion: str = flag("gate", "what ranks the channels: gate, bn, l1, l2, fpgm, taylor (needs --data) or random")
+    reduction: Literal["mean", "max", "sum"] | None = flag(None, "over a group's layers; else the criterion's own")
+    normalise: Literal["mean", "max", "none"] | None = flag(None, "within each layer; else the criterion's own")
+    taylor_batches: int = flag(8, "training batches whose gradients --criterion taylor averages")
+    scope: Literal["global", "local", "isomorphic"] = flag(
+        "global", "rank all channels together, keep the same share of each group, or of each class of like groups"
     )
+    cost_aware: bool = flag(False, "rank by score per MAC (or parameter) saved")
     round_to: int = flag(8, "kept widths are multiples of this many channels")
     min_channels: int = flag(8, "every group keeps at least this many channels")
+    min_keep: float = flag(0.0, "every group keeps at least this share of its channels, 0 to 1")
+    overrides: list[str] = flag([], "PATTERN=WIDTH, layers of a set width: a share (0.5) or a count (32)")  # noqa: RUF009
+    ignore: list[str] = flag([], "patterns of layers that stay whole, such as 'model.24.*'")  # noqa: RUF009
     data: str | None = flag(None, "data set: prove on its val images and evaluate masked and pruned")
     data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
     batch_size: int = flag(16, "images at once in the evaluation")
@@ -69,16 +78,21 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
         evaluator = detection.Evaluator(dataset, batch_size=flags.batch_size, workers=0, device=device)
         images = detection.real_images(dataset, PROOF_IMAGES)
     graph = slim.trace(model, detection.example_image(flags.img))
-    scores = slim.score(model, graph, flags.criterion, seed=flags.seed)
+    scores = judge(flags, model, graph, device)
     plan = slim.make_plan(
         graph,
         scores,
         macs=flags.macs,
         params=flags.params,
         channels=flags.channels,
+        threshold=flags.threshold,
         round_to=flags.round_to,
         min_channels=flags.min_channels,
+        min_keep=flags.min_keep,
         scope=flags.scope,
+        cost_aware=flags.cost_aware,
+        overrides=dict(width_override(text) for text in flags.overrides),
+        ignore=flags.ignore,
     )
     print(plan)
     masked = slim.mask(model, plan)
@@ -113,6 +127,45 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
         print(f"pruned AP {aps[1]:.4f}")
     print(f"pruned = masked to {difference:.1e} of the largest output on {len(images)} images; saved {out}")
     return PruneResult(run, out, plan, aps[0], aps[1], difference)
+
+
+def judge(
+    flags: PruneFlags, model: nn.Module, graph: slim.ChannelGraph, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Scores by the criterion; ``taylor`` runs batches of the training split through YOLOv5's loss."""
+    batches, loss = None, None
+    if flags.criterion == "taylor":
+        if flags.data is None or flags.taylor_batches < 1:
+            raise EngineError(
+                "--criterion taylor needs --data, whose training images it averages, and --taylor-batches >= 1"
+            )
+        batches, loss = detection.training_loss(
+            model.to(device), detection.open_data(flags.data, flags.data_root), flags.img, flags.batch_size, flags.seed
+        )
+        batches = itertools.islice(batches, flags.taylor_batches)
+    scores = slim.score(
+        model,
+        graph,
+        flags.criterion,
+        seed=flags.seed,
+        reduction=flags.reduction,
+        normalise=flags.normalise,
+        batches=batches,
+        loss=loss,
+    )
+    model.cpu()
+    return scores
+
+
+def width_override(text: str) -> tuple[str, float]:
+    """'model.0*=0.5' or 'model.0*=32' as a pattern and a share or a count."""
+    pattern, _, width = text.rpartition("=")
+    try:
+        return pattern, int(width) if width.strip().isdigit() else float(width)
+    except ValueError as error:
+        raise EngineError(
+            f"--overrides {text}: expected PATTERN=WIDTH, such as 'model.0*=0.5' or 'model.0*=32'"
+        ) from error
 
 
 NOT_EVALUATED: dict[str, Any] = {"ap": None, "ap50": None, "ap75": None, "per_class": {}, "images": 0, "seconds": 0.0}

@@ -147,6 +147,15 @@ def test_gate_criterion_without_gates(script: Runner, tiny: Path, tmp_path: Path
     )
 
 
+def test_pruning_options_that_do_not_fit(script: Runner, tmp_path: Path, sparse_run: Path) -> None:
+    base = ("prune", "--weights", sparse_run / "weights" / "last.pt", "--img", 64, "--project", tmp_path)
+    fails(script(*base, "--macs", 0.5, "--criterion", "taylor"), "--criterion taylor needs --data")
+    fails(script(*base, "--macs", 0.5, "--overrides", "model.0"), "--overrides model.0", "PATTERN=WIDTH")
+    fails(script(*base, "--macs", 0.5, "--ignore", "modle.1*"), "ignore", "modle.1*", "near names", "model.1")
+    fails(script(*base, "--macs", 0.5, "--threshold", 0.1), "exactly one target")
+    fails(script(*base, "--macs", 1.5), "macs=1.5", "keep ratio", "whole number")
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

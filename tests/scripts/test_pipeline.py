@@ -12,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import slim
-from detection import build_network, read_network
+from detection import build_network, read_network, save_network
 from tests.scripts.runs import NAMES, ROOT, SMALL, Runner
 
 METRICS = {"ap", "ap50", "ap75", "per_class", "params", "macs", "images", "seconds"}
@@ -289,3 +289,40 @@ def test_published_checkpoint_is_cut_by_its_weights(script: Runner, tmp_path: Pa
         slim.cost(network.model, torch.zeros(1, 3, 64, 64)).macs
         <= 0.7 * slim.cost(read_network(PUBLISHED).model, torch.zeros(1, 3, 64, 64)).macs
     )
+
+
+def test_taylor_with_overrides_and_isomorphic_scope(
+    script: Runner, tiny: Path, tmp_path: Path, sparse_run: Path
+) -> None:
+    weights = sparse_run / "weights" / "last.pt"
+    options = ["--criterion", "taylor", "--taylor-batches", 2, "--scope", "isomorphic", "--cost-aware"]
+    options += ["--overrides", "model.1.conv=0.5", "model.2.cv1.conv=8", "--ignore", "model.23.*", "--min-keep", 0.1]
+    done = script(
+        "prune", "--weights", weights, "--img", 64, "--macs", 0.8, "--round-to", 4, "--min-channels", 4, "--data", tiny, *options,
+        "--project", tmp_path, "--name", "cut",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    before, after = (
+        slim.widths_of(read_network(f).model) for f in (weights, tmp_path / "cut" / "weights" / "pruned.pt")
+    )
+    assert after["model.1.conv"][1] == before["model.1.conv"][1] // 2 and after["model.2.cv1.conv"][1] == 8
+    assert all(after[path][1] == before[path][1] for path in before if path.startswith("model.23."))
+    config = yaml.safe_load((tmp_path / "cut" / "config.yaml").read_text())
+    assert config["overrides"] == ["model.1.conv=0.5", "model.2.cv1.conv=8"] and config["ignore"] == ["model.23.*"]
+
+
+def test_threshold_cuts_closed_gates_alone(script: Runner, tmp_path: Path, sparse_run: Path) -> None:
+    weights = sparse_run / "weights" / "last.pt"
+    network = read_network(weights).model
+    with torch.no_grad():
+        for vector in slim.gate_vectors(network).values():
+            vector.fill_(1.0)
+        closed = slim.gate_vectors(network)["model.1.conv"]
+        closed[:9] = 0.001
+    save_network(tmp_path / "half.pt", network, read_network(weights).build)
+    done = script(
+        "prune", "--weights", tmp_path / "half.pt", "--img", 64, "--threshold", 0.01, "--round-to", 1, "--project", tmp_path
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    plan = slim.Plan.from_json((tmp_path / "exp" / "plan.json").read_text())
+    assert {g.name: len(g.removed) for g in plan.groups if g.removed} == {"model.1.conv": 9}
