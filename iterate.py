@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -69,7 +70,7 @@ def iterate(flags: IterateFlags) -> Path:
     dense = slim.cost(network.model.cpu(), detection.example_image(flags.img))
     rows = [("dense", baseline, dense.macs, dense.params)]
     run.log_channels(output_widths(network.model), 0)
-    weights, macs = flags.weights, dense.macs
+    weights, plans = flags.weights, list[slim.Plan]()
     for number in range(1, flags.rounds + 1):
         print(f"round {number} of {flags.rounds}")
         sparse = train(
@@ -89,16 +90,18 @@ def iterate(flags: IterateFlags) -> Path:
                 project=str(run.path),
                 name=f"cut{number}",
                 weights=str(sparse.run.last),
-                macs=min(1.0, target / macs),
+                macs=round(target),
             ),
             number,
         )
-        weights, macs = str(result.out), result.plan.macs[1]
+        weights = str(result.out)
+        plans.append(result.plan)
         rows.append((f"round {number}, sparse", sparse.evaluation.ap, *sparse_cost(result.plan, 0)))
         rows.append((f"round {number}, cut", result.pruned_ap or 0.0, *sparse_cost(result.plan, 1)))
         cut = detection.read_network(weights)
         run.log_channels(output_widths(cut.model), number)
-        run.log_scalars({"metrics/ap": result.pruned_ap, "cost/macs": float(macs)}, number)
+        run.log_scalars({"metrics/ap": result.pruned_ap, "cost/macs": float(result.plan.macs[1])}, number)
+    slim.write_text_atomically(run.path / "plan.json", functools.reduce(slim.Plan.then, plans).to_json())
     final = train(
         FinetuneFlags(
             **shared(flags, FinetuneFlags),

@@ -6,7 +6,6 @@ subclasses' business (channels in ``slim.trace``, gate factors in ``slim.fold``)
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 from collections import OrderedDict
@@ -306,7 +305,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """What a forward pass writes is undone: buffers, attributes that modules set on themselves, random number generators."""
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     containers = [
-        (value, copy.copy(value))
+        (value, value.copy())
         for _, values in attributes
         for value in values.values()
         if type(value) in (dict, OrderedDict, list, set)

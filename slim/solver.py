@@ -64,9 +64,7 @@ def make_plan(
     if scope not in SCOPES:
         raise SlimError(f"scope is {scope!r}; expected one of {', '.join(map(repr, SCOPES))}")
     if cost_aware and target.kind not in ("macs", "params"):
-        raise SlimError(
-            f"cost_aware=True divides by what a channel costs; {target.kind} has no cost, use macs= or params="
-        )
+        raise SlimError(f"cost_aware=True needs macs= or params=: {target.kind} has no cost to divide by")
     rounding = Rounding(round_to, min_channels, min_keep)
     patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     rooms = rooms_of(graph, checked_scores(graph, scores), rounding, overrides or {}, patterns)

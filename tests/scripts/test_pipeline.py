@@ -238,6 +238,9 @@ def test_iterate_ends_at_the_target_with_gates_folded(
     dense = slim.cost(build_network(network.build), torch.zeros(1, 3, 64, 64)).macs
     assert 0.45 * dense < found <= 0.5 * dense and not slim.gate_vectors(network.model)
     assert metrics(run)["macs"] == found and "| fine-tuned |" in (run / "report.md").read_text()
+    whole = slim.Plan.from_json((run / "plan.json").read_text())
+    from_dense = slim.apply_plan(read_network(sparse_run / "weights" / "best.pt").model, whole)
+    assert slim.widths_of(from_dense) == slim.widths_of(network.model), "the rounds' plans make one plan"
     assert [e.step for e in events(run).Scalars("channels/model.1.conv")] == [0, 1, 2]
     assert "AP drop" in done.out
 
