@@ -25,8 +25,9 @@ from slim.surgery import replace_tensor
 from slim.widths import norm_widths, refresh_widths, set_norm_widths
 
 FORMAT = "slim-checkpoint"
-FORMAT_VERSION = 2
-READABLE = (1, 2)  # 1 had no widths of norms
+FORMAT_VERSION = 3
+OLDEST_READABLE = {"without gates": 1, "with gates": 3}
+"""1 had no widths of norms; before 3 gates took the place of the activations that they followed."""
 
 
 def widths_of(model: nn.Module) -> dict[str, list[int]]:
@@ -93,9 +94,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise SlimError(f"{path}: not a readable checkpoint ({first}); expected a file written by slim.save") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise SlimError(f"{path}: a checkpoint of another kind; expected one written by slim.save")
-    if content["format_version"] not in READABLE:
+    oldest = OLDEST_READABLE["with gates" if content["gates"] else "without gates"]
+    if not oldest <= content["format_version"] <= FORMAT_VERSION:
         raise SlimError(
-            f"{path}: checkpoint format {content['format_version']}; this slim reads up to {FORMAT_VERSION}"
+            f"{path}: checkpoint format {content['format_version']}; this slim reads {oldest} to {FORMAT_VERSION} for a network "
+            f"{'with' if content['gates'] else 'without'} gates; write it again with the slim that it belongs to"
         )
     return content
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from slim.errors import SlimError
-from slim.gate import Gate, gates_in
-from slim.insert import unwrap
+from slim.gate import Gate, detach_gate, gates_in, site_of
 from slim.labels import spread
 from slim.propagate import Call, Propagation
+from slim.sites import SCALABLE
 from slim.surgery import get_tensor
 
 logger = logging.getLogger(__name__)
@@ -65,18 +65,19 @@ class GatePropagation(Propagation):
                 if label:
                     self.unfoldable.setdefault(label, f"{name} in {self.where() or 'the model'}")
 
-    def before_module(self, path: str, module: nn.Module) -> None:
+    def before_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.muted = self.muted or isinstance(module, Gate)
 
     def after_module(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not isinstance(module, Gate):
+        if not isinstance(module, Gate) or output is None:
             return
         self.muted = False
         self.fail(self.get(args[0]), "a second gate")
         entries = torch.cat([torch.arange(v.numel()) + self.start[id(v)] for v in module.vectors])
+        entries = entries if module.index is None else entries[module.index.cpu()]
         shape = [1] * output.ndim
         shape[module.axis] = -1
-        labels = (entries if module.index is None else entries[module.index.cpu()]).reshape(shape)
+        labels = entries.reshape(shape)
         if self.get(args[0]) is not None:
             self.fail(labels, "a gate before it")
         self.put(output, labels)
@@ -165,29 +166,27 @@ class GatePropagation(Propagation):
 
 
 def fold_gates(model: Model, example_inputs: Any = None) -> Model:
-    """A new model with the gates multiplied into the weights that read them; exact.
+    """A new model with the gates multiplied into the weights that read what they scale, or into those that make it; exact.
 
-    Nothing is left in any YOLOv5. Where an operator between gate and reader does not commute with a factor, that gate stays
-    and a warning says which and why. ``example_inputs`` may be left out when ``slim.add_gates`` placed the gates.
+    Nothing is left in any YOLOv5. Where an operator between gate and reader does not commute with a factor, and the gate does
+    not follow a layer that could take it up, it stays and a warning says which and why. ``example_inputs`` may be left out
+    when ``slim.add_gates`` placed the gates.
     """
     folded = copy.deepcopy(model)
-    if not any(True for _ in gates_in(folded)):
-        return folded
-    run = GatePropagation(folded)
-    for tensor in run.run(example_of(folded) if example_inputs is None else example_inputs):
-        run.fail(run.get(tensor), "the model's output")
-    factors = torch.cat([torch.ones(1), *[v.detach().float().cpu() for v in distinct_vectors(folded)]])
-    if bool((factors < 0).any()):
+    if any(bool((vector < 0).any()) for vector in distinct_vectors(folded)):
         raise SlimError("a gate is negative; call SmallestHalfL1.project() (or step) after every optimizer step")
-    stuck = stuck_vectors(run, folded)
-    for label in (label for vector, labels in stuck.items() for label in labels):
-        factors[label] = 1.0
-    with torch.no_grad():
-        for (param, _), entries in run.readers.items():
-            weight = get_tensor(folded, param)
-            factor = factors[entries].to(weight.device, weight.dtype)
-            weight.mul_(factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2)))
-        remove_folded(folded, stuck)
+    while distinct_vectors(folded):
+        run = GatePropagation(folded)
+        for tensor in run.run(example_of(folded) if example_inputs is None else example_inputs):
+            run.fail(run.get(tensor), "the model's output")
+        stuck = stuck_vectors(run, folded)
+        fold_into_readers(run, folded, stuck)
+        behind_layers = {key for key in stuck if all(folds_back(folded, path) for path in gate_paths(folded, key))}
+        if not behind_layers:
+            warn_of(stuck, folded)
+            break
+        # Without these, others may find their way forward.
+        fold_into_makers(folded, behind_layers)
     return folded
 
 
@@ -196,29 +195,71 @@ def distinct_vectors(model: nn.Module) -> list[nn.Parameter]:
     return list({id(v): v for _, gate in gates_in(model) for v in gate.vectors}.values())
 
 
-def stuck_vectors(run: GatePropagation, model: nn.Module) -> dict[int, range]:
-    """id and labels of the vectors of which some entry cannot be folded; each is logged with its reason."""
-    stuck: dict[int, range] = {}
+def gate_paths(model: nn.Module, vector: int) -> list[str]:
+    """The gates that hold a vector, given by its id."""
+    return [path for path, gate in gates_in(model) if any(id(v) == vector for v in gate.vectors)]
+
+
+def stuck_vectors(run: GatePropagation, model: nn.Module) -> dict[int, str]:
+    """id of each vector of which some entry cannot be folded forward, and why."""
+    stuck = {}
     for vector in distinct_vectors(model):
         labels = range(run.start[id(vector)], run.start[id(vector)] + vector.numel())
         reason = next((run.unfoldable[x] for x in labels if x in run.unfoldable), None)
         if reason is not None:
-            stuck[id(vector)] = labels
-            groups = {
-                g for _, gate in gates_in(model) for g, v in zip(gate.groups, gate.vectors, strict=True) if v is vector
-            }
-            logger.warning("the gate of group %s stays: its factor does not pass through %s", ", ".join(groups), reason)
+            stuck[id(vector)] = reason
     return stuck
 
 
-def remove_folded(model: nn.Module, stuck: dict[int, range]) -> None:
-    """Unwrap the gates whose vectors are all folded; set folded vectors of other gates to 1."""
+def warn_of(stuck: dict[int, str], model: nn.Module) -> None:
+    for key, reason in stuck.items():
+        gates = [gate for _, gate in gates_in(model)]
+        groups = {g for gate in gates for g, v in zip(gate.groups, gate.vectors, strict=True) if id(v) == key}
+        logger.warning("the gate of group %s stays: its factor does not pass through %s", ", ".join(groups), reason)
+
+
+@torch.no_grad()
+def fold_into_readers(run: GatePropagation, model: nn.Module, stuck: dict[int, str]) -> None:
+    """Multiply the weights that read what is scaled; of stuck vectors nothing is taken up. In place."""
+    taken = [torch.ones_like(v) if id(v) in stuck else v for v in distinct_vectors(model)]
+    factors = torch.cat([torch.ones(1), *[v.detach().float().cpu() for v in taken]])
+    for (param, _), entries in run.readers.items():
+        weight = get_tensor(model, param)
+        factor = factors[entries].to(weight.device, weight.dtype)
+        weight.mul_(factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2)))
+    remove_gates(model, {id(v) for v in distinct_vectors(model)} - set(stuck))
+
+
+@torch.no_grad()
+def fold_into_makers(model: nn.Module, vectors: set[int]) -> None:
+    """Multiply weight and bias of the layers that gates with these vectors follow. In place."""
+    for path, gate in gates_in(model):
+        layer: Any = model.get_submodule(site_of(path))
+        taken = torch.cat([v if id(v) in vectors else torch.ones_like(v) for v in gate.vectors])
+        if any(id(v) in vectors for v in gate.vectors):
+            factor = (taken if gate.index is None else taken[gate.index]).to(layer.weight.dtype)
+            layer.weight.mul_(factor.reshape(-1, *(1,) * (layer.weight.ndim - 1)))
+            if layer.bias is not None:
+                layer.bias.mul_(factor)
+    remove_gates(model, vectors)
+
+
+def folds_back(model: nn.Module, gate_path: str) -> bool:
+    """Whether the module that a gate follows can take it up: a layer whose weight and bias no other module shares."""
+    layer = model.get_submodule(site_of(gate_path))
+    own = {id(p) for p in layer._parameters.values() if p is not None}
+    shared = sum(id(p) in own for m in model.modules() for p in m._parameters.values()) > len(own)
+    return isinstance(layer, SCALABLE) and layer.weight is not None and not shared
+
+
+def remove_gates(model: nn.Module, folded: set[int]) -> None:
+    """Take off the gates whose vectors are all folded; set folded vectors of other gates to 1. In place."""
     for path, gate in list(gates_in(model)):
-        if not any(id(v) in stuck for v in gate.vectors):
-            unwrap(model, path.removesuffix(".gate"))
-    for vector in distinct_vectors(model):
-        if id(vector) not in stuck:
-            vector.fill_(1.0)
+        for vector in gate.vectors:
+            if id(vector) in folded:
+                vector.fill_(1.0)
+        if all(id(v) in folded for v in gate.vectors):
+            detach_gate(model.get_submodule(site_of(path)))
 
 
 def example_of(model: nn.Module) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ followed by a bias and a non-linearity and promises no such thing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,21 +49,36 @@ class Gate(nn.Module):
         shape[self.axis] = -1
         return x * self.factors().to(x.dtype).view(shape)
 
+    def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """The forward hook by which a gate follows a module. (A bound method, so that deep copies follow their own gate.)"""
+        scaled: Tensor = self(output)
+        return scaled
+
     def extra_repr(self) -> str:
         return f"groups={list(self.groups)}, channels={self.factors().numel()}"
 
 
-class GatedActivation(nn.Module):
-    """An activation module with a gate behind it; takes the activation's place in its parent."""
+NAME = "slim_gate"
+"""The name of a gate among the children of the module that it follows."""
 
-    def __init__(self, activation: nn.Module, gate: Gate) -> None:
-        super().__init__()
-        self.activation = activation
-        self.gate = gate
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.gate(self.activation(x))
-        return out
+def attach_gate(module: nn.Module, gate: Gate) -> None:
+    """Scale what a module gives from now on; in place. No other module or parameter changes its name."""
+    module.add_module(NAME, gate)
+    module.register_forward_hook(gate.after)
+
+
+def detach_gate(module: nn.Module) -> None:
+    """The inverse of ``attach_gate``, in place."""
+    gate = module._modules.pop(NAME)
+    for key, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__self__", None) is gate:
+            del module._forward_hooks[key]
+
+
+def site_of(gate_path: str) -> str:
+    """Path of the module that the gate at a path follows."""
+    return gate_path.removesuffix(f".{NAME}")
 
 
 def gates_in(model: nn.Module) -> Iterator[tuple[str, Gate]]:
@@ -82,7 +98,7 @@ def gate_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
         for group, vector in zip(gate.groups, gate.vectors, strict=True):
             known = found.setdefault(group, [])
             if all(vector is not other for _, other in known):
-                known.append((path.removesuffix(".gate"), vector))
+                known.append((site_of(path), vector))
     names: dict[str, nn.Parameter] = {}
     for group, vectors in found.items():
         for path, vector in vectors:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from slim.gate import Gate
-from slim.graph import ChannelGraph, ChannelGroup, FreezingOp, Member, Role, Site
-from slim.labels import varying_axes
+from slim.graph import ChannelGraph, ChannelGroup, FreezingOp, Member, Role
+from slim.sites import find_sites
 
 if TYPE_CHECKING:
     from slim.trace import ChannelPropagation
@@ -67,7 +67,7 @@ def build_graph(run: ChannelPropagation, example_inputs: Any) -> ChannelGraph:
         groups=tuple(groups),
         layers=tuple(run.layers),
         shapes=learnable_shapes(run.model),
-        sites=tuple(activation_sites(run, home)),
+        sites=tuple(find_sites(run, home)),
         freezing_ops=tuple(freezing_ops(run, home, groups)),
         example=example_spec(example_inputs),
         unused=unused_layers(run),
@@ -127,20 +127,6 @@ def unused_layers(run: ChannelPropagation) -> tuple[str, ...]:
     met = {name.rpartition(".")[0] for key, name in run.tensors.items() if key in run.met}
     layers = dict.fromkeys(name.rpartition(".")[0] for name in learnable_shapes(run.model))
     return tuple(layer for layer in layers if layer not in met)
-
-
-def activation_sites(run: ChannelPropagation, home: Tensor) -> list[Site]:
-    """Activation modules that run once per forward and whose every channel belongs to a group."""
-    sites = []
-    for path, outputs in run.activations.items():
-        labels = run.get(outputs[0])
-        if len(outputs) != 1 or labels is None or len(varying_axes(labels)) != 1:
-            continue
-        axis = varying_axes(labels)[0]
-        channels = home[labels.flatten()]
-        if len(channels) == outputs[0].shape[axis] and bool((channels >= 0).all()):
-            sites.append(Site(path, axis, tuple((group, channel) for group, channel in channels.tolist())))
-    return sites
 
 
 def freezing_ops(run: ChannelPropagation, home: Tensor, groups: list[ChannelGroup]) -> list[FreezingOp]:

@@ -1,4 +1,4 @@
-"""Puts gates behind a traced model's activations."""
+"""Puts gates where a traced model's channels are made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slim.errors import SlimError
-from slim.gate import Gate, GatedActivation, gate_vectors, gates_in
+from slim.gate import Gate, attach_gate, gate_vectors, gates_in, site_of
 from slim.graph import ChannelGraph, Site
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,10 @@ def add_gates(
 ) -> dict[str, nn.Parameter]:
     """Put a gate, all factors 1, behind every activation whose channels can be pruned; in place and idempotent.
 
-    ``tie="group"`` gives the activations of one group one shared vector, ``tie="layer"`` each its own. Returns the gate
-    vectors by group name (``group@activation`` where a group has several).
+    Where channels reach a weight past no activation module of their own (one that runs several times in a forward pass,
+    a function, a sum), the gate sits behind the norm or layer that makes them. ``tie="group"`` gives the gates of one group one
+    shared vector, ``tie="layer"`` each its own. Returns the gate vectors by group name (``group@module`` where a group has
+    several).
     """
     if tie not in ("group", "layer"):
         raise SlimError(f"tie is {tie!r}; expected 'group' or 'layer'")
@@ -55,11 +57,9 @@ def add_gates(
                 shared[key] = nn.Parameter(torch.ones(group.size, dtype=torch.float32, device=device))
             vectors.append(shared[key])
         gate = Gate([g.name for g in groups], vectors, gate_index(site, numbers, [g.size for g in groups]), site.axis)
-        wrap(model, site.path, gate.to(device))
+        attach_gate(model.get_submodule(site.path), gate.to(device))
     if not shared:
-        raise SlimError(
-            "no gate could be placed: no activation module follows channels that can be pruned; see graph.report()"
-        )
+        raise SlimError("no gate could be placed: the graph has no channels that can be pruned; see graph.report()")
     model.slim_example = graph.example  # type: ignore[assignment]
     return gate_vectors(model)
 
@@ -71,25 +71,12 @@ def gate_index(site: Site, numbers: Sequence[int], sizes: Sequence[int]) -> torc
     return None if index == list(range(sum(sizes))) else torch.tensor(index)
 
 
-def wrap(model: nn.Module, path: str, gate: Gate) -> None:
-    """Replace the activation at ``path`` by itself with the gate behind it."""
-    parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    setattr(parent, name, GatedActivation(model.get_submodule(path), gate))
-
-
-def unwrap(model: nn.Module, path: str) -> None:
-    """Put the bare activation back at ``path``."""
-    parent_path, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent_path), name, model.get_submodule(path).activation)
-
-
 def gate_layout(model: nn.Module) -> list[GateLayout]:
     """The layout of all gates of a model."""
     names: dict[int, str] = {id(vector): name for name, vector in gate_vectors(model).items()}
     return [
         {
-            "path": path.removesuffix(".gate"),
+            "path": site_of(path),
             "axis": gate.axis,
             "groups": list(gate.groups),
             "vectors": [names[id(v)] for v in gate.vectors],
@@ -111,7 +98,7 @@ def restore_gates(model: nn.Module, layout: Sequence[GateLayout], example: Any) 
         ]
         index = None if place["index"] is None else torch.tensor(place["index"])
         try:
-            wrap(model, place["path"], Gate(place["groups"], vectors, index, place["axis"]))
+            attach_gate(model.get_submodule(place["path"]), Gate(place["groups"], vectors, index, place["axis"]))
         except AttributeError as error:
             raise SlimError(
                 f"a gate belongs at {place['path']}, but the built model has no such module ({error})"

@@ -125,6 +125,9 @@ KINDS: dict[str, str] = {
     "torchvision::roi_pool": "windows",
 }
 
+READERS = ("convolution", "matmul")
+"""Kinds that read channels through a weight."""
+
 LIKE_PARAMETER = ("t", "transpose", "permute", "detach", "alias", "_to_copy", "clone", "contiguous")
 """A parameter that went through one of these is still that parameter, its axes in another order at most."""
 

@@ -71,6 +71,7 @@ class Propagation(TorchDispatchMode):
         # Tensors whose values come from the example inputs: indices among them choose other elements on other inputs.
         self.computed: set[int] = set()
         self.path: list[str] = []
+        self.in_rule = ""
         self.failed_at: tuple[str, list[Tensor]] | None = None
         self.layers: list[LayerCost] = []
         self.batch_size = 1
@@ -92,6 +93,11 @@ class Propagation(TorchDispatchMode):
             except Exception as error:
                 where, _ = self.failed_at or (self.where(), [])
                 text = (str(error).strip() or repr(error)).splitlines()[0]
+                if self.in_rule:
+                    raise SlimError(
+                        f"the channel rule of {self.in_rule} failed in {where or 'the model'}: {type(error).__name__}: {text}; "
+                        "mend the rule where it was registered with slim.register_rule, or report it"
+                    ) from error
                 raise SlimError(
                     f"the model does not run on the example inputs: {type(error).__name__} in {where or 'its forward'}: "
                     f"{text}; give inputs as model(*example_inputs) would take them"
@@ -114,7 +120,7 @@ class Propagation(TorchDispatchMode):
     def entering(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.path.append(path)
-            self.before_module(path, module)
+            self.before_module(path, module, args)
 
         return hook
 
@@ -128,7 +134,7 @@ class Propagation(TorchDispatchMode):
 
         return hook
 
-    def before_module(self, path: str, module: nn.Module) -> None:
+    def before_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Called as a module's forward begins."""
 
     def after_module(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -182,7 +188,9 @@ class Propagation(TorchDispatchMode):
         if self.muted:
             return out
         if any(self.labels.get(id(t)) is not None or self.weight_of(t) for t in inputs):
+            self.in_rule = name
             self.apply(call)
+            self.in_rule = ""
         elif not in_place:
             for tensor in outputs:
                 self.put(tensor, None)

@@ -22,26 +22,10 @@ from slim.gate import Gate
 from slim.graph import ChannelGraph, Role
 from slim.groups import build_graph
 from slim.labels import UnionFind, collapse, varying_axes
+from slim.ops import KINDS, READERS
 from slim.propagate import Call, Propagation, transparent_gates
 from slim.rules import rule_for, unknown
-
-ACTIVATIONS = (
-    nn.SiLU,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.RReLU,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.Mish,
-    nn.GELU,
-    nn.ELU,
-    nn.CELU,
-    nn.SELU,
-    nn.Softplus,
-)
-"""Activations that a gate may follow. Bounded ones (sigmoid, ...) make factors of other channels, not maps."""
+from slim.sites import ACTIVATIONS, SCALABLE, Flow
 
 
 @dataclass(frozen=True)
@@ -72,7 +56,8 @@ class ChannelPropagation(Propagation):
         self.inexact: list[tuple[Tensor, str]] = []
         self.unreadable: dict[str, str] = {}
         self.freezing_ops: list[tuple[str, str, str, Tensor]] = []
-        self.activations: dict[str, list[Tensor]] = {}
+        self.flow = Flow()
+        self.direct: list[bool] = []
         self.affine: set[int] = set()
         self.loose: set[int] = set()
         self.storages: dict[int, set[int]] = {}
@@ -224,17 +209,24 @@ class ChannelPropagation(Propagation):
         target = call.inputs[0]
         before = self.get(target) if call.in_place else None
         rule_for(call.name)(self, call)
+        self.flow.operator(call.name, KINDS.get(call.name) in READERS, call.inputs, call.outputs)
         if call.in_place and before is None and len(self.storages.get(target.untyped_storage()._cdata, ())) > 1:
             # The rest of that memory is known under other tensors, which would not learn of these channels.
             self.freeze(self.get(target), f"{self.here()} writes it in place into a part of another tensor")
 
+    def before_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # An activation in place overwrites what it was given, so this must be seen before it runs.
+        self.direct.append(bool(args) and id(args[0]) in self.affine)
+
     def after_module(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        direct = self.direct.pop()
         if not isinstance(output, Tensor) or isinstance(module, Gate):
             return
-        # An Identity in an activation's place (straight behind a convolution or its norm) is an activation too.
-        linear = isinstance(module, nn.Identity) and id(output) in self.affine
-        if isinstance(module, ACTIVATIONS) or linear:
-            self.activations.setdefault(path, []).append(output)
+        # Behind a sum a gate would scale some terms twice; an Identity straight behind a layer is an activation too.
+        if isinstance(module, (*ACTIVATIONS, nn.Identity)):
+            self.flow.module("activation" if direct else "move", path, output)
+        elif isinstance(module, SCALABLE) and module.weight is not None:
+            self.flow.module("layer", path, output)
 
 
 def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False, dry_run: bool = True) -> ChannelGraph:

@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import slim
-from tests.slim.networks import Chain, Residual
+from tests.slim.networks import Chain, Residual, randomise
 
 
 def gated_chain() -> tuple[Chain, dict[str, torch.nn.Parameter]]:
@@ -141,3 +142,89 @@ def test_bad_settings_are_named(kwargs: dict[str, float], message: str) -> None:
 def test_pull_without_gates_says_so() -> None:
     with pytest.raises(slim.SlimError, match="no gates"):
         slim.SmallestHalfL1(Chain(), strength=1.0)
+
+
+class Block(nn.Module):
+    """A ResNet block as torchvision writes it: one ReLU module for all three calls, the last behind the sum; with a
+    squeeze-excite whose factors are no maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.conv1, self.bn1 = nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8)
+        self.squeeze, self.excite = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1)
+        self.relu, self.prelu = nn.ReLU(inplace=True), nn.PReLU(4)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem_norm(self.stem(x)))
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = y * self.excite(self.prelu(self.squeeze(y.mean((2, 3), keepdim=True)))).sigmoid()
+        out: Tensor = self.head(self.relu(self.bn2(self.conv2(y)) + x))
+        return out
+
+
+def gated_block() -> tuple[Block, slim.ChannelGraph, dict[str, nn.Parameter]]:
+    torch.manual_seed(0)
+    model = Block()
+    graph = slim.trace(model, torch.rand(1, 3, 8, 8))
+    gates = slim.add_gates(model, graph)
+    randomise(model)
+    return model, graph, gates
+
+
+def test_layers_behind_a_reused_activation_are_gated_themselves() -> None:
+    _, graph, gates = gated_block()
+    assert [site.path for site in graph.sites] == ["prelu", "stem_norm", "bn1", "bn2"]
+    assert set(gates) == {g.name for g in graph.groups if g.prunable} == {"stem", "conv1", "squeeze"}
+
+
+def test_closed_gates_behind_layers_make_the_cut_free_and_fold_away() -> None:
+    model, graph, gates = gated_block()
+    with torch.no_grad():
+        for vector in gates.values():
+            vector[::2] = 0.0
+            vector[1::2] += 0.1
+    plan = slim.make_plan(graph, slim.score(model, graph), threshold=0.01, round_to=1, min_channels=1)
+    assert all(k % 2 for g in plan.groups for k in g.keep)
+    x = torch.rand(2, 3, 8, 8)
+    pruned = slim.apply_plan(model, plan)
+    assert slim.max_difference(model, pruned, x) < 1e-6
+    folded = slim.fold_gates(pruned)
+    assert slim.max_difference(model, folded, x) < 1e-5 and not slim.gate_vectors(folded)
+    assert {type(m) for m in folded.modules()} == {type(m) for m in Block().modules()}
+    assert not any(m._forward_hooks for m in folded.modules())
+
+
+def test_gates_that_cannot_go_forward_fold_back_into_the_layer() -> None:
+    class Smooth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n, self.b = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(nn.functional.silu(self.n(self.a(x))))
+            return out
+
+    torch.manual_seed(0)
+    model = Smooth()
+    slim.add_gates(model, slim.trace(model, torch.rand(1, 3, 8, 8)))
+    randomise(model)
+    folded = slim.fold_gates(model)
+    factors = slim.gate_vectors(model)["a"]
+    assert torch.equal(folded.n.weight, model.n.weight * factors) and torch.equal(folded.b.weight, model.b.weight)
+    assert slim.max_difference(model, folded, torch.rand(2, 3, 8, 8)) < 1e-6
+
+
+def test_gating_renames_nothing_and_copies_follow_their_own_gates() -> None:
+    model, graph, _ = gated_block()
+    assert {n for n, _ in model.named_parameters() if "slim_gate" not in n} == {
+        n for n, _ in Block().named_parameters()
+    }
+    assert slim.trace(model, torch.rand(1, 3, 8, 8)) == graph
+    twin, x = copy.deepcopy(model), torch.rand(1, 3, 8, 8)
+    before = model(x)
+    with torch.no_grad():
+        slim.gate_vectors(twin)["stem"].zero_()
+    assert torch.equal(model(x), before) and not torch.equal(twin(x), before)

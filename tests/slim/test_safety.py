@@ -100,6 +100,12 @@ def test_wrong_registered_rule_is_caught_by_the_dry_run(no_rules: None) -> None:
         prove(model, X)
 
 
+def test_rule_that_fails_is_named(no_rules: None) -> None:
+    slim.register_rule("slimtest::mirror", lambda run, call: run.put(call.outputs[0], run.get(call.inputs[1])))
+    with pytest.raises(slim.SlimError, match=r"the channel rule of slimtest::mirror failed in the model: IndexError"):
+        slim.trace(through(torch.ops.slimtest.mirror), X)
+
+
 def test_unknown_kind_of_rule_is_refused() -> None:
     with pytest.raises(slim.SlimError, match=r"'elementwize'; expected one of .*elementwise"):
         slim.register_rule("slimtest::ripple", "elementwize")

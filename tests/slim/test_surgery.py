@@ -228,6 +228,20 @@ def test_other_builder_and_altered_widths_are_noticed(tmp_path: Path) -> None:
         slim.restore(content, lambda build: Residual())
 
 
+@pytest.mark.parametrize(("with_gates", "version"), [(True, 1), (True, 2), (False, 0), (False, 4)])
+def test_formats_that_cannot_be_read_are_named(tmp_path: Path, with_gates: bool, version: int) -> None:
+    model = gated() if with_gates else Residual()
+    slim.save(model, tmp_path / "m.pt", build={})
+    content = slim.read(tmp_path / "m.pt")
+    torch.save({**content, "format_version": version}, tmp_path / "m.pt")
+    with pytest.raises(slim.SlimError, match=rf"checkpoint format {version}; this slim reads . to 3"):
+        slim.load(tmp_path / "m.pt", lambda build: Residual())
+    if not with_gates:
+        old = {k: v for k, v in content.items() if k != "norms"}
+        torch.save({**old, "format_version": 1}, tmp_path / "m.pt")
+        slim.load(tmp_path / "m.pt", lambda build: Residual())
+
+
 def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.pt"
     slim.save(gated(), path, build={"old": True})

@@ -50,6 +50,13 @@ def settle_on(model: nn.Module, size_px: int) -> nn.Module:
     return randomise(model)
 
 
+def randomise_gates(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for vector in slim.gate_vectors(model).values():
+            vector.uniform_(0.5, 1.5, generator=generator)
+
+
 def half_of_the_channels(model: nn.Module, example: Any, seed: int = 0) -> tuple[slim.ChannelGraph, slim.Plan]:
     graph = slim.trace(model, example)
     scores = slim.score(model, graph, "random", seed=seed)
@@ -79,6 +86,14 @@ def test_classification(name: str) -> None:
     assert_proven(model, plan, x, lambda m: m)
     cost = slim.cost(slim.apply_plan(model, plan), x)
     assert (cost.macs, cost.params) == (plan.macs[1], plan.params[1])
+    # Every group is gated; the gates fold away but where DenseNet's norms come before its activations.
+    slim.add_gates(model, graph)
+    randomise_gates(model)
+    assert set(slim.score(model, graph, "gate")) == {g.name for g in graph.groups if g.prunable}
+    pruned = slim.apply_plan(model, plan)
+    folded = slim.fold_gates(pruned)
+    assert slim.max_difference(slim.mask(model, plan), folded, x) <= 1e-4
+    assert not slim.gate_vectors(folded) or "densenet" in name
 
 
 @pytest.mark.zoo
