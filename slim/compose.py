@@ -50,6 +50,7 @@ def compose(first: Plan, later: Plan) -> Plan:
         (first.macs[0], later.macs[1]),
         (first.params[0], later.params[1]),
         {**first.shapes, **{name: shape for name, shape in later.shapes.items() if name not in first.shapes}},
+        first.example,
     )
 
 

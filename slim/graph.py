@@ -13,6 +13,10 @@ Role = Literal["out", "in", "depthwise", "scale", "width"]
 a module's integer attribute that counts the channels (such as a group norm's ``num_groups``)."""
 
 
+Example = tuple[tuple[tuple[int, ...], str], ...]
+"""Shape and type (such as ``float32``) of each tensor that a model takes by position."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One axis of one parameter or buffer that a group's channels occupy.
@@ -107,7 +111,7 @@ class ChannelGraph:
     shapes: dict[str, tuple[int, ...]]
     sites: tuple[Site, ...]
     freezing_ops: tuple[FreezingOp, ...]
-    example: tuple[tuple[tuple[int, ...], str], ...] | None
+    example: Example | None
     unused: tuple[str, ...] = ()
     """Layers with parameters that did not run (such as heads that only train): no cut reaches them."""
 

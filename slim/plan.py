@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from slim import chart
 from slim.errors import SlimError
-from slim.graph import Member, Role, positions_per_channel
+from slim.graph import Example, Member, Role, positions_per_channel
 
 PLAN_VERSION = 2
 MOST_POSITIONS = 1 << 22
@@ -51,13 +51,15 @@ class GroupPlan:
 class Plan:
     """Kept channels of the groups that may be cut, with MACs and parameters (gates not counted) before and after.
 
-    ``shapes`` holds the traced network's shape of every parameter that the groups occupy, by name.
+    ``shapes`` holds the traced network's shape of every parameter that the groups occupy, by name; ``example`` shapes and
+    types of the inputs with which it was traced (None where they were no tensors by position).
     """
 
     groups: tuple[GroupPlan, ...]
     macs: tuple[int, int]
     params: tuple[int, int]
     shapes: dict[str, tuple[int, ...]]
+    example: Example | None = None
 
     def then(self, later: Plan) -> Plan:
         """One plan in place of two: ``later`` was made on the network that this one leaves.
@@ -97,7 +99,7 @@ class Plan:
             }
             for g in self.groups
         ]
-        costs = {"macs": self.macs, "params": self.params}
+        costs = {"macs": self.macs, "params": self.params, "example": self.example}
         return json.dumps({"version": PLAN_VERSION, **costs, "shapes": self.shapes, "groups": groups}, indent=1)
 
     @staticmethod
@@ -112,7 +114,7 @@ class Plan:
                 f"not a plan: {type(error).__name__} {error}; expected what Plan.to_json() wrote"
             ) from error
         check_version(plain)
-        plain = fields_of(plain, "the plan", ("version", "macs", "params", "shapes", "groups"))
+        plain = fields_of(plain, "the plan", ("version", "macs", "params", "example", "shapes", "groups"))
         shapes = {
             name: tuple(integer(n, f"shapes[{name!r}]", 0) for n in listed(shape, f"shapes[{name!r}]"))
             for name, shape in named(plain["shapes"], "shapes").items()
@@ -121,7 +123,8 @@ class Plan:
             read_group(group, f"groups[{n}]", shapes) for n, group in enumerate(listed(plain["groups"], "groups"))
         )
         check_claims(groups)
-        return Plan(groups, costs_of(plain["macs"], "macs"), costs_of(plain["params"], "params"), shapes)
+        macs, params = costs_of(plain["macs"], "macs"), costs_of(plain["params"], "params")
+        return Plan(groups, macs, params, shapes, example_of(plain["example"]))
 
 
 def malformed(where: str, found: Any, expected: str) -> SlimError:
@@ -195,6 +198,19 @@ def costs_of(value: Any, where: str) -> tuple[int, int]:
         raise malformed(where, value, "two integers, before and after")
     before = integer(value[0], where, 0)
     return before, integer(value[1], where, 0, before)
+
+
+def example_of(value: Any) -> Example | None:
+    """Shape and type of each input."""
+    if value is None:
+        return None
+    found = []
+    for n, pair in enumerate(listed(value, "example")):
+        where = f"example[{n}]"
+        if len(listed(pair, where)) != 2:
+            raise malformed(where, pair, "a shape and a type")
+        found.append((tuple(integer(size, where, 0) for size in listed(pair[0], where)), text_in(pair[1], where)))
+    return tuple(found)
 
 
 def indices(value: Any, where: str, length: int) -> tuple[int, ...]:

@@ -92,14 +92,15 @@ class Propagation(TorchDispatchMode):
                 raise
             except Exception as error:
                 where, _ = self.failed_at or (self.where(), [])
+                own = "the model's own forward"
                 text = (str(error).strip() or repr(error)).splitlines()[0]
                 if self.in_rule:
                     raise SlimError(
-                        f"the channel rule of {self.in_rule} failed in {where or 'the model'}: {type(error).__name__}: {text}; "
+                        f"the channel rule of {self.in_rule} failed in {where or own}: {type(error).__name__}: {text}; "
                         "mend the rule where it was registered with slim.register_rule, or report it"
                     ) from error
                 raise SlimError(
-                    f"the model does not run on the example inputs: {type(error).__name__} in {where or 'its forward'}: "
+                    f"the model does not run on the example inputs: {type(error).__name__} in {where or own}: "
                     f"{text}; give inputs as model(*example_inputs) would take them"
                 ) from error
         return tensors_in(outputs)
@@ -334,7 +335,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
             container.extend(values) if isinstance(container, list) else container.update(values)
         with torch.no_grad():
             for buffer, value in buffers:
-                if not torch.equal(buffer, value):
+                if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

@@ -14,9 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from slim.errors import SlimError
 from slim.gate import gates_in
+from slim.graph import Example
 from slim.optimizer_state import cut_optimizer
 from slim.plan import GroupPlan, Plan
-from slim.propagate import call_arguments, evaluation_mode, tensors_in
+from slim.propagate import Propagation, call_arguments, evaluation_mode, tensors_in
 from slim.slicing import Keep, positions_kept, slice_axes
 from slim.widths import check_layers, refresh_widths, set_count
 
@@ -61,6 +62,8 @@ def apply_plan(model: Any, plan: Plan, **state: Any) -> Any:
         raise TypeError(f"apply_plan got {', '.join(sorted(unknown))}; it takes optimizer= and ema=")
     keep = positions_kept(model, plan)
     pruned = cut(model, plan, keep)
+    if plan.example is not None:
+        check_shapes(pruned, model, plan.example)
     if not state:
         return pruned
     optimizer, ema = state.get("optimizer"), state.get("ema")
@@ -108,6 +111,36 @@ def copied(model: Model, instead: dict[int, Any] | None = None) -> Model:
             f"the model cannot be copied ({str(error).splitlines()[0]}); a module holds what "
             "copy.deepcopy cannot copy, such as a tensor with a gradient history: set it to None first"
         ) from error
+
+
+def check_shapes(pruned: nn.Module, model: nn.Module, example: Example) -> None:
+    """Run the cut network on shapes alone; SlimError naming the layer where they no longer fit.
+
+    Nothing is said of networks that cannot run on shapes alone even before the cut (whose code reads values).
+    """
+    try:
+        run_on_shapes(pruned, example)
+    except SlimError as error:
+        try:
+            run_on_shapes(model, example)
+        except SlimError:
+            return
+        text = str(error.__cause__).strip().splitlines()[0]
+        where = str(error).partition(" in ")[2].partition(":")[0]
+        raise SlimError(
+            f"the plan would break {where}: {text}; make the plan with slim.make_plan on a graph of this very network"
+        ) from error
+
+
+def run_on_shapes(model: nn.Module, example: Example) -> None:
+    """Forward once on the meta device, which computes shapes and no values; the model is not touched."""
+    tensors = [*model.parameters(), *model.buffers()]
+    hollow: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        hollow[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    inputs = tuple(torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in example)
+    Propagation(copied(model, hollow), muted=True).run(inputs)
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:
