@@ -286,5 +286,10 @@ def channel_rows(rows: Tensor, member: Member, size: int) -> Tensor:
 
 def channel_norms(model: nn.Module, member: Member, size: int, order: int) -> Tensor:
     """Norm over everything that belongs to one channel, [size]."""
-    norms: Tensor = torch.linalg.vector_norm(channel_rows(filters(model, member), member, size), order, dim=1)
-    return norms
+    rows = filters(model, member)
+    if len(member.index) == size:
+        # One filter a channel: the norms are gathered instead of the filters.
+        norms = torch.linalg.vector_norm(rows, order, dim=1)
+        return channel_rows(norms, member, size).flatten()
+    joined: Tensor = torch.linalg.vector_norm(channel_rows(rows, member, size), order, dim=1)
+    return joined
