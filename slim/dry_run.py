@@ -7,6 +7,7 @@ needs no numbers: a slice that silently takes other channels is found as surely 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -36,19 +37,49 @@ class Failure:
 
 def freeze_what_breaks(graph: ChannelGraph, run: ChannelPropagation, example_inputs: Any) -> ChannelGraph:
     """The graph with those groups frozen that cannot lose channels, each with the reason."""
-    candidates = [g for g in graph.groups if g.prunable and g.size > 1]
     broken: dict[str, str] = {}
-    while candidates:
-        failure = attempt(candidates, graph, run, example_inputs)
+    while True:
+        candidates = [g for g in graph.groups if g.prunable and g.size > 1 and g.name not in broken]
+        failure = next(
+            (f for keeps in dry_plans(candidates, bool(broken)) if (f := attempt(keeps, graph, run, example_inputs))),
+            None,
+        )
         if failure is None:
             break
-        found = culprits(failure, candidates, graph, run, example_inputs)
-        broken.update(found)
-        candidates = [g for g in candidates if g.name not in broken]
+        broken.update(culprits(failure, candidates, graph, run, example_inputs))
     if not broken:
         return graph
     groups = tuple(replace(g, frozen_reason=broken[g.name]) if g.name in broken else g for g in graph.groups)
     return replace(graph, groups=groups)
+
+
+Keeps = list[tuple[ChannelGroup, tuple[int, ...]]]
+"""Groups to cut, each with the channels that it keeps."""
+
+
+def dry_plans(groups: list[ChannelGroup], thorough: bool) -> Iterator[Keeps]:
+    """All groups, to a half and to all but one of their channels by turns: so parts of one layer show that must stay as wide
+    as each other. ``thorough``: the other way round too. Small groups, which have few widths to differ in, are cut again,
+    every other one of them."""
+    if groups:
+        yield [(g, dry_keep(g.size, n)) for n, g in enumerate(groups)]
+    if groups and thorough:
+        yield [(g, dry_keep(g.size, n + 1)) for n, g in enumerate(groups)]
+    small = [g for g in groups if g.size < 8]
+    for parity in (0, 1) if len(small) > 1 else ():
+        yield [(g, dry_keep(g.size, n + 1)) for n, g in enumerate(small) if n % 2 == parity]
+
+
+def dry_keep(size: int, number: int) -> tuple[int, ...]:
+    """The channels that the ``number``-th group keeps: never the first, so that constant offsets show; of three and more at
+    least two, since one passes for anything; not in step with what takes every second to fourth channel."""
+    half = min(max(2, size // 2), size - 1)
+    keep: list[int] = []
+    for seed in range(8):
+        keep = sorted(random.Random(size + seed).sample(range(1, size), size - 1 if number % 2 else half))
+        if not any(all(k % step == place % step for place, k in enumerate(keep)) for step in (2, 3, 4)):
+            break
+    return tuple(keep)
 
 
 def culprits(
@@ -61,17 +92,16 @@ def culprits(
     halves = [suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]]
     found: dict[str, str] = {}
     for half in halves:
-        again = attempt(half, graph, run, inputs)
+        again = next((f for keeps in dry_plans(half, True) if (f := attempt(keeps, graph, run, inputs))), None)
         if again is not None:
             found.update(culprits(again, half, graph, run, inputs))
     return found or {g.name: failure.reason for g in suspects}
 
 
-def attempt(
-    groups: list[ChannelGroup], graph: ChannelGraph, run: ChannelPropagation, example_inputs: Any
-) -> Failure | None:
-    """Cut these groups to about half and compare what every layer meets; None when all is as it should be."""
-    plan = Plan(tuple(GroupPlan(g.name, g.size, dry_keep(g.size), g.members) for g in groups), (0, 0), (0, 0), {})
+def attempt(keeps: Keeps, graph: ChannelGraph, run: ChannelPropagation, example_inputs: Any) -> Failure | None:
+    """Cut these groups and compare what every operator does; None when all is as it should be."""
+    planned = tuple(GroupPlan(group.name, group.size, kept, group.members) for group, kept in keeps)
+    plan = Plan(planned, (0, 0), (0, 0), {})
     keep = positions_kept(run.model, plan)
     narrow = cut(run.model, plan, keep)
     again = type(run)(narrow, allow_inexact=run.allow_inexact, depthwise=frozenset(run.depthwise))
@@ -91,38 +121,88 @@ def attempt(
     return compare(run, again, keep, graph)
 
 
-def dry_keep(size: int) -> tuple[int, ...]:
-    """About half of the channels: not the first one, so that constant offsets show; an odd number, since few constant
-    sizes divide it; of three and more never a single one, which could pass for something else."""
-    keep = tuple(range(1, size, 2))
-    if len(keep) % 2 == 0 and len(keep) > 2:
-        keep = keep[:-1]
-    return keep if len(keep) > 1 or size < 3 else tuple(range(1, size))
-
-
 def compare(run: ChannelPropagation, again: ChannelPropagation, keep: Keep, graph: ChannelGraph) -> Failure | None:
-    """Both runs must have the same records, and classes that correspond one to one; nothing else may be frozen."""
+    """Both runs must do the same to the same channels: operator by operator, weight by weight, and unite the same ones."""
     before, after = run.classes.roots(), again.classes.roots()
-    forward, backward = torch.full((len(before),), -1), torch.full((len(after),), -1)
+    gone = removed_labels(run, before, keep)
+    old: list[Tensor] = []
+    new: list[Tensor] = []
+    reasons: list[str] = []
+    for reason, labels, found in facing(run, again, keep, gone):
+        if found is None or len(labels) != len(found):
+            return Failure(reason, group_names(before[labels], run, graph))
+        old.append(labels)
+        new.append(found)
+        reasons.append(reason)
+    if len(run.steps) != len(again.steps) or len(run.records) != len(again.records):
+        return Failure("the model runs other operators after a cut: its code depends on the number of channels", ())
+    where = torch.arange(len(old)).repeat_interleave(torch.tensor([len(x) for x in old], dtype=torch.int64))
+    first, second = (torch.cat([torch.zeros(1, dtype=torch.int64), *found]) for found in (old, new))
+    bad = unlike(first, second) | unlike(before[first], after[second])
+    if bool(bad.any()):
+        place = int(bad.nonzero()[0]) - 1
+        return Failure(reasons[int(where[place])], group_names(before[first[bad]], run, graph))
+    return newly_frozen(
+        run, again, before, dict(zip(after[second].tolist(), before[first].tolist(), strict=True)), graph
+    )
+
+
+def removed_labels(run: ChannelPropagation, roots: Tensor, keep: Keep) -> Tensor:
+    """Which labels are of channels that went, [labels]."""
+    gone = torch.zeros(len(roots), dtype=torch.bool)
+    for record in run.records:
+        kept = keep.get(record.param, {}).get(record.axis)
+        if kept is not None:
+            lost = torch.ones(len(record.labels), dtype=torch.bool)
+            lost[kept] = False
+            gone[roots[record.labels[lost]]] = True
+    gone[0] = False
+    return gone[roots]
+
+
+def facing(
+    run: ChannelPropagation, again: ChannelPropagation, keep: Keep, gone: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """What is said of the place if it is wrong, the labels there without those that went, and the cut model's."""
+    nothing = torch.zeros(0, dtype=torch.int64)
     for record, found, labels in matched(run, again, keep):
         reason = (
             f"{record.param} meets other channels after a cut: the code holds a channel count or an index as a constant"
         )
-        if labels is None:
-            return Failure(reason, group_names(before[record.labels], run, graph))
-        old, new = before[labels], after[found.labels]
-        fresh = forward[old] < 0
-        forward[old[fresh]] = new[fresh]
-        fresh = backward[new] < 0
-        backward[new[fresh]] = old[fresh]
-        bad = (forward[old] != new) | (backward[new] != old) | ((old == 0) != (new == 0))
-        if bool(bad.any()):
-            return Failure(reason, group_names(old[bad], run, graph))
-    if len(run.records) != len(again.records):
-        return Failure("the model calls other layers after a cut: its code depends on the number of channels", ())
-    spared = set(torch.cat([torch.zeros(0, dtype=torch.int64), *[before[labels] for labels, _ in run.frozen]]).tolist())
+        yield reason, record.labels if labels is None else labels, None if labels is None else found.labels
+    for step, twin in zip(run.steps, again.steps, strict=False):
+        there = f"{step.op} in {step.where}"
+        flat = [nothing if x is None else x.flatten() for x in step.labels]
+        if step.op != twin.op or len(step.labels) != len(twin.labels):
+            yield f"{there} is another operator after a cut: the code depends on the number of channels", flat[0], None
+        if step.numbers != twin.numbers:
+            yield f"{there} computes with a channel count as a number", flat[0], None
+        for labels, other in zip(flat, twin.labels, strict=False):
+            reason = (
+                f"{there} meets other channels after a cut: the code holds a channel count or an index as a constant"
+            )
+            yield reason, labels[~gone[labels]], nothing if other is None else other.flatten()
+
+
+def unlike(old: Tensor, new: Tensor) -> Tensor:
+    """Where two sequences of labels do not correspond one to one, 0 to 0; both begin with a 0."""
+    forward, backward = (
+        torch.zeros(int(old.max()) + 1, dtype=torch.int64),
+        torch.zeros(int(new.max()) + 1, dtype=torch.int64),
+    )
+    # Of several that claim one place the last one stays; all others then differ from it.
+    forward[old], backward[new] = new, old
+    return (forward[old] != new) | (backward[new] != old) | ((old == 0) != (new == 0))
+
+
+def newly_frozen(
+    run: ChannelPropagation, again: ChannelPropagation, before: Tensor, back: dict[int, int], graph: ChannelGraph
+) -> Failure | None:
+    """What the cut model freezes and the whole one does not; ``back`` leads from its classes to the whole model's."""
+    after = again.classes.roots()
+    spared = {root for labels, _ in run.frozen for root in before[labels].tolist()}
     for labels, why in again.frozen:
-        newly = [root for root in backward[after[labels]].tolist() if root > 0 and root not in spared]
+        newly = [root for key in after[labels].tolist() if (root := back.get(key, 0)) and root not in spared]
         if newly:
             return Failure(f"after a cut {why}", group_names(torch.tensor(newly), run, graph))
     unread = next((why for param, why in again.unreadable.items() if param not in run.unreadable), None)

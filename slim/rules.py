@@ -205,12 +205,37 @@ def move(run: ChannelPropagation, call: Call) -> None:
             shape = [call.outputs[0].shape[a] if a in parts else s for a, s in enumerate(labels.shape)]
             run.tie(labels.expand(shape).movedim(parts[0], 0).flatten(1))
     elif call.name == "split" and len(call.outputs) > 1:
-        whole = run.get(call.inputs[0])
         found = [x for t in call.outputs if (x := run.get(t)) is not None]
         axis = call.argument("dim", 0) % call.inputs[0].ndim
         alike = len(found) == len(call.outputs) and len({x.shape for x in found}) == 1
-        if whole is not None and whole.shape[axis] > 1 and alike:
+        if labelled_along(run, call.inputs[0], axis) and alike:
             run.tie(torch.stack([x.flatten() for x in found]))
+    elif call.name == "slice":
+        tie_slices(run, call)
+    elif call.name.endswith("channel_shuffle"):
+        channels = run.channel_labels(call.inputs[0], 1)
+        if channels is not None:
+            run.tie(channels.reshape(call.argument("groups"), -1))
+
+
+def labelled_along(run: ChannelPropagation, tensor: Tensor, axis: int) -> bool:
+    labels = run.get(tensor)
+    return labels is not None and labels.shape[axis] > 1
+
+
+def tie_slices(run: ChannelPropagation, call: Call) -> None:
+    """A slice at an equal part of the channels (half, a quarter) is taken for computed from their number, as chunk is."""
+    tensor, axis = call.inputs[0], call.argument("dim", 0) % call.inputs[0].ndim
+    whole, part = tensor.shape[axis], call.outputs[0].shape[axis]
+    start = call.argument("start") or 0
+    start = min(start % whole if start < 0 else start, whole)
+    size = min(part, whole - part)
+    labels = run.get(tensor)
+    if labels is None or not labelled_along(run, tensor, axis) or (call.argument("step") or 1) != 1:
+        return
+    if size > 1 and whole % size == 0 and start % size == 0:
+        parts = labels.movedim(axis, 0).reshape(whole // size, -1)
+        run.tie(parts)
 
 
 def as_strided(run: ChannelPropagation, call: Call) -> None:

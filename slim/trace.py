@@ -38,6 +38,16 @@ class Record:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one operator did to labels: those of its outputs, and the numbers that element-wise arithmetic used."""
+
+    op: str
+    where: str
+    numbers: tuple[float, ...]
+    labels: tuple[Tensor | None, ...]
+
+
 class ChannelPropagation(Propagation):
     """Labels are channels. What rules may use: get, put, fresh, unite, tie, record, freeze, mix, give_up, here."""
 
@@ -57,6 +67,7 @@ class ChannelPropagation(Propagation):
         self.unreadable: dict[str, str] = {}
         self.freezing_ops: list[tuple[str, str, str, Tensor]] = []
         self.flow = Flow()
+        self.steps: list[Step] = []
         self.direct: list[bool] = []
         self.affine: set[int] = set()
         self.loose: set[int] = set()
@@ -209,10 +220,20 @@ class ChannelPropagation(Propagation):
         target = call.inputs[0]
         before = self.get(target) if call.in_place else None
         rule_for(call.name)(self, call)
+        numbers = self.numbers(call) if KINDS.get(call.name) == "elementwise" else ()
+        self.steps.append(Step(call.name, self.here(), numbers, tuple(self.get(t) for t in call.outputs)))
         self.flow.operator(call.name, KINDS.get(call.name) in READERS, call.inputs, call.outputs)
         if call.in_place and before is None and len(self.storages.get(target.untyped_storage()._cdata, ())) > 1:
             # The rest of that memory is known under other tensors, which would not learn of these channels.
             self.freeze(self.get(target), f"{self.here()} writes it in place into a part of another tensor")
+
+    def numbers(self, call: Call) -> tuple[float, ...]:
+        """The plain numbers among the arguments, and the lone numbers that come as tensors but not from the inputs."""
+        plain = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, (int, float))]
+        return (
+            *plain,
+            *(float(t) for t in call.inputs if t.ndim == 0 and not t.is_meta and id(t) not in self.computed),
+        )
 
     def before_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         # An activation in place overwrites what it was given, so this must be seen before it runs.

@@ -80,6 +80,22 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, tuple[int, int
         X,
         {"a.0": (4, 2)},
     ),
+    "halves by the channel count that go separate ways": (
+        lambda: Net(
+            lambda m, x: (lambda y: m.head(m.b(y[:, : y.shape[1] // 2]) + m.c(y[:, y.shape[1] // 2 :])))(m.a(x)),
+            a=conv(3, 8),
+            b=conv(4, 6),
+            c=conv(4, 6),
+            head=head(6),
+        ),
+        X,
+        {"a.0": (4, 2), "b.0": (6, 1)},
+    ),
+    "channel shuffle between dense layers": (
+        lambda: Net(lambda m, x: m.head(m.shuffle(m.a(x))), a=conv(3, 9), shuffle=nn.ChannelShuffle(3), head=head(9)),
+        X,
+        {"a.0": (3, 3)},
+    ),
     "focus": (
         lambda: Net(
             lambda m, x: (

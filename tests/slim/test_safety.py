@@ -135,7 +135,18 @@ CONSTANTS: dict[str, Forward] = {
     "groups of a functional norm": by_group_norm,
     "branch on the width": by_width,
     "assertion": lambda m, x: m.check(m.a(x)),
+    "a part treated alone": lambda m, x: torch.cat([m.a(x)[:, :3].relu(), m.a(x)[:, 3:]], 1),
+    "a part written in place": lambda m, x: doubled(m.a(x)),
+    "the count as a number": lambda m, x: m.a(x) / m.a(x).shape[1] ** 0.5,
+    "the count as a lone tensor": lambda m, x: m.a(x) / torch.tensor(float(m.a(x).shape[1])),
+    "unequal parts by the count": lambda m, x: torch.cat([m.a(x)[:, 1::2], m.a(x)[:, ::2]], 1),
 }
+
+
+def doubled(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, :3] *= 2
+    return x
 
 
 class Checked(nn.Module):
@@ -159,7 +170,8 @@ def test_channel_counts_held_as_constants_are_found_frozen_and_reported(name: st
     randomise(model)
     graph = slim.trace(model, X)
     frozen = {g.name: g.frozen_reason or "" for g in graph.groups if not g.prunable}
-    assert any("after a cut" in why or "constant" in why for key, why in frozen.items() if key.startswith("a.0"))
+    said = [why for key, why in frozen.items() if key.startswith("a.0")]
+    assert any("after a cut" in why or "constant" in why or "count as a number" in why for why in said), said
     assert "last.0" in prunable(graph), "what has nothing to do with the constant stays prunable"
     assert any(why in graph.report() for why in frozen.values())
     prove(model, X)
