@@ -8,6 +8,9 @@ from functools import cached_property
 from math import prod
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 Role = Literal["out", "in", "depthwise", "scale", "width"]
 """How a parameter's axis meets a channel: produces it, consumes it linearly, acts on it alone; ``width``: not a tensor but
 a module's integer attribute that counts the channels (such as a group norm's ``num_groups``)."""
@@ -33,6 +36,11 @@ class Member:
     def layer(self) -> str:
         """Path of the module that owns the parameter."""
         return self.param.rpartition(".")[0]
+
+    @cached_property
+    def places(self) -> Tensor:
+        """``index`` as a tensor, [positions]."""
+        return torch.tensor(self.index)
 
     def positions(self, channels: tuple[int, ...] | list[int], size: int) -> list[int]:
         """The positions that some of the group's ``size`` channels occupy."""
@@ -114,6 +122,8 @@ class ChannelGraph:
     example: Example | None
     unused: tuple[str, ...] = ()
     """Layers with parameters that did not run (such as heads that only train): no cut reaches them."""
+    dry_run: bool = False
+    """Whether a cut of all prunable groups was tried on the model."""
 
     @cached_property
     def macs(self) -> int:

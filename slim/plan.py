@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from slim import chart
@@ -52,7 +52,8 @@ class Plan:
     """Kept channels of the groups that may be cut, with MACs and parameters (gates not counted) before and after.
 
     ``shapes`` holds the traced network's shape of every parameter that the groups occupy, by name; ``example`` shapes and
-    types of the inputs with which it was traced (None where they were no tensors by position).
+    types of the inputs with which it was traced (None where they were no tensors by position). ``solved`` is set by
+    ``make_plan`` and tells ``apply_plan`` that these very groups need no check.
     """
 
     groups: tuple[GroupPlan, ...]
@@ -60,6 +61,16 @@ class Plan:
     params: tuple[int, int]
     shapes: dict[str, tuple[int, ...]]
     example: Example | None = None
+    solved: int | None = field(default=None, compare=False, repr=False)
+
+    def seal(self) -> Plan:
+        """The same plan, marked as solved on a graph whose cut was tried. An altered copy does not pass for it."""
+        return replace(self, solved=hash(self.groups))
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the groups are those that were sealed, in this process."""
+        return self.solved is not None and self.solved == hash(self.groups)
 
     def then(self, later: Plan) -> Plan:
         """One plan in place of two: ``later`` was made on the network that this one leaves.

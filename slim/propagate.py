@@ -186,6 +186,7 @@ class Propagation(TorchDispatchMode):
             return out
         call = Call(name, func, args, kwargs, inputs, outputs, in_place, contiguous)
         self.count(call)
+        self.note(call)
         if self.muted:
             return out
         if any(self.labels.get(id(t)) is not None or self.weight_of(t) for t in inputs):
@@ -196,6 +197,9 @@ class Propagation(TorchDispatchMode):
             for tensor in outputs:
                 self.put(tensor, None)
         return out
+
+    def note(self, call: Call) -> None:
+        """Called for every operator, labelled or not."""
 
     def apply(self, call: Call) -> None:
         """Find the operator's rule among the methods and follow it."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slim.errors import SlimError
 from slim.labels import collapse, spread, varying_axes
@@ -318,3 +318,32 @@ def register_rule(op: Any, rule: str | Rule) -> None:
 def rule_for(name: str) -> Rule:
     """The rule of an operator; ``unknown`` when it has none."""
     return REGISTERED.get(name) or CHANNEL_RULES[KINDS.get(name, "unknown")]
+
+
+PLAIN = (
+    "elementwise",
+    "spatial",
+    "reduce",
+    "along_axis",
+    "batch_norm",
+    "convolution",
+    "matmul",
+    "windows",
+    "attention",
+)
+"""Kinds that treat all channels alike, by whatever axis they lie on."""
+ORDERLY = ("cat", "permute", "transpose", "t", "unsqueeze", "stack")
+"""Operators that keep the order of channels and take no number of them."""
+
+
+def arranges(run: ChannelPropagation, call: Call) -> bool:
+    """Whether an operator takes channels by position or by number, so that a constant in the code could decide which."""
+    kind = KINDS.get(call.name)
+    if call.name in REGISTERED or call.name in VIEW:
+        return True
+    if kind == "group_norm":
+        return not isinstance(run.module(), nn.GroupNorm)
+    if kind in PLAIN or call.name in ORDERLY:
+        return False
+    before, after = run.get(call.inputs[0]), [run.get(tensor) for tensor in call.outputs]
+    return before is None or len(after) != 1 or after[0] is None or not torch.equal(before, after[0])

@@ -281,7 +281,7 @@ def channel_rows(rows: Tensor, member: Member, size: int) -> Tensor:
     """From what belongs to each position, [positions, ...], to what belongs to each channel of the group, [size, elements]."""
     if max(member.index) >= len(rows):
         raise SlimError(f"{member.param} has {len(rows)} channels, the graph expects more; trace the model again")
-    return rows.index_select(0, torch.tensor(member.index)).reshape(size, -1)
+    return rows.index_select(0, member.places).reshape(size, -1)
 
 
 def channel_norms(model: nn.Module, member: Member, size: int, order: int) -> Tensor:

@@ -25,7 +25,7 @@ def positions_kept(model: nn.Module, plan: Plan) -> Keep:
         removed = torch.zeros(group.size, dtype=torch.bool)
         removed[list(group.removed)] = True
         for member in group.members:
-            size, index = extent(model, tensors, member), torch.tensor(member.index)
+            size, index = extent(model, tensors, member), member.places
             if size is None or int(index.max()) >= size:
                 wanted = f"group {group.name} needs {member.param} with axis {member.axis} of at least {max(member.index) + 1}"
                 raise misfit(wanted, "no such tensor" if size is None else f"{size} positions")

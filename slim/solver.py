@@ -91,7 +91,8 @@ def assemble(
     touched = {m.param for group in chosen for m in group.members}
     shapes = {name: shape for name, shape in graph.shapes.items() if name in touched}
     after = (costs.measure("macs", widths), costs.measure("params", widths))
-    return Plan(tuple(chosen), (graph.macs, after[0]), (graph.params, after[1]), shapes, graph.example)
+    plan = Plan(tuple(chosen), (graph.macs, after[0]), (graph.params, after[1]), shapes, graph.example)
+    return plan.seal() if graph.dry_run else plan
 
 
 def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> set[str]:

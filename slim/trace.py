@@ -9,6 +9,9 @@ single channels and on operators instead of on layer types.
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +27,7 @@ from slim.groups import build_graph
 from slim.labels import UnionFind, collapse, varying_axes
 from slim.ops import KINDS, READERS
 from slim.propagate import Call, Propagation, transparent_gates
-from slim.rules import rule_for, unknown
+from slim.rules import arranges, rule_for, unknown
 from slim.sites import ACTIVATIONS, SCALABLE, Flow
 
 
@@ -52,9 +55,14 @@ class ChannelPropagation(Propagation):
     """Labels are channels. What rules may use: get, put, fresh, unite, tie, record, freeze, mix, give_up, here."""
 
     def __init__(
-        self, model: nn.Module, *, allow_inexact: bool = False, depthwise: frozenset[str] | None = None
+        self,
+        model: nn.Module,
+        *,
+        allow_inexact: bool = False,
+        depthwise: frozenset[str] | None = None,
+        muted: bool = False,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, muted=muted)
         self.allow_inexact = allow_inexact
         # A cut can leave a grouped convolution one channel a group: to the dry run it is what it was before.
         self.known_depthwise = depthwise
@@ -68,6 +76,9 @@ class ChannelPropagation(Propagation):
         self.freezing_ops: list[tuple[str, str, str, Tensor]] = []
         self.flow = Flow()
         self.steps: list[Step] = []
+        self.called: list[tuple[str, str, tuple[float, ...]]] = []
+        # Channels that an operator took by position or counted: where code could hold a number of channels.
+        self.arranged: list[Tensor] = []
         self.direct: list[bool] = []
         self.affine: set[int] = set()
         self.loose: set[int] = set()
@@ -220,12 +231,18 @@ class ChannelPropagation(Propagation):
         target = call.inputs[0]
         before = self.get(target) if call.in_place else None
         rule_for(call.name)(self, call)
-        numbers = self.numbers(call) if KINDS.get(call.name) == "elementwise" else ()
-        self.steps.append(Step(call.name, self.here(), numbers, tuple(self.get(t) for t in call.outputs)))
+        labels = tuple(self.get(t) for t in call.outputs)
+        self.steps.append(Step(*self.called[-1], labels))
+        if arranges(self, call):
+            self.arranged += [x for x in (*labels, *map(self.get, call.inputs)) if x is not None]
         self.flow.operator(call.name, KINDS.get(call.name) in READERS, call.inputs, call.outputs)
         if call.in_place and before is None and len(self.storages.get(target.untyped_storage()._cdata, ())) > 1:
             # The rest of that memory is known under other tensors, which would not learn of these channels.
             self.freeze(self.get(target), f"{self.here()} writes it in place into a part of another tensor")
+
+    def note(self, call: Call) -> None:
+        numbers = self.numbers(call) if KINDS.get(call.name) == "elementwise" else ()
+        self.called.append((call.name, self.here(), numbers))
 
     def numbers(self, call: Call) -> tuple[float, ...]:
         """The plain numbers among the arguments, and the lone numbers that come as tensors but not from the inputs."""
@@ -266,12 +283,26 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False,
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise SlimError(f"{lazy} has no shape yet (a lazy module); run the model once before slim.trace")
-    run = ChannelPropagation(model, allow_inexact=allow_inexact)
-    with transparent_gates(model):
-        outputs = run.run(example_inputs)
-    met, run.frozen = run.frozen, []
-    for tensor in outputs:
-        run.freeze(run.get(tensor), "a model output")
-    run.frozen += met
-    graph = build_graph(run, example_inputs)
-    return freeze_what_breaks(graph, run, example_inputs) if dry_run else graph
+    with collection_paused():
+        run = ChannelPropagation(model, allow_inexact=allow_inexact)
+        with transparent_gates(model):
+            outputs = run.run(example_inputs)
+        met, run.frozen = run.frozen, []
+        for tensor in outputs:
+            run.freeze(run.get(tensor), "a model output")
+        run.frozen += met
+        graph = build_graph(run, example_inputs)
+        return freeze_what_breaks(graph, run, example_inputs) if dry_run else graph
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """No garbage collection for the duration: a trace makes hundreds of thousands of small objects, all of them needed, and
+    looking through them again and again takes a fifth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
