@@ -1,6 +1,6 @@
-"""The dry run: cut a copy of the traced model and see that every layer still meets the channels that it should.
+"""The dry run: narrow the traced model for a moment and see that every layer still meets the channels that it should.
 
-User code may hold channel counts as Python constants (``x.view(n, 64, h, w)``, ``x[:, :32]``). A forward pass of the cut copy
+User code may hold channel counts as Python constants (``x.view(n, 64, h, w)``, ``x[:, :32]``). A forward pass of the narrow model
 carries labels again; each weight must meet the same classes of channels as before, without those that went. So the check
 needs no numbers: a slice that silently takes other channels is found as surely as a shape that does not fit.
 """
@@ -21,7 +21,7 @@ from slim.groups import Classes
 from slim.plan import GroupPlan, Plan
 from slim.propagate import transparent_gates
 from slim.slicing import Keep, positions_kept
-from slim.surgery import cut
+from slim.surgery import narrowed
 
 if TYPE_CHECKING:
     from slim.trace import ChannelPropagation, Record
@@ -103,24 +103,26 @@ def attempt(keeps: Keeps, graph: ChannelGraph, run: ChannelPropagation, example_
     planned = tuple(GroupPlan(group.name, group.size, kept, group.members) for group, kept in keeps)
     plan = Plan(planned, (0, 0), (0, 0), {})
     keep = positions_kept(run.model, plan)
-    narrow = cut(run.model, plan, keep)
     # Labels are followed again only where something arranges the channels that go; all else keeps their order.
     gone = removed_labels(run, run.classes.roots(), keep)
     followed = any(bool(gone[labels].any()) for labels in run.arranged)
-    again = type(run)(narrow, allow_inexact=run.allow_inexact, depthwise=frozenset(run.depthwise), muted=not followed)
-    try:
-        with transparent_gates(narrow):
-            again.run(example_inputs)
-    except SlimError as error:
-        cause = error.__cause__
-        met = [x for t in (again.failed_at or ("", []))[1] if (x := again.get(t)) is not None]
-        names = suspects_of(met, run, again, keep, graph)
-        text = (str(cause).strip() or repr(cause)).splitlines()[0]
-        where = (again.failed_at or (again.here(), []))[0] or "the model"
-        return Failure(
-            f"{where} does not run with fewer channels ({type(cause).__name__}: {text}): a channel count is a constant there",
-            names,
+    with narrowed(run.model, keep):
+        again = type(run)(
+            run.model, allow_inexact=run.allow_inexact, depthwise=frozenset(run.depthwise), muted=not followed
         )
+        try:
+            with transparent_gates(run.model):
+                again.run(example_inputs)
+        except SlimError as error:
+            cause = error.__cause__
+            met = [x for t in (again.failed_at or ("", []))[1] if (x := again.get(t)) is not None]
+            names = suspects_of(met, run, again, keep, graph)
+            text = (str(cause).strip() or repr(cause)).splitlines()[0]
+            where = (again.failed_at or (again.here(), []))[0] or "the model"
+            return Failure(
+                f"{where} does not run with fewer channels ({type(cause).__name__}: {text}): a channel count is a constant there",
+                names,
+            )
     return compare(run, again, keep, gone, graph) if followed else compare_operators(run, again)
 
 

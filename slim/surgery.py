@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar, overload
 
@@ -17,7 +18,7 @@ from slim.gate import gates_in
 from slim.graph import Example
 from slim.optimizer_state import cut_optimizer
 from slim.plan import GroupPlan, Plan
-from slim.propagate import Propagation, call_arguments, evaluation_mode, tensors_in
+from slim.propagate import Propagation, call_arguments, evaluation_mode, tensors_in, untouched
 from slim.slicing import Keep, positions_kept, slice_axes
 from slim.widths import check_layers, refresh_widths, set_count
 
@@ -31,7 +32,7 @@ def mask(model: Model, plan: Plan) -> Model:
     """
     positions_kept(model, plan)
     masked = copied(model)
-    tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
+    tensors = named_tensors(masked)
     with torch.no_grad():
         for group in plan.groups:
             for member in group.members:
@@ -83,23 +84,51 @@ def averaged(plan: Plan) -> Plan:
 
 def cut(model: Model, plan: Plan, keep: Keep) -> Model:
     """A narrow copy of the model."""
-    narrow: dict[int, Any] = {}
-    counts: list[tuple[str, int, int]] = []
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, axes in keep.items():
-        old = tensors.get(name)
-        if old is None:
-            counts += [(name, axis, len(kept)) for axis, kept in axes.items()]
-        else:
-            new = slice_axes(old, axes)
-            narrow[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    narrow = narrow_tensors(model, keep)
     pruned = copied(model, narrow)
-    for name, axis, count in counts:
-        set_count(pruned, name, axis, count)
+    set_counts(pruned, keep, set(named_tensors(model)))
     cut_gates(pruned, plan.groups)
     refresh_widths(pruned)
     check_layers(pruned)
     return pruned
+
+
+@contextmanager
+def narrowed(model: nn.Module, keep: Keep) -> Iterator[None]:
+    """The model itself is narrow for the duration, but for its gates: no copy of what is not cut, and nothing left behind."""
+    with untouched(model):
+        names = set(named_tensors(model))
+        narrow = narrow_tensors(model, keep)
+        for module in model.modules():
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                table.update({key: narrow[id(tensor)] for key, tensor in table.items() if id(tensor) in narrow})
+        set_counts(model, keep, names)
+        refresh_widths(model)
+        yield
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def narrow_tensors(model: nn.Module, keep: Keep) -> dict[int, Any]:
+    """By the identity of each tensor that is cut, what takes its place."""
+    tensors = named_tensors(model)
+    narrow: dict[int, Any] = {}
+    for name, axes in keep.items():
+        if name in tensors:
+            old, new = tensors[name], slice_axes(tensors[name], axes)
+            narrow[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    return narrow
+
+
+def set_counts(model: nn.Module, keep: Keep, tensors: set[str]) -> None:
+    """The attributes among what is kept that count channels, in place."""
+    for name, axes in keep.items():
+        if name not in tensors:
+            for axis, kept in axes.items():
+                set_count(model, name, axis, len(kept))
 
 
 def copied(model: Model, instead: dict[int, Any] | None = None) -> Model:
