@@ -206,9 +206,6 @@ def check_gates(
     assert [(g.name, g.size, g.prunable) for g in through.groups] == [
         (g.name, g.size, g.prunable) for g in graph.groups
     ]
-    if any(isinstance(module, nn.PReLU) for module in model.modules()):
-        # KNOWN: a gate renames the PReLU's weight, which the plan looks for.
-        plan = draw_plan(gated, through, Cut(0.5)) or plan
     masked, pruned = slim.mask(gated, plan), slim.apply_plan(gated, plan)
     assert_close(masked, pruned, fresh, f"masked and pruned with gates, tie={tie}")
     folded = slim.fold_gates(pruned, inputs)

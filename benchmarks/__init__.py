@@ -1,0 +1,1 @@
+"""Speed, measured in turns against a baseline in the same run."""
