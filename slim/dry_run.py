@@ -51,32 +51,35 @@ def freeze_what_breaks(graph: ChannelGraph, run: ChannelPropagation, example_inp
     return replace(graph, groups=groups, dry_run=True)
 
 
-Keeps = list[tuple[ChannelGroup, tuple[int, ...]]]
-"""Groups to cut, each with the channels that it keeps."""
+Keeps = list[tuple[ChannelGroup, int]]
+"""Groups to cut, each with the number of channels that it keeps."""
 
 
 def dry_plans(groups: list[ChannelGroup], thorough: bool) -> Iterator[Keeps]:
-    """All groups, to a half and to all but one of their channels by turns: so parts of one layer show that must stay as wide
-    as each other. ``thorough``: the other way round too. Small groups, which have few widths to differ in, are cut again,
-    every other one of them."""
+    """All groups, to a half and to a little more of their channels by turns: so parts of one layer show that must stay as
+    wide as each other. ``thorough``: the other way round too. Small groups, which have few widths to differ in, are cut
+    again, every other one of them."""
     if groups:
-        yield [(g, dry_keep(g.size, n)) for n, g in enumerate(groups)]
+        yield [(g, dry_width(g.size, n)) for n, g in enumerate(groups)]
     if groups and thorough:
-        yield [(g, dry_keep(g.size, n + 1)) for n, g in enumerate(groups)]
+        yield [(g, dry_width(g.size, n + 1)) for n, g in enumerate(groups)]
     small = [g for g in groups if g.size < 8]
     for parity in (0, 1) if len(small) > 1 else ():
-        yield [(g, dry_keep(g.size, n + 1)) for n, g in enumerate(small) if n % 2 == parity]
+        yield [(g, dry_width(g.size, n + 1)) for n, g in enumerate(small) if n % 2 == parity]
 
 
-def dry_keep(size: int, number: int) -> tuple[int, ...]:
-    """The channels that the ``number``-th group keeps: never the first, so that constant offsets show; of three and more at
-    least two, since one passes for anything; not in step with what takes every second to fourth channel."""
+def dry_width(size: int, number: int) -> int:
+    """How many channels the ``number``-th group keeps: of three and more at least two, since one passes for anything."""
     half = min(max(2, size // 2), size - 1)
-    if number % 2 or half == size - 1:
-        return tuple(range(1, size))
-    keep: list[int] = []
-    for seed in range(8):
-        keep = sorted(random.Random(size + seed).sample(range(1, size), half))
+    return min(size - 1, half + max(1, size // 4)) if number % 2 else half
+
+
+def dry_keep(size: int, width: int) -> tuple[int, ...]:
+    """That many channels: not the first one, so that constant offsets show; not in step with what takes every second to fourth
+    channel."""
+    keep: list[int] = list(range(1, size))
+    for seed in range(8 if width < size - 1 else 0):
+        keep = sorted(random.Random(size + seed).sample(range(1, size), width))
         if not any(all(k % step == place % step for place, k in enumerate(keep)) for step in (2, 3, 4)):
             break
     return tuple(keep)
@@ -100,12 +103,12 @@ def culprits(
 
 def attempt(keeps: Keeps, graph: ChannelGraph, run: ChannelPropagation, example_inputs: Any) -> Failure | None:
     """Cut these groups and compare what every operator does; None when all is as it should be."""
-    planned = tuple(GroupPlan(group.name, group.size, kept, group.members) for group, kept in keeps)
-    plan = Plan(planned, (0, 0), (0, 0), {})
-    keep = positions_kept(run.model, plan)
-    # Labels are followed again only where something arranges the channels that go; all else keeps their order.
-    gone = removed_labels(run, run.classes.roots(), keep)
+    # Labels are followed again only where something arranges the channels that go; else it does not matter which go.
+    runs = {g.name: tuple(range(g.size - width, g.size)) for g, width in keeps}
+    keep, gone = kept_and_gone(keeps, runs, run)
     followed = any(bool(gone[labels].any()) for labels in run.arranged)
+    if followed:
+        keep, gone = kept_and_gone(keeps, {g.name: dry_keep(g.size, width) for g, width in keeps}, run)
     with narrowed(run.model, keep):
         again = type(run)(
             run.model, allow_inexact=run.allow_inexact, depthwise=frozenset(run.depthwise), muted=not followed
@@ -124,6 +127,13 @@ def attempt(keeps: Keeps, graph: ChannelGraph, run: ChannelPropagation, example_
                 names,
             )
     return compare(run, again, keep, gone, graph) if followed else compare_operators(run, again)
+
+
+def kept_and_gone(keeps: Keeps, channels: dict[str, tuple[int, ...]], run: ChannelPropagation) -> tuple[Keep, Tensor]:
+    """What such a cut keeps of every tensor, and which labels are of channels that go."""
+    planned = tuple(GroupPlan(group.name, group.size, channels[group.name], group.members) for group, _ in keeps)
+    keep = positions_kept(run.model, Plan(planned, (0, 0), (0, 0), {}))
+    return keep, removed_labels(run, run.classes.roots(), keep)
 
 
 def compare_operators(run: ChannelPropagation, again: ChannelPropagation) -> Failure | None:

@@ -69,3 +69,13 @@ def slice_axes(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:
     for axis, kept in axes.items():
         out = out.index_select(axis, kept.to(out.device))
     return out.contiguous(memory_format=torch.channels_last) if channels_last else out.contiguous()
+
+
+def view_axes(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:
+    """The kept positions along each axis; in the tensor's own memory where they are one run, which is then read only."""
+    out = tensor.detach()
+    for axis, kept in axes.items():
+        first, count = int(kept[0]), len(kept)
+        run = int(kept[-1]) - first + 1 == count
+        out = out.narrow(axis, first, count) if run else out.index_select(axis, kept.to(out.device))
+    return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar, overload
@@ -19,7 +19,7 @@ from slim.graph import Example
 from slim.optimizer_state import cut_optimizer
 from slim.plan import GroupPlan, Plan
 from slim.propagate import Propagation, call_arguments, evaluation_mode, tensors_in, untouched
-from slim.slicing import Keep, positions_kept, slice_axes
+from slim.slicing import Keep, positions_kept, slice_axes, view_axes
 from slim.widths import check_layers, refresh_widths, set_count
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -95,10 +95,11 @@ def cut(model: Model, plan: Plan, keep: Keep) -> Model:
 
 @contextmanager
 def narrowed(model: nn.Module, keep: Keep) -> Iterator[None]:
-    """The model itself is narrow for the duration, but for its gates: no copy of what is not cut, and nothing left behind."""
+    """The model itself is narrow for the duration, but for its gates: no copy of what is not cut, nor, where runs of channels
+    stay, of what is; and nothing left behind."""
     with untouched(model):
         names = set(named_tensors(model))
-        narrow = narrow_tensors(model, keep)
+        narrow = narrow_tensors(model, keep, view_axes)
         for module in model.modules():
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for table in tables:
@@ -112,13 +113,15 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def narrow_tensors(model: nn.Module, keep: Keep) -> dict[int, Any]:
+def narrow_tensors(
+    model: nn.Module, keep: Keep, taken: Callable[[Tensor, dict[int, Tensor]], Tensor] = slice_axes
+) -> dict[int, Any]:
     """By the identity of each tensor that is cut, what takes its place."""
     tensors = named_tensors(model)
     narrow: dict[int, Any] = {}
     for name, axes in keep.items():
         if name in tensors:
-            old, new = tensors[name], slice_axes(tensors[name], axes)
+            old, new = tensors[name], taken(tensors[name], axes)
             narrow[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     return narrow
 
