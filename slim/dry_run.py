@@ -172,9 +172,9 @@ def compare(
     if bool(bad.any()):
         place = int(bad.nonzero()[0]) - 1
         return Failure(reasons[int(where[place])], group_names(before[first[bad]], run, graph))
-    return newly_frozen(
-        run, again, before, dict(zip(after[second].tolist(), before[first].tolist(), strict=True)), graph
-    )
+    back = torch.zeros(len(after), dtype=torch.int64)
+    back[after[second]] = before[first]
+    return newly_frozen(run, again, before, back, graph)
 
 
 def removed_labels(run: ChannelPropagation, roots: Tensor, keep: Keep) -> Tensor:
@@ -226,13 +226,13 @@ def unlike(old: Tensor, new: Tensor) -> Tensor:
 
 
 def newly_frozen(
-    run: ChannelPropagation, again: ChannelPropagation, before: Tensor, back: dict[int, int], graph: ChannelGraph
+    run: ChannelPropagation, again: ChannelPropagation, before: Tensor, back: Tensor, graph: ChannelGraph
 ) -> Failure | None:
     """What the cut model freezes and the whole one does not; ``back`` leads from its classes to the whole model's."""
     after = again.classes.roots()
     spared = {root for labels, _ in run.frozen for root in before[labels].tolist()}
     for labels, why in again.frozen:
-        newly = [root for key in after[labels].tolist() if (root := back.get(key, 0)) and root not in spared]
+        newly = [root for root in back[after[labels]].tolist() if root and root not in spared]
         if newly:
             return Failure(f"after a cut {why}", group_names(torch.tensor(newly), run, graph))
     unread = next((why for param, why in again.unreadable.items() if param not in run.unreadable), None)
