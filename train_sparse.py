@@ -17,7 +17,9 @@ from engine import (
     Evaluation,
     FitResult,
     OptimConfig,
+    Precision,
     RunFolder,
+    Sparsity,
     TrainConfig,
     draw_detections,
     fit,
@@ -54,6 +56,8 @@ class TrainFlags(RunFlags):
     warmup_epochs: float = flag(3.0, "epochs of rising learning rate, at most a tenth of the run")
     clip_norm: float = flag(10.0, "largest gradient norm")
     eval_every: int = flag(1, "epochs between evaluations on the val split")
+    patience: int = flag(0, "stop after so many epochs without a better AP; 0 never does")
+    precision: Precision = flag("auto", "float16 on a GPU and bfloat16 on a CPU that has it (auto), or the one named")  # noqa: RUF009
     box: float = flag(0.05, "weight of the box loss")
     obj: float = flag(1.0, "weight of the objectness loss at 640 pixels; scaled by (img / 640) squared")
     cls: float = flag(0.5, "weight of the class loss for 80 classes; scaled by their number / 80")
@@ -100,6 +104,9 @@ class SparseFlags(TrainFlags):
     strength: float | Literal["auto"] = flag("auto", "pull a unit of learning rate; auto closes the pulled gates")
     travel: float = flag(2.0, "with --strength auto: how far an unopposed gate would move (gates start at 1)")
     fraction: float = flag(0.5, "part of each gate vector that is pulled: its smallest entries")
+    closed_share: float | None = flag(
+        None, "instead of --strength: raise or lower it so that this share of all gates is closed at the end"
+    )
     pull_from: int = flag(3, "first epoch with the pull; before it the gates find their order")
     tie: Literal["group", "layer"] = flag("group", "one gate vector a group, or one an activation")
 
@@ -126,7 +133,7 @@ def train(flags: TrainFlags, *, keep_gates: bool = True) -> TrainResult:
     loader = build_loader(train_set, flags.batch_size, shuffle=True, workers=flags.workers, seed=flags.seed)
     val_set = detection.DetectionDataset(config, "val", flags.img)
     evaluator = detection.Evaluator(val_set, batch_size=flags.batch_size, workers=0, device=device)
-    pull, pull_from = make_pull(flags, network.model, len(loader))
+    sparsity = make_sparsity(flags, network.model, len(loader))
     run.write_config(asdict(flags))
     for message in [*train_set.problems, *val_set.problems][:10]:
         print(f"left out: {message}")
@@ -137,13 +144,19 @@ def train(flags: TrainFlags, *, keep_gates: bool = True) -> TrainResult:
         network.model,
         detection.make_loss(network.model, flags.gains(), flags.img),
         loader,
-        config=TrainConfig(flags.epochs, flags.optim(), eval_every=flags.eval_every, seed=flags.seed),
+        config=TrainConfig(
+            flags.epochs,
+            flags.optim(),
+            precision=flags.precision,
+            eval_every=flags.eval_every,
+            patience=flags.patience,
+            seed=flags.seed,
+        ),
         run=run,
         save=lambda path, model, state: detection.save_network(path, model, network.build, state),
         device=device,
         evaluate=evaluator,
-        pull=pull,
-        pull_from=pull_from,
+        sparsity=sparsity,
         resume_state=resume_state,
     )
     return finish(run, flags, evaluator, result, device)
@@ -185,23 +198,25 @@ def starting_network(
     return network
 
 
-def make_pull(flags: TrainFlags, model: torch.nn.Module, steps: int) -> tuple[slim.SmallestHalfL1 | None, int]:
+def make_sparsity(flags: TrainFlags, model: torch.nn.Module, steps: int) -> Sparsity | None:
     """The pull of sparse training; without one, gates that the network has are only kept at or above 0."""
     if not isinstance(flags, SparseFlags):
-        return (slim.SmallestHalfL1(model, strength=0.0) if slim.gate_vectors(model) else None), 0
+        return Sparsity(slim.SmallestHalfL1(model, strength=0.0)) if slim.gate_vectors(model) else None
     if flags.pull_from >= flags.epochs:
         raise EngineError(
             f"--pull-from {flags.pull_from} leaves no epoch with the pull; expected less than --epochs {flags.epochs}"
         )
-    strength = flags.strength
-    if strength == "auto":
-        strength = slim.strength_for(
-            learning_rate_sum(flags.optim(), steps, flags.epochs, flags.pull_from), flags.travel
-        )
-    print(
-        f"pull: strength {strength:.4g} on the smallest {flags.fraction:.0%} of each gate vector, from epoch {flags.pull_from}"
-    )
-    return slim.SmallestHalfL1(model, strength=float(strength), fraction=flags.fraction), flags.pull_from
+    total_lr = learning_rate_sum(flags.optim(), steps, flags.epochs, flags.pull_from)
+    strength = slim.strength_for(total_lr, flags.travel) if flags.strength == "auto" else float(flags.strength)
+    pull = slim.SmallestHalfL1(model, strength=strength, fraction=flags.fraction)
+    what = f"the smallest {flags.fraction:.0%} of each gate vector, from epoch {flags.pull_from}"
+    if flags.closed_share is None:
+        print(f"pull: strength {strength:.4g} on {what}")
+        return Sparsity(pull, from_epoch=flags.pull_from)
+    if flags.strength != "auto":
+        raise EngineError(f"--strength {strength:g} and --closed-share {flags.closed_share:g}: give one of them")
+    print(f"pull: on {what}, as strong as closes {flags.closed_share:.0%} of all gates")
+    return Sparsity(pull, slim.ClosedShareController(pull, flags.closed_share, total_lr), flags.pull_from)
 
 
 def log_start(run: RunFolder, model: torch.nn.Module, train_set: detection.DetectionDataset, flags: TrainFlags) -> None:

@@ -1,7 +1,16 @@
 """Training, evaluation, run folders and checkpoints of detectors that the caller passes in."""
 
 from .batch import Batch, network_input
-from .checkpoint import TRAINING_STATE_KEY, Progress, Trainee, read_training_state, seed_generators
+from .checkpoint import (
+    CARRIED_STATE_KEY,
+    TRAINING_STATE_KEY,
+    Progress,
+    Trainee,
+    pack_carried_state,
+    read_state,
+    read_training_state,
+    seed_generators,
+)
 from .errors import EngineError
 from .evaluation import Evaluation, coco_ap, evaluate, evaluating, save_coco_json
 from .optimiser import (
@@ -22,11 +31,13 @@ from .plots import (
     plot_widths,
     save_png,
 )
+from .precision import Precision
 from .run_folder import CUT_METRIC_KEYS, METRIC_KEYS, RunFolder
 from .timing import milliseconds_per_image
-from .training import FitResult, Pull, TrainConfig, fit
+from .training import FitResult, Sparsity, TrainConfig, fit
 
 __all__ = [
+    "CARRIED_STATE_KEY",
     "CUT_METRIC_KEYS",
     "METRIC_KEYS",
     "TRAINING_STATE_KEY",
@@ -35,9 +46,10 @@ __all__ = [
     "Evaluation",
     "FitResult",
     "OptimConfig",
+    "Precision",
     "Progress",
-    "Pull",
     "RunFolder",
+    "Sparsity",
     "TrainConfig",
     "Trainee",
     "WeightAverage",
@@ -53,11 +65,13 @@ __all__ = [
     "learning_rate_sum",
     "milliseconds_per_image",
     "network_input",
+    "pack_carried_state",
     "plot_gates",
     "plot_labels",
     "plot_results",
     "plot_trade_off",
     "plot_widths",
+    "read_state",
     "read_training_state",
     "save_coco_json",
     "save_png",

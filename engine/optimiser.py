@@ -138,23 +138,36 @@ class WeightAverage(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        super().__init__(model, multi_avg_fn=_ramped_average(config), use_buffers=True)
+        super().__init__(model, use_buffers=True)
+        self._average = _ramped_average(config)
 
+    @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Move towards `model`; call once after every optimiser step."""
-        super().update_parameters(model)
-        with torch.no_grad():
-            for averaged, current in zip(gate_parameters(self.module), gate_parameters(model), strict=True):
-                averaged.copy_(current)
-
-
-def _ramped_average(config: OptimConfig) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
-    def average(averaged: _Tensors, current: _Tensors, num_averaged: Tensor | int) -> None:
-        decay = config.ema_decay * (1 - math.exp(-(int(num_averaged) + 1) / config.ema_warmup_steps))
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
+        gates = {id(gate) for gate in gate_parameters(self.module)}
+        moved: tuple[list[Tensor], list[Tensor]] = [], []
+        copied: tuple[list[Tensor], list[Tensor]] = [], []
+        for old, new in zip(tensors_of(self.module), tensors_of(model), strict=True):
+            averaged, current = moved if old.is_floating_point() and id(old) not in gates else copied
+            averaged.append(old)
+            current.append(new)
+        if self.n_averaged == 0:
+            torch._foreach_copy_(moved[0], moved[1])
         else:
-            for old, new in zip(averaged, current, strict=True):
-                old.copy_(new)
+            self._average(*moved, int(self.n_averaged))
+        torch._foreach_copy_(*copied)
+        self.n_averaged += 1
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, then buffers."""
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _ramped_average(config: OptimConfig) -> Callable[[_Tensors, _Tensors, int], None]:
+    def average(averaged: _Tensors, current: _Tensors, num_averaged: int) -> None:
+        decay = config.ema_decay * (1 - math.exp(-(num_averaged + 1) / config.ema_warmup_steps))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
 
     return average

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from slim import SmallestHalfL1, closed_gates_at_zero
+
 from .batch import Batch, network_input
-from .checkpoint import Progress, Trainee, pack_training_state, seed_generators, unpack_training_state
+from .checkpoint import (
+    EpochSums,
+    Progress,
+    Trainee,
+    pack_training_state,
+    seed_generators,
+    unpack_carried_state,
+    unpack_training_state,
+)
 from .errors import EngineError
 from .evaluation import Evaluation
+from .interruption import Interruption
+from .memory import OUT_OF_MEMORY, batch_that_may_fit
 from .optimiser import OptimConfig, WeightAverage, build_optimizer, build_scheduler
+from .precision import Precision, compute_dtype
 from .run_folder import RunFolder
 
 LOGGER = logging.getLogger(__name__)
@@ -29,14 +43,31 @@ LossFunction = Callable[[Any, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
 SaveFunction = Callable[[Path, nn.Module, "dict[str, Any] | None"], None]
 
 
-class Pull(Protocol):
-    """What sparse training adds to a step; `slim.SmallestHalfL1` is one."""
+class Pulling(Protocol):
+    """What sparse training does to the gates after a step: `slim.SmallestHalfL1` or `slim.ClosedShareController`."""
 
-    def step(self, lr: float) -> None: ...  # move the gates, keep them >= 0
-    def project(self) -> None: ...  # only keep them >= 0
-    def penalty(self) -> float: ...  # sum of |gate| over the half that is pulled
-    def closed_share(self) -> float: ...  # 0..1
-    def gates(self) -> dict[str, Tensor]: ...
+    def step(self, lr: float) -> None: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """The sparse part of a training.
+
+    Args:
+        pull: measures the gates; with `by` absent it also moves them
+        by: what takes the step in the pull's place, such as a controller of its strength
+        from_epoch: first epoch in which gates are pulled; before it they are only kept at or above 0
+    """
+
+    pull: SmallestHalfL1
+    by: Pulling | None = None
+    from_epoch: int = 0
+
+    @property
+    def mover(self) -> Pulling:
+        return self.by or self.pull
 
 
 class Loader(Protocol):
@@ -53,28 +84,36 @@ class TrainConfig:
     Args:
         epochs: of the whole run, resumed epochs included
         optim: optimiser, schedule and moving average
-        amp: half precision where the device is a GPU
+        precision: of the forward pass and its gradients; weights, loss, statistics and gates are float32 throughout.
+            "auto" is float16 on a GPU, bfloat16 on a CPU that multiplies it natively, else float32
         channels_last: memory format of images and convolutions
         eval_every: epochs between evaluations; the last epoch is always evaluated
+        patience: epochs without a better AP after which training stops; 0 never stops early
         seed: of all random generators at the start of the run
     """
 
     epochs: int = 30
     optim: OptimConfig = field(default_factory=OptimConfig)
-    amp: bool = True
+    precision: Precision = "auto"
     channels_last: bool = True
     eval_every: int = 1
+    patience: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "eval_every"):
-            if getattr(self, name) < 1:
-                raise EngineError(f"{name}={getattr(self, name)}: expected at least 1")
+        for name, least in (("epochs", 1), ("eval_every", 1), ("patience", 0)):
+            if getattr(self, name) < least:
+                raise EngineError(f"{name}={getattr(self, name)}: expected at least {least}")
+        if self.precision not in get_args(Precision):
+            raise EngineError(f"precision={self.precision!r}: expected one of {', '.join(get_args(Precision))}")
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """APs (0..1) are None when nothing was evaluated, closed_share without a pull. `seconds` are this call's."""
+    """APs (0..1) are None when nothing was evaluated, closed_share without a pull.
+
+    `epochs` are those that were trained, fewer than planned after an early stop; `seconds` are this call's.
+    """
 
     best_ap: float | None
     best_epoch: int | None
@@ -93,6 +132,9 @@ class Epoch:
     device: torch.device
     pull: Callable[[float], None]
     caption: str
+    interruption: Interruption
+    so_far: EpochSums
+    measure: Callable[[], float | None] = lambda: None
 
 
 def fit(
@@ -105,80 +147,106 @@ def fit(
     save: SaveFunction,
     device: torch.device | str,
     evaluate: Callable[[nn.Module], Evaluation] | None = None,
-    pull: Pull | None = None,
-    pull_from: int = 0,
+    sparsity: Sparsity | None = None,
     resume_state: dict[str, Any] | None = None,
+    carried_state: dict[str, Any] | None = None,
 ) -> FitResult:
     """Train `model` in place (it is moved to `device`); weights/last.pt is written at the end of each epoch.
 
     `loss_fn(outputs, targets)` gives the scalar to minimise and its detached parts. `evaluate` gets the moving
     average of the weights, which is also what `save(path, model, training_state)` writes; best.pt has no training
-    state. With a `pull` an epoch can only be the best while its share of closed gates is about the largest seen:
-    the AP before the gates close is of no use to a cut. The pull acts from epoch `pull_from` on.
+    state. With `sparsity` an epoch can only be the best while its share of closed gates is about the largest seen:
+    the AP before the gates close is of no use to a cut.
 
-    A run that stopped continues bit for bit from `resume_state` (see `read_training_state`).
-    Raises EngineError when a loss or gradient is not finite, before the step that it would have spoiled; what
-    weights/last.pt holds then, and after Ctrl-C, is the last finished epoch.
+    A run that stopped continues bit for bit from `resume_state` (see `read_training_state`). A new run may take
+    optimiser state and moving average over from an earlier one with `carried_state` (see `pack_carried_state`).
+
+    The first Ctrl-C or SIGTERM finishes the step, saves weights/last.pt there, in the middle of the epoch, and raises
+    KeyboardInterrupt; a second one leaves at once. Raises EngineError when a loss or gradient is not finite, before the
+    step that it would have spoiled, and when memory runs out; weights/last.pt then holds the last finished epoch.
     """
     started = time.perf_counter()
     device = torch.device(device)
     if len(train_loader) == 0:
         raise EngineError("the training loader has no batch: check the data set's train split and --batch-size")
     seed_generators(config.seed)
-    trainee = _build_trainee(model, config, len(train_loader), device)
-    progress = Progress() if resume_state is None else unpack_training_state(resume_state, trainee)
+    trainee = _build_trainee(model, config, len(train_loader), device, sparsity)
+    progress = Progress()
+    if resume_state is not None:
+        progress = unpack_training_state(resume_state, trainee)
+    elif carried_state is not None:
+        unpack_carried_state(carried_state, trainee)
     run.drop_rows_from(progress.next_epoch)
-    try:
-        for number in range(progress.next_epoch, config.epochs):
+    pull = None if sparsity is None else sparsity.pull
+    with Interruption() as interruption, contextlib.closing(run):
+        while progress.next_epoch < config.epochs and not _out_of_patience(progress, config):
+            number = progress.next_epoch
             epoch_started = time.perf_counter()
             _announce_epoch(train_loader, number)
-            epoch = Epoch(number, config, device, _pull_of_epoch(pull, number >= pull_from), _caption(progress, pull))
-            losses = train_one_epoch(trainee, loss_fn, train_loader, epoch)
-            evaluation = None
+            caption = _caption(progress, pull)
+            mover = _pull_of_epoch(sparsity, number)
+            measure = _pull_over_gradient(sparsity, number)
+            epoch = Epoch(number, config, device, mover, caption, interruption, progress.so_far, measure)
+            losses: dict[str, float | None] = {}
+            losses |= train_one_epoch(trainee, loss_fn, train_loader, epoch)
+            if interruption.wanted:
+                middle = replace(progress, so_far=epoch.so_far)
+                _save(save, run.last, trainee.average.module, pack_training_state(trainee, middle))
+                raise KeyboardInterrupt(
+                    f"stopped after batch {epoch.so_far.batches} of epoch {number}; the state is in {run.last}"
+                )
+            evaluation = masked = None
             if evaluate is not None and ((number + 1) % config.eval_every == 0 or number + 1 == config.epochs):
+                masked = None if pull is None else _masked_ap(trainee.average.module, evaluate)
                 evaluation = evaluate(trainee.average.module)
             progress, is_best = _advance(progress, number, evaluation, pull)
-            if pull is not None:
-                losses["loss/l1"] = pull.penalty()
-            _record(run, number, losses, evaluation, pull, time.perf_counter() - epoch_started)
+            extra = _sparsity_scalars(sparsity, number, epoch.so_far.measured, evaluation, masked)
+            _record(run, number, losses | extra, evaluation, pull, time.perf_counter() - epoch_started)
             if is_best:
                 _save(save, run.best, trainee.average.module, None)
             # last.pt comes last: it is what declares the epoch finished.
             _save(save, run.last, trainee.average.module, pack_training_state(trainee, progress))
-    finally:
-        run.close()
+    if progress.next_epoch < config.epochs:
+        LOGGER.info(
+            "stopped after epoch %d: no better AP since epoch %s (patience %d)",
+            *(progress.next_epoch - 1, progress.best_epoch, config.patience),
+        )
     return FitResult(
         best_ap=progress.best_ap,
         best_epoch=progress.best_epoch,
         last_ap=progress.last_ap,
-        epochs=config.epochs,
+        epochs=progress.next_epoch,
         closed_share=None if pull is None else pull.closed_share(),
         seconds=time.perf_counter() - started,
     )
 
 
 def train_one_epoch(trainee: Trainee, loss_fn: LossFunction, batches: Loader, epoch: Epoch) -> dict[str, float]:
-    """One pass over `batches`; returns the means of the loss parts as "loss/<part>" and the last "lr"."""
-    model, optimizer, scaler = trainee.model, trainee.optimizer, trainee.scaler
+    """One pass over `batches`, or what is left of it; returns the means of the loss parts as "loss/<part>" and the last "lr".
+
+    After an interruption it returns early; `epoch.so_far` says how far it came.
+    """
+    model, optimizer, scaler, so_far = trainee.model, trainee.optimizer, trainee.scaler, epoch.so_far
     model.train()
-    sums: dict[str, float] = {}
-    lr, steps, skipped_in_a_row = 0.0, 0, 0
+    lr, skipped_in_a_row = so_far.lr, 0
     with tqdm(batches, desc=epoch.caption, total=len(batches), leave=False, disable=None) as bar:
         for index, batch in enumerate(bar):
-            images, targets = _to_device(batch, epoch)
+            if index < so_far.batches:  # done before an interruption
+                continue
             lr = float(optimizer.param_groups[0]["lr"])
             where = f"epoch {epoch.number}, batch {index}"
-
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(epoch.device.type, enabled=scaler.is_enabled()):
-                outputs = model(images)
-            loss, parts = loss_fn(_in_float32(outputs), targets)
-            values = {name: float(part) for name, part in parts.items()}
-            if not torch.isfinite(loss):
-                raise EngineError(_not_finite(where, f"loss is {float(loss.detach())}", values, lr))
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            with _naming_the_batch_size(batch, where):
+                images, targets = _to_device(batch, epoch)
+                optimizer.zero_grad(set_to_none=True)
+                with torch.autocast(epoch.device.type, trainee.dtype, enabled=trainee.dtype != torch.float32):
+                    outputs = model(images)
+                loss, parts = loss_fn(_in_float32(outputs), targets)
+                values = {name: float(part) for name, part in parts.items()}
+                if not torch.isfinite(loss):
+                    raise EngineError(_not_finite(where, f"loss is {float(loss.detach())}", values, lr))
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), epoch.config.optim.clip_norm)
+            norm = _clip(model, epoch.config.optim.clip_norm)
             if not torch.isfinite(norm):
                 skipped_in_a_row += 1
                 if not scaler.is_enabled() or skipped_in_a_row > MAX_SKIPPED_STEPS:
@@ -192,19 +260,45 @@ def train_one_epoch(trainee: Trainee, loss_fn: LossFunction, batches: Loader, ep
             epoch.pull(lr)
             trainee.average.update_parameters(model)
 
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
-            steps += 1
+            measured = epoch.measure() if index + 1 == len(batches) else None
+            so_far = epoch.so_far = so_far.plus(values, index + 1, lr, measured)
             if not bar.disable:
-                bar.set_postfix(_means(sums, steps) | {"lr": f"{lr:.5f}"}, refresh=False)
-    return {f"loss/{name}": mean for name, mean in _means(sums, steps).items()} | {"lr": lr}
+                bar.set_postfix(so_far.means() | {"lr": f"{lr:.5f}"}, refresh=False)
+            if epoch.interruption.wanted:
+                break
+    return {f"loss/{name}": mean for name, mean in so_far.means().items()} | {"lr": lr}
 
 
-def _means(sums: Mapping[str, float], steps: int) -> dict[str, Any]:
-    return {name: total / max(1, steps) for name, total in sums.items()}
+@contextlib.contextmanager
+def _naming_the_batch_size(batch: Batch, where: str) -> Iterator[None]:
+    """Out of memory, on a GPU or not, becomes one line that says what to try."""
+    try:
+        yield
+    except OUT_OF_MEMORY as error:
+        remedy = batch_that_may_fit(error, len(batch.images), tuple(batch.images.shape[2:]))
+        if remedy is None:
+            raise
+        raise EngineError(f"{where}: {remedy}; the last finished epoch is in weights/last.pt") from error
 
 
-def _build_trainee(model: nn.Module, config: TrainConfig, steps_per_epoch: int, device: torch.device) -> Trainee:
+def _clip(model: nn.Module, max_norm: float) -> Tensor:
+    """The norm of all gradients, which are scaled down where it is larger than `max_norm`."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    if norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / float(norm + 1e-6))
+    return norm
+
+
+def _out_of_patience(progress: Progress, config: TrainConfig) -> bool:
+    since = progress.next_epoch - 1 - (progress.best_epoch if progress.best_epoch is not None else config.epochs)
+    return 0 < config.patience <= since
+
+
+def _build_trainee(
+    model: nn.Module, config: TrainConfig, steps_per_epoch: int, device: torch.device, sparsity: Sparsity | None
+) -> Trainee:
+    dtype = compute_dtype(config.precision, device)
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -213,8 +307,10 @@ def _build_trainee(model: nn.Module, config: TrainConfig, steps_per_epoch: int, 
         model=model,
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, steps_per_epoch, config.epochs),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda"),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         average=WeightAverage(model, config.optim),
+        dtype=dtype,
+        mover=None if sparsity is None else sparsity.mover,
     )
 
 
@@ -226,11 +322,41 @@ def _announce_epoch(loader: Loader, number: int) -> None:
             set_epoch(number)
 
 
-def _pull_of_epoch(pull: Pull | None, active: bool) -> Callable[[float], None]:
-    if pull is None:
+def _pull_of_epoch(sparsity: Sparsity | None, number: int) -> Callable[[float], None]:
+    if sparsity is None:
         return lambda lr: None
-    gates = pull
-    return gates.step if active else lambda lr: gates.project()
+    return sparsity.mover.step if number >= sparsity.from_epoch else lambda lr: sparsity.pull.project()
+
+
+def _masked_ap(model: nn.Module, evaluate: Callable[[nn.Module], Evaluation]) -> float | None:
+    """AP with closed gates at exactly 0, which is what a cut of them leaves; None where they all are 0 already."""
+    with closed_gates_at_zero(model) as changed:
+        return evaluate(model).ap if changed else None
+
+
+def _pull_over_gradient(sparsity: Sparsity | None, number: int) -> Callable[[], float | None]:
+    if sparsity is None or number < sparsity.from_epoch:
+        return lambda: None
+    return sparsity.pull.against_gradient
+
+
+def _sparsity_scalars(
+    sparsity: Sparsity | None,
+    number: int,
+    measured: float | None,
+    evaluation: Evaluation | None,
+    masked_ap: float | None,
+) -> dict[str, float | None]:
+    """Whether it is sparse enough, and whether the pull is strong enough: TensorBoard's scalars."""
+    if sparsity is None:
+        return {}
+    plain = None if evaluation is None else evaluation.ap
+    return {
+        "loss/l1": sparsity.pull.penalty(),
+        "gates/strength": sparsity.pull.strength if number >= sparsity.from_epoch else 0.0,
+        "gates/pull_over_gradient": measured,
+        "metrics/masked_ap": plain if masked_ap is None else masked_ap,
+    }
 
 
 def _to_device(batch: Batch, epoch: Epoch) -> tuple[Tensor, Tensor]:
@@ -255,9 +381,9 @@ def _not_finite(where: str, what: str, parts: Mapping[str, float], lr: float) ->
 
 
 def _advance(
-    progress: Progress, number: int, evaluation: Evaluation | None, pull: Pull | None
+    progress: Progress, number: int, evaluation: Evaluation | None, pull: SmallestHalfL1 | None
 ) -> tuple[Progress, bool]:
-    progress = replace(progress, next_epoch=number + 1)
+    progress = replace(progress, next_epoch=number + 1, so_far=EpochSums())
     if evaluation is None:
         return progress, False
     progress = replace(progress, last_ap=evaluation.ap)
@@ -274,9 +400,9 @@ def _advance(
 def _record(
     run: RunFolder,
     number: int,
-    losses: dict[str, float],
+    losses: dict[str, float | None],
     evaluation: Evaluation | None,
-    pull: Pull | None,
+    pull: SmallestHalfL1 | None,
     seconds: float,
 ) -> None:
     closed = None if pull is None else pull.closed_share()
@@ -290,13 +416,18 @@ def _record(
     if pull is not None:
         run.log_gates(pull.gates(), number)
     run.append_row({"epoch": number, **scalars, "seconds": round(seconds, 3)})
-    shown = [f"{name.removeprefix('loss/')} {value:.4g}" for name, value in losses.items()]
+    labels = {"gates/pull_over_gradient": "pull/gradient", "metrics/masked_ap": "masked AP"}
+    shown = [
+        f"{labels.get(name, name.removeprefix('loss/').removeprefix('gates/'))} {value:.4g}"
+        for name, value in losses.items()
+        if value is not None
+    ]
     shown += [] if evaluation is None else [f"AP {evaluation.ap:.4f}", f"AP50 {evaluation.ap50:.4f}"]
     shown += [] if closed is None else [f"closed {closed:.1%}"]
     LOGGER.info("epoch %d: %s (%.1f s)", number, ", ".join(shown), seconds)
 
 
-def _caption(progress: Progress, pull: Pull | None) -> str:
+def _caption(progress: Progress, pull: SmallestHalfL1 | None) -> str:
     caption = f"epoch {progress.next_epoch}"
     if progress.best_ap is not None:
         caption += f", best AP {progress.best_ap:.3f}"

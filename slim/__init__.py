@@ -8,6 +8,7 @@ from slim.checkpoint import read as read
 from slim.checkpoint import restore as restore
 from slim.checkpoint import save as save
 from slim.checkpoint import widths_of as widths_of
+from slim.closing import ClosedShareController as ClosedShareController
 from slim.cost import Cost as Cost
 from slim.cost import cost as cost
 from slim.errors import SlimError as SlimError
@@ -15,6 +16,7 @@ from slim.fold import fold_gates as fold_gates
 from slim.gate import CLOSED as CLOSED
 from slim.gate import Gate as Gate
 from slim.gate import SmallestHalfL1 as SmallestHalfL1
+from slim.gate import closed_gates_at_zero as closed_gates_at_zero
 from slim.gate import closed_share as closed_share
 from slim.gate import gate_vectors as gate_vectors
 from slim.gate import strength_for as strength_for

@@ -6,7 +6,8 @@ followed by a bias and a non-linearity and promises no such thing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +114,24 @@ def closed_share(model: nn.Module) -> float:
     return sum(int((v.abs() < CLOSED).sum()) for v in vectors) / total if total else 0.0
 
 
+@contextlib.contextmanager
+def closed_gates_at_zero(model: nn.Module) -> Iterator[bool]:
+    """Inside, closed gates are exactly 0, as a cut of them leaves them; in place. Gives whether that changes any."""
+    vectors = list(gate_vectors(model).values())
+    kept = [vector.detach().clone() for vector in vectors]
+    changed = False
+    with torch.no_grad():
+        for vector, before in zip(vectors, kept, strict=True):
+            vector[before.abs() < CLOSED] = 0.0
+            changed |= not torch.equal(vector, before)
+    try:
+        yield changed
+    finally:
+        with torch.no_grad():
+            for vector, before in zip(vectors, kept, strict=True):
+                vector.copy_(before)
+
+
 class SmallestHalfL1:
     """The L1 pull on the smallest part of every gate vector, as a proximal step.
 
@@ -121,7 +140,12 @@ class SmallestHalfL1:
     ``max(0, gate - lr * strength)``; the others become ``max(0, gate)``. Unlike a term in the loss it reaches exactly 0
     and owes nothing to batch size, loss scale, momentum or AMP. (Proximal operator of the L1 norm: Parikh and Boyd,
     "Proximal Algorithms", 2014, section 6.5.2.)
+
+    ``strength`` and ``limit`` may be changed between steps; with a limit only so many gates are pulled, of those the
+    smallest over all vectors.
     """
+
+    limit: int | None = None
 
     def __init__(self, model: nn.Module, *, strength: float, fraction: float = 0.5) -> None:
         if not 0.0 <= fraction <= 1.0:
@@ -133,39 +157,76 @@ class SmallestHalfL1:
             raise SlimError("the model has no gates to pull; call slim.add_gates(model, graph) first")
         self.strength = strength
         self.fraction = fraction
+        self._sizes = [vector.numel() for vector in self.vectors.values()]
+        # All vectors are ranked at once, as rows of a table that is as wide as the longest of them.
+        width = max(self._sizes)
+        self._slots = torch.cat([row * width + torch.arange(size) for row, size in enumerate(self._sizes)])
+        self._pulled = torch.tensor([[int(size * fraction)] for size in self._sizes])
 
-    def pulled(self, vector: Tensor) -> Tensor:
-        """Indices of the entries that the next step pulls, [floor(size * fraction)]."""
-        return torch.sort(vector.detach().abs(), stable=True).indices[: int(vector.numel() * self.fraction)]
+    @torch.no_grad()
+    def pulled(self) -> Tensor:
+        """Which gates the next step pulls: bool [all gates], in the order of ``joined``."""
+        gates = self.joined()
+        slots, pulled = self._slots.to(gates.device), self._pulled.to(gates.device)
+        table = gates.new_full((len(self._sizes), max(self._sizes)), float("inf"))
+        table.view(-1)[slots] = gates.abs()
+        order = torch.sort(table, dim=1, stable=True).indices
+        is_low = torch.arange(table.shape[1], device=gates.device) < pulled
+        chosen = torch.zeros_like(table, dtype=torch.bool).scatter_(1, order, is_low).view(-1)[slots]
+        if self.limit is None:
+            return chosen
+        ranked = gates.abs().masked_fill_(~chosen, float("inf")).sort(stable=True).indices
+        chosen[ranked[self.limit :]] = False
+        return chosen
+
+    def joined(self) -> Tensor:
+        """All gates one after another, detached, [all gates]."""
+        return torch.cat([vector.detach() for vector in self.vectors.values()])
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Pull once with learning rate ``lr``, in place."""
-        for vector in self.vectors.values():
-            if self.strength > 0:
-                vector[self.pulled(vector)] -= lr * self.strength
-            vector.clamp_(min=0.0)
+        if self.strength > 0:
+            gates = self.joined().sub_(self.pulled() * (lr * self.strength))
+            torch._foreach_copy_(list(self.vectors.values()), list(gates.split(self._sizes)))
+        self.project()
 
     @torch.no_grad()
     def project(self) -> None:
         """Only keep the gates at or above 0, in place."""
-        for vector in self.vectors.values():
-            vector.clamp_(min=0.0)
+        torch._foreach_clamp_min_(list(self.vectors.values()), 0.0)
 
-    @torch.no_grad()
     def penalty(self) -> float:
         """Sum of the magnitudes of the entries that the next step would pull."""
-        return float(sum(v[self.pulled(v)].abs().sum() for v in self.vectors.values()))
+        return float(self.joined()[self.pulled()].abs().sum())
 
-    @torch.no_grad()
     def closed_share(self) -> float:
         """Share of all gates that are closed, 0..1."""
-        total = sum(v.numel() for v in self.vectors.values())
-        return sum(int((v.abs() < CLOSED).sum()) for v in self.vectors.values()) / total
+        gates = self.joined()
+        return int((gates.abs() < CLOSED).sum()) / gates.numel()
+
+    def against_gradient(self) -> float | None:
+        """The pull over the mean magnitude of the loss's gradient at the pulled gates; above 1 they close.
+
+        Read it between a backward pass and the next ``zero_grad``. None where there is no gradient.
+        """
+        gradients = [vector.grad for vector in self.vectors.values()]
+        if any(gradient is None for gradient in gradients):
+            return None
+        opposed = float(torch.cat([g for g in gradients if g is not None])[self.pulled()].abs().mean())
+        return self.strength / opposed if opposed > 0 else None
 
     def gates(self) -> dict[str, Tensor]:
         """The gate vectors by name, detached (for histograms)."""
         return {name: vector.detach() for name, vector in self.vectors.items()}
+
+    def state(self) -> dict[str, float]:
+        """What ``restore`` needs to continue exactly."""
+        return {"strength": self.strength}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Continue from a ``state``, in place."""
+        self.strength = state["strength"]
 
 
 def strength_for(total_lr: float, travel: float = 2.0) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import TRAINING_STATE_KEY, Evaluation
-from slim import Gate, write_atomically
+from slim import Gate, SmallestHalfL1, write_atomically
 
 
 class TinyDetector(nn.Module):
@@ -75,32 +75,21 @@ class TinyLoader:
             yield TinyBatch(images, torch.rand(5, 6, generator=random), [0, 1], [None, None])
 
 
-class RecordingPull:
-    """A pull on the gate of a TinyDetector that writes down what is called, with what."""
+class RecordingPull(SmallestHalfL1):
+    """The pull on the gate of a TinyDetector; writes down what is called, with what."""
 
     def __init__(self, model: TinyDetector, strength: float = 0.0, calls: list[Any] | None = None) -> None:
-        self.model, self.strength = model, strength
+        super().__init__(model, strength=strength)
         self.calls: list[Any] = [] if calls is None else calls
 
     def step(self, lr: float) -> None:
         self.calls.append(("pull", lr))
-        with torch.no_grad():
-            self.model.gate_vector[:2] -= lr * self.strength
-            self.model.gate_vector.clamp_(min=0)
+        super().step(lr)
 
     def project(self) -> None:
-        self.calls.append("project")
-        with torch.no_grad():
-            self.model.gate_vector.clamp_(min=0)
-
-    def penalty(self) -> float:
-        return float(self.model.gate_vector[:2].detach().sum())
-
-    def closed_share(self) -> float:
-        return float((self.model.gate_vector < 0.01).float().mean())
-
-    def gates(self) -> dict[str, Tensor]:
-        return {"g": self.model.gate_vector}
+        if not (self.calls and isinstance(self.calls[-1], tuple)):  # a step ends with it
+            self.calls.append("project")
+        super().project()
 
 
 def save(path: Path, model: nn.Module, state: dict[str, Any] | None) -> None:

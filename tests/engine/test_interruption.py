@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import OptimConfig, RunFolder, Sparsity, TrainConfig, fit, learning_rate_sum, read_training_state
+from engine.interruption import Interruption
+from slim import ClosedShareController
+from tests.engine.test_training import assert_same, tiny
+from tests.engine.tiny_detector import RecordingPull, TinyDetector, TinyLoader, save, squared_loss, weight_sum
+
+
+def sparse(model: TinyDetector) -> Sparsity:
+    pull = RecordingPull(model)
+    return Sparsity(pull, ClosedShareController(pull, 0.5, learning_rate_sum(OptimConfig(), 4, 3, 1)), from_epoch=1)
+
+
+def train(model: TinyDetector, run: RunFolder, loss_fn: Any = squared_loss, **options: Any) -> Any:
+    common: dict[str, Any] = {"config": TrainConfig(epochs=3), "evaluate": weight_sum, "save": save, "device": "cpu"}
+    return fit(model, loss_fn, TinyLoader(4), run=run, sparsity=sparse(model), **common, **options)
+
+
+@pytest.mark.parametrize(("signal_number", "at_step"), [(signal.SIGINT, 6), (signal.SIGTERM, 2), (signal.SIGINT, 12)])
+def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_run_continues_bit_for_bit(
+    tmp_path: Path, signal_number: int, at_step: int
+) -> None:
+    whole, whole_run = tiny(), RunFolder.create(tmp_path, "whole")
+    train(whole, whole_run)
+
+    steps = []
+
+    def signalled(outputs: Any, targets: Tensor) -> Any:
+        steps.append(1)
+        if len(steps) == at_step:
+            os.kill(os.getpid(), signal_number)
+        return squared_loss(outputs, targets)
+
+    run = RunFolder.create(tmp_path, "parts")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(
+        KeyboardInterrupt, match=f"stopped after batch {(at_step - 1) % 4 + 1} of epoch {(at_step - 1) // 4}"
+    ):
+        train(tiny(), run, signalled)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len(steps) == at_step
+    state = read_training_state(run.last)
+    progress, (epoch, batch) = state["progress"], divmod(at_step - 1, 4)
+    assert (progress["next_epoch"], progress["so_far"]["batches"]) == (epoch, batch + 1)
+    resumed = tiny(seed=9)
+    train(resumed, run, resume_state=state)
+    assert_same(resumed.state_dict(), whole.state_dict())
+    assert_same(read_training_state(run.last), read_training_state(whole_run.last))
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.read_rows()] for r in (run, whole_run)]
+    assert rows[0] == rows[1]
+
+
+def test_the_second_signal_leaves_at_once() -> None:
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.wanted
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+
+
+def test_other_threads_train_without_handlers() -> None:
+    seen: list[bool] = []
+
+    def work() -> None:
+        with Interruption() as interruption:
+            seen.append(interruption.wanted)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_the_controllers_state_travels_with_the_run(tmp_path: Path) -> None:
+    model, run = tiny(), RunFolder.create(tmp_path, "run")
+    train(model, run)
+    state = read_training_state(run.last)["pull"]
+    assert state["spent_lr"] > 0 and state["strength"] > 0
+    assert torch.equal(model.gate_vector.sort().values[:2], torch.zeros(2))
