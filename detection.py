@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 import slim
 from boxes import cxcywh_to_xyxy as cxcywh_to_xyxy
-from data import DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
+from data import Augment, DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
 from engine import EngineError, Evaluation, evaluate
 from engine.checkpoint import TRAINING_STATE_KEY
 from models import (
@@ -125,6 +128,20 @@ def open_data(data: str, data_root: str | None) -> DataConfig:
     return load_data_config(data, data_root)
 
 
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read ({error.strerror}); expected a checkpoint") from error
+
+
+def data_digest(config: DataConfig, split: str, img: int) -> str:
+    """SHA-256 of a split's classes, file names, image sizes and labels; pixels do not count."""
+    truth = DetectionDataset(config, split, img, cache=False).ground_truth()
+    return hashlib.sha256(json.dumps(truth, sort_keys=True).encode()).hexdigest()
+
+
 def example_image(img: int) -> Tensor:
     """An input to trace with, [1, 3, img, img]."""
     return torch.zeros(1, 3, img, img)
@@ -166,6 +183,13 @@ def training_loss(
         return criterion(raw, batch.targets)[0]
 
     return iter(loader), loss
+
+
+def training_images(config: DataConfig, img: int, batch_size: int, batches: int, seed: int) -> Iterator[Tensor]:
+    """Shuffled training images, augmented as in training: float [B, 3, img, img]."""
+    dataset = DetectionDataset(config, "train", img, Augment(), seed)
+    for batch in itertools.islice(build_loader(dataset, batch_size, shuffle=True, seed=seed), batches):
+        yield batch.images.float() / 255
 
 
 class Evaluator:

@@ -1,20 +1,47 @@
-"""The slimming loop: rounds of sparse training and cutting, final fine-tuning, gates folded."""
+"""The slimming loop as a journal: rounds of sparse training, cut and recovery, then fine-tuning and folding.
+
+The same command continues a loop that was interrupted or killed, whatever it was doing.
+"""
 
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import torch
 
 import detection
 import slim
-from engine import EngineError, RunFolder
-from engine.command import RunFlags, choose_device, flag, run_script
+from engine import (
+    CARRIED_STATE_KEY,
+    TRAINING_STATE_KEY,
+    EngineError,
+    Evaluation,
+    RunFolder,
+    WeightAverage,
+    build_optimizer,
+    milliseconds_per_image,
+    pack_carried_state,
+    plot_widths,
+    read_state,
+    recalibrate,
+)
+from engine.command import RunFlags, choose_device, flag, further_flags, run_script
+from engine.journal import Journal, emptied
+from engine.loop import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
 from finetune import FinetuneFlags
-from prune import PruneFlags, output_widths, prune
-from train_sparse import SparseFlags, train
+from prune import Cut, Material, PruneFlags, choose_plan, cut, open_material, output_widths, prove
+from train_sparse import SparseFlags, TrainFlags, train_in
+
+NOT_OF_THE_RUN = {"project", "name", "device", "workers", "debug", "data_root"}
+"""Flags that may change when a loop continues: what it finds does not depend on them."""
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -29,8 +56,11 @@ class IterateFlags(RunFlags):
     rounds: int = flag(3, "how many times to train sparsely and cut")
     macs: float = flag(0.4, "share of the MACs of --weights to keep in the end, above 0 to 1")
     sparse_epochs: int = flag(10, "epochs of sparse training a round")
-    finetune_epochs: int = flag(20, "epochs of fine-tuning after the last cut")
-    max_drop: float = flag(0.02, "AP that the slim network may lose against the baseline; more is reported")
+    recovery_epochs: int = flag(5, "epochs of training after each cut, before it is judged; 0 judges it at once")
+    finetune_epochs: int = flag(20, "epochs of fine-tuning at the end")
+    max_drop: float = flag(0.02, "a round is accepted while AP and the worst class's AP are at most so far below dense")
+    attempts: int = flag(3, "cuts to try in a round, each half as far as the one before, until one is accepted")
+    recalibrate: int = flag(8, "training batches on which batch-norm statistics are re-estimated after a cut")
     batch_size: int = flag(16, "images a step")
     workers: int = flag(2, "loader processes")
     lr: float = flag(0.01, "learning rate after the warm-up, of every training")
@@ -40,114 +70,340 @@ class IterateFlags(RunFlags):
     tie: Literal["group", "layer"] = flag("group", "one gate vector a group, or one an activation")
     round_to: int = flag(8, "kept widths are multiples of this many channels")
     min_channels: int = flag(8, "every group keeps at least this many channels")
+    train: list[str] = flag([], "further flags of every training, as name=value")  # noqa: RUF009
+    sparse: list[str] = flag([], "further flags of the sparse trainings, as name=value")  # noqa: RUF009
+    finetune: list[str] = flag([], "further flags of recovery and fine-tuning, as name=value")  # noqa: RUF009
+
+    def check(self) -> None:
+        """EngineError for what no loop can do."""
+        for name, least in (("rounds", 1), ("attempts", 1), ("recovery_epochs", 0), ("recalibrate", 0)):
+            if getattr(self, name) < least:
+                raise EngineError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
+        if not 0 < self.macs <= 1:
+            raise EngineError(f"--macs {self.macs}: expected above 0 to 1, the share to keep")
 
 
-def shared(flags: IterateFlags, kind: type[Any]) -> dict[str, Any]:
-    """The flags that a step of the loop has in common with the loop."""
-    wanted = {field.name for field in fields(kind)} - {"project", "name", "weights", "macs"}
-    return {name: value for name, value in asdict(flags).items() if name in wanted}
+@dataclass(frozen=True)
+class Accepted:
+    """The smallest network that the loop has accepted so far."""
+
+    weights: Path
+    macs: int
+    plans: tuple[slim.Plan, ...] = ()
+    carried: Path | None = None
+
+
+class Loop:
+    """One run: its journal, and what its phases need."""
+
+    def __init__(self, flags: IterateFlags, run: RunFolder, journal: Journal) -> None:
+        self.flags, self.run, self.journal = flags, run, journal
+        self.device = choose_device(flags.device)
+        self.dense = detection.read_network(flags.weights)
+        config = detection.open_data(flags.data, flags.data_root)
+        detection.check_image_size(self.dense.model, flags.img)
+        detection.check_classes(self.dense, config, flags.weights, flags.data)
+        self.config = config
+        self.val_set = detection.DetectionDataset(config, "val", flags.img)
+        self.evaluator = detection.Evaluator(self.val_set, batch_size=flags.batch_size, workers=0, device=self.device)
+        self.candidates: list[Candidate] = []
+
+    def flags_of(self, kind: type[Kind], further: list[str], **given: Any) -> Kind:
+        """A step's flags: those that it has in common with the loop, then the further ones, then what the step is given."""
+        wanted = {field.name for field in fields(kind)} - {"project", "name", "weights", "macs"}  # type: ignore[arg-type]
+        common = {name: value for name, value in asdict(self.flags).items() if name in wanted}
+        return kind(**{**common, **further_flags(kind, further), **given})
+
+    def baseline(self) -> dict[str, Any]:
+        """What the dense network reaches: the measure of every candidate."""
+
+        def act(work: Path) -> dict[str, Any]:
+            return self.found(self.dense.model, self.evaluator(self.dense.model))
+
+        return self.journal.phase("baseline", act)
+
+    def found(self, model: torch.nn.Module, evaluation: Evaluation) -> dict[str, Any]:
+        cost = slim.cost(model.cpu(), detection.example_image(self.flags.img))
+        channels = output_widths(model)
+        return {**evaluation.metrics(), "macs": cost.macs, "params": cost.params, "channels": channels}
+
+    def training(self, name: str, flags: TrainFlags, carried: Path | None) -> Path:
+        """The folder of a finished training, which continues from its last checkpoint where it was interrupted."""
+
+        def act(work: Path) -> dict[str, Any]:
+            run, state = RunFolder(work), None
+            try:
+                state = read_state(run.last, TRAINING_STATE_KEY)
+            except EngineError as error:
+                if run.last.exists():
+                    print(f"{error}; the phase starts again")
+            if state is None:
+                emptied(work)
+            taken_over = None if state is not None or carried is None else carried_state(carried)
+            done = train_in(run, flags, resume_state=state, carried_state=taken_over)
+            return {"ap": done.evaluation.ap, "closed_share": done.fit.closed_share}
+
+        self.journal.phase(name, act)
+        return self.journal.folder / name
+
+    def round(self, number: int, start: Accepted, baseline: Mapping[str, Any]) -> Accepted | None:
+        """One round from the network accepted last; None where no cut was accepted."""
+        flags = self.flags
+        sparse_flags = self.flags_of(
+            SparseFlags, [*flags.train, *flags.sparse], weights=str(start.weights), epochs=flags.sparse_epochs
+        )
+        sparse = RunFolder(self.training(f"round{number}-sparse", sparse_flags, start.carried)).last
+        target = round_target(start.macs, baseline["macs"] * flags.macs, flags.rounds - number + 1)
+        for attempt in range(1, flags.attempts + 1):
+            name = f"round{number}-try{attempt}"
+            print(f"round {number} of {flags.rounds}, attempt {attempt}: {target / baseline['macs']:.1%} of the MACs")
+            plan = self.plan(f"{name}-plan", sparse, round(target))
+            weights = self.cut(f"{name}-cut", sparse, plan)
+            if flags.recovery_epochs:
+                recovery_flags = self.flags_of(
+                    FinetuneFlags, [*flags.train, *flags.finetune], weights=str(weights), epochs=flags.recovery_epochs
+                )
+                weights = RunFolder(self.training(f"{name}-recovery", recovery_flags, weights)).last
+            candidate = self.judge(f"{name}-evaluation", weights, baseline, (number, attempt))
+            if candidate.accepted:
+                return Accepted(weights, candidate.macs, (*start.plans, plan), weights)
+            target = smaller_cut(start.macs, target)
+        return None
+
+    def plan(self, name: str, sparse: Path, macs: int) -> slim.Plan:
+        """What the round would cut."""
+        flags = self.flags_of(PruneFlags, [], weights=str(sparse), macs=macs)
+
+        def act(work: Path) -> dict[str, Any]:
+            _, plan = choose_plan(flags, open_material(flags))
+            print(plan)
+            slim.write_text_atomically(work / "plan.json", plan.to_json())
+            return {"macs": plan.macs, "params": plan.params}
+
+        self.journal.phase(name, act)
+        return slim.Plan.from_json((self.journal.folder / name / "plan.json").read_text(encoding="utf-8"))
+
+    def cut(self, name: str, sparse: Path, plan: slim.Plan) -> Path:
+        """The narrow network, proven, with the optimiser and moving average of its training cut alike."""
+        flags = self.flags_of(PruneFlags, [], weights=str(sparse), macs=plan.macs[1])
+
+        def act(work: Path) -> dict[str, Any]:
+            material = open_material(flags)
+            before = output_widths(material.network.model)
+            done = cut(flags, material, plan)
+            carried = self.cut_training_state(material, sparse, plan, done)
+            slim.save(done.model, work / "pruned.pt", material.network.build, {CARRIED_STATE_KEY: carried})
+            plot_widths(before, output_widths(done.model), work / "widths.png")
+            assert done.masked is not None and done.pruned is not None
+            return {
+                "max_difference": done.max_difference,
+                "masked_ap": done.masked.ap,
+                "pruned_ap": done.pruned.ap,
+            }
+
+        self.journal.phase(name, act)
+        return self.journal.folder / name / "pruned.pt"
+
+    def cut_training_state(self, material: Material, sparse: Path, plan: slim.Plan, done: Cut) -> dict[str, Any]:
+        """The sparse training's weights, optimiser state and moving average, as narrow as the network."""
+        optim = self.flags_of(SparseFlags, [*self.flags.train, *self.flags.sparse]).optim()
+        state, raw = read_state(sparse, TRAINING_STATE_KEY), material.network.model
+        assert state is not None
+        average = WeightAverage(raw, optim)
+        raw.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer = build_optimizer(raw, optim)
+        optimizer.load_state_dict(state["optimizer"])
+        raw, optimizer, average = slim.apply_plan(raw, plan, optimizer=optimizer, ema=average)
+        if self.flags.recalibrate:
+            images = detection.training_images(
+                self.config, self.flags.img, self.flags.batch_size, self.flags.recalibrate, self.flags.seed
+            )
+            recalibrate(raw, images, self.device)
+        average.module.load_state_dict(done.model.state_dict())
+        return pack_carried_state(raw.cpu(), optimizer, average)
+
+    def judge(self, name: str, weights: Path, baseline: Mapping[str, Any], place: tuple[int, int]) -> Candidate:
+        """AP and milliseconds of a candidate, and whether it is accepted."""
+
+        def act(work: Path) -> dict[str, Any]:
+            model = detection.read_network(weights).model
+            evaluation = self.evaluator(model)
+            accepted, reason = judged(evaluation.ap, evaluation.per_class, baseline, self.flags.max_drop)
+            times = self.milliseconds(model)
+            return {**self.found(model, evaluation), "ms": times, "accepted": accepted, "reason": reason}
+
+        found = self.journal.phase(name, act)
+        candidate = self.candidate_of(found, baseline, place, found["ms"]["candidate"], weights)
+        if not self.candidates:
+            self.candidates.append(self.candidate_of(baseline, baseline, (0, 0), found["ms"]["dense"], None))
+        self.candidates.append(candidate)
+        write_pareto(self.candidates, self.run.path / "pareto.csv")
+        verdict = "accepted" if candidate.accepted else "rejected"
+        print(f"{verdict}: AP {candidate.ap:.4f} at {candidate.keep_macs:.1%} of the MACs, {candidate.reason}")
+        return candidate
+
+    def milliseconds(self, model: torch.nn.Module) -> dict[str, float]:
+        """One image, measured in turn with the dense network, gates folded."""
+        networks = {"dense": slim.fold_gates(self.dense.model.cpu()), "candidate": slim.fold_gates(model.cpu())}
+        return milliseconds_per_image(networks, detection.example_image(self.flags.img), repeats=15, warmup=3)
+
+    def candidate_of(
+        self,
+        found: Mapping[str, Any],
+        dense: Mapping[str, Any],
+        place: tuple[int, int],
+        ms: float,
+        weights: Path | None,
+    ) -> Candidate:
+        worst, worst_ap = worst_of(found["per_class"])
+        return Candidate(
+            round=place[0],
+            attempt=place[1],
+            keep_macs=found["macs"] / dense["macs"],
+            macs=found["macs"],
+            params=found["params"],
+            ap=found["ap"],
+            ap50=found["ap50"],
+            worst_class=worst,
+            worst_class_ap=worst_ap,
+            ms=ms,
+            accepted=found.get("accepted", True),
+            reason=found.get("reason", "the dense network"),
+            folder="baseline" if weights is None else weights.relative_to(self.run.path).parts[0],
+        )
+
+    def fold(self, weights: Path) -> Path:
+        """The network without gates, proven equal to the one with them."""
+
+        def act(work: Path) -> dict[str, Any]:
+            network = detection.read_network(weights)
+            images = detection.real_images(self.val_set, 4)
+            folded = slim.fold_gates(network.model)
+            difference = prove(network.model, folded, images)
+            detection.save_network(work / "slim.pt", folded, network.build)
+            return {"max_difference": difference, "gates_left": len(slim.gate_vectors(folded))}
+
+        self.journal.phase("fold", act)
+        return self.journal.folder / "fold" / "slim.pt"
+
+
+def carried_state(weights: Path) -> dict[str, Any]:
+    """What the training before hands on: cut along with the network, or as its last checkpoint holds it."""
+    carried = read_state(weights, CARRIED_STATE_KEY)
+    if carried is not None:
+        return carried
+    state = read_state(weights, TRAINING_STATE_KEY)
+    assert state is not None
+    return {"model": state["model"], "average": state["average"], "optimizer": state["optimizer"]["state"]}
 
 
 def iterate(flags: IterateFlags) -> Path:
-    """Run the loop; returns the file of the slim network."""
-    if flags.rounds < 1:
-        raise EngineError(f"--rounds {flags.rounds}: expected at least 1")
-    if not 0 < flags.macs <= 1:
-        raise EngineError(f"--macs {flags.macs}: expected above 0 to 1, the share to keep")
-    network = detection.read_network(flags.weights)
+    """Run the loop, or what is left of it; returns the file of the slim network."""
+    flags.check()
+    run, opening = open_loop(flags)
+    with run.held():
+        journal = Journal(run.path, opening)
+        run.write_config(asdict(flags))
+        try:
+            return run_loop(Loop(flags, run, journal))
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(f"{stop or 'left at once'}; the same command continues {run.path}") from stop
+
+
+def open_loop(flags: IterateFlags) -> tuple[RunFolder, dict[str, Any]]:
+    """The folder of a loop with these very settings, else a new one; and what its journal begins with."""
+    settings = {name: value for name, value in asdict(flags).items() if name not in NOT_OF_THE_RUN}
     config = detection.open_data(flags.data, flags.data_root)
-    detection.check_image_size(network.model, flags.img)
-    detection.check_classes(network, config, flags.weights, flags.data)
-    evaluator = detection.Evaluator(
-        detection.DetectionDataset(config, "val", flags.img),
-        batch_size=flags.batch_size,
-        workers=0,
-        device=choose_device(flags.device),
-    )
-    run = RunFolder.create(flags.project, flags.name)
-    run.write_config(asdict(flags))
-    baseline = evaluator(network.model).ap
-    dense = slim.cost(network.model.cpu(), detection.example_image(flags.img))
-    rows = [("dense", baseline, dense.macs, dense.params)]
-    run.log_channels(output_widths(network.model), 0)
-    weights, plans = flags.weights, list[slim.Plan]()
+    opening = {
+        "settings": settings,
+        "weights": detection.file_digest(flags.weights),
+        "data": {split: detection.data_digest(config, split, flags.img) for split in ("train", "val")},
+    }
+    number = 1
+    while True:
+        path = Path(flags.project) / (flags.name if number == 1 else f"{flags.name}{number}")
+        known = Journal.opening_of(path)
+        if not path.exists():
+            return RunFolder.create(flags.project, path.name), opening
+        if known is not None and known["settings"] == settings:
+            print(f"{path}: continued")
+            return RunFolder.open(path), opening
+        number += 1
+
+
+def run_loop(loop: Loop) -> Path:
+    """All phases in order; finished ones give what they found."""
+    flags, baseline = loop.flags, loop.baseline()
+    print(f"dense: AP {baseline['ap']:.4f}, {baseline['macs'] / 1e6:.1f} M MACs")
+    best = Accepted(Path(flags.weights), baseline["macs"])
     for number in range(1, flags.rounds + 1):
-        print(f"round {number} of {flags.rounds}")
-        sparse = train(
-            SparseFlags(
-                **shared(flags, SparseFlags),
-                project=str(run.path),
-                name=f"sparse{number}",
-                weights=weights,
-                epochs=flags.sparse_epochs,
+        following = loop.round(number, best, baseline)
+        if following is None:
+            print(
+                f"round {number}: no cut was accepted; the loop stops at {best.macs / baseline['macs']:.1%} of the MACs"
             )
+            break
+        best = following
+    if not best.plans:
+        raise EngineError(
+            f"{loop.run.path}: not one cut kept AP within --max-drop {flags.max_drop:g} (pareto.csv lists them); "
+            "allow a larger drop, keep more MACs, or train longer (--recovery-epochs)"
         )
-        # Equal ratios: the rounds' targets are a geometric series from 1 down to --macs.
-        target = dense.macs * flags.macs ** (number / flags.rounds)
-        result = prune(
-            PruneFlags(
-                **shared(flags, PruneFlags),
-                project=str(run.path),
-                name=f"cut{number}",
-                weights=str(sparse.run.last),
-                macs=round(target),
-            ),
-            number,
+    tuned = best.weights
+    if flags.finetune_epochs:
+        tuning_flags = loop.flags_of(
+            FinetuneFlags, [*flags.train, *flags.finetune], weights=str(best.weights), epochs=flags.finetune_epochs
         )
-        weights = str(result.out)
-        plans.append(result.plan)
-        rows.append((f"round {number}, sparse", sparse.evaluation.ap, *sparse_cost(result.plan, 0)))
-        rows.append((f"round {number}, cut", result.pruned_ap or 0.0, *sparse_cost(result.plan, 1)))
-        cut = detection.read_network(weights)
-        run.log_channels(output_widths(cut.model), number)
-        run.log_scalars({"metrics/ap": result.pruned_ap, "cost/macs": float(result.plan.macs[1])}, number)
-    slim.write_text_atomically(run.path / "plan.json", functools.reduce(slim.Plan.then, plans).to_json())
-    final = train(
-        FinetuneFlags(
-            **shared(flags, FinetuneFlags),
-            project=str(run.path),
-            name="finetune",
-            weights=weights,
-            epochs=flags.finetune_epochs,
-        ),
-        keep_gates=False,
-    )
-    rows.append(("fine-tuned", final.evaluation.ap, *sparse_cost(result.plan, 1)))
-    return conclude(flags, run, final.run, evaluator, rows)
+        tuned = RunFolder(loop.training("finetune", tuning_flags, best.carried)).last
+    folded = loop.fold(tuned)
+    final = loop.judge("evaluation", folded, baseline, (len(best.plans), 0))
+    return conclude(loop, best, folded, final, baseline)
 
 
-def sparse_cost(plan: slim.Plan, after: int) -> tuple[int, int]:
-    """MACs and parameters before (0) or after (1) a cut."""
-    return plan.macs[after], plan.params[after]
-
-
-def conclude(
-    flags: IterateFlags,
-    run: RunFolder,
-    last: RunFolder,
-    evaluator: detection.Evaluator,
-    rows: list[tuple[str, float, int, int]],
-) -> Path:
-    """The slim network's file, metrics and table."""
-    slim_network = detection.read_network(last.last)
-    out = run.path / "weights" / "slim.pt"
-    detection.save_network(out, slim_network.model, slim_network.build)
-    evaluation = evaluator(slim_network.model)
-    baseline, macs, params = rows[0][1:]
-    cost = slim.cost(slim_network.model.cpu(), detection.example_image(flags.img))
-    run.write_metrics({**evaluation.metrics(), "params": cost.params, "macs": cost.macs, "baseline_ap": baseline})
-    run.close()
-    lines = ["| step | AP | M MACs | M parameters |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {ap:.4f} | {m / 1e6:.1f} | {p / 1e6:.3f} |" for name, ap, m, p in rows]
-    slim.write_text_atomically(run.path / "report.md", "\n".join(["# Slimming run", "", *lines, ""]))
+def conclude(loop: Loop, best: Accepted, folded: Path, final: Candidate, baseline: Mapping[str, Any]) -> Path:
+    """The slim network's file, plan, metrics, board and table; made anew from the journal each time."""
+    run, out = loop.run, loop.run.path / "weights" / "slim.pt"
+    slim.write_atomically(out, lambda temporary: shutil.copyfile(folded, temporary))
+    slim.write_text_atomically(run.path / "plan.json", functools.reduce(slim.Plan.then, best.plans).to_json())
+    found = loop.journal.result("evaluation")
+    assert found is not None
+    run.write_metrics({**found, "baseline": baseline, "baseline_ap": baseline["ap"]})
+    board(loop, baseline)
+    lines = ["| network | AP | M MACs | M parameters | ms | accepted |", "| --- | --- | --- | --- | --- | --- |"]
+    for c in loop.candidates:
+        name = (
+            "dense" if c.round == 0 else f"round {c.round}, attempt {c.attempt}" if c.attempt else "fine-tuned, folded"
+        )
+        mark = "yes" if c.accepted else "no"
+        lines.append(f"| {name} | {c.ap:.4f} | {c.macs / 1e6:.1f} | {c.params / 1e6:.3f} | {c.ms:.1f} | {mark} |")
     print("\n".join(lines))
-    drop = baseline - evaluation.ap
-    verdict = "within" if drop <= flags.max_drop else "MORE than"
+    drop = baseline["ap"] - final.ap
+    verdict = "within" if final.accepted else "MORE than"
     print(
-        f"{out}: {cost.macs / macs:.1%} of the MACs, {cost.params / params:.1%} of the parameters; AP drop {drop:.4f}, "
-        f"{verdict} --max-drop {flags.max_drop:g}"
+        f"{out}: {final.keep_macs:.1%} of the MACs, {final.params / baseline['params']:.1%} of the parameters; "
+        f"AP drop {drop:.4f}, {verdict} --max-drop {loop.flags.max_drop:g}"
     )
     return out
+
+
+def board(loop: Loop, baseline: Mapping[str, Any]) -> None:
+    """TensorBoard's series against the round, written anew: a loop that continued shows no step twice."""
+    run = loop.run
+    for old in run.path.glob("events.out.*"):
+        old.unlink()
+    widths = {0: baseline["channels"]}
+    for c in loop.candidates:
+        if c.attempt and c.accepted:
+            result = loop.journal.result(f"round{c.round}-try{c.attempt}-evaluation")
+            assert result is not None
+            widths[c.round] = result["channels"]
+        if c.round == 0 or (c.attempt and c.accepted):
+            scalars = {"metrics/ap": c.ap, "metrics/ap50": c.ap50, "cost/macs": c.macs, "cost/params": c.params}
+            run.log_scalars(scalars, c.round)
+    for number, channels in widths.items():
+        run.log_channels(channels, number)
+    run.close()
 
 
 def main(flags: IterateFlags) -> None:

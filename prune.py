@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,8 @@ from torch import nn
 
 import detection
 import slim
-from engine import EngineError, RunFolder, plot_widths
+from data import DataConfig
+from engine import EngineError, Evaluation, RunFolder, plot_widths, recalibrate
 from engine.command import RunFlags, choose_device, flag, run_script
 
 TOLERANCE = 1e-4
@@ -47,6 +47,9 @@ class PruneFlags(RunFlags):
     ignore: list[str] = flag([], "patterns of layers that stay whole, such as 'model.24.*'")  # noqa: RUF009
     data: str | None = flag(None, "data set: prove on its val images and evaluate masked and pruned")
     data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
+    recalibrate: int = flag(
+        0, "training batches on which batch-norm statistics are re-estimated after the cut; 0 keeps them"
+    )
     batch_size: int = flag(16, "images at once in the evaluation")
     out: str | None = flag(None, "file for the narrow network; else weights/pruned.pt in the run folder")
 
@@ -63,22 +66,64 @@ class PruneResult:
     max_difference: float
 
 
+@dataclass(frozen=True)
+class Material:
+    """What is cut, and on what the cut is judged."""
+
+    network: detection.Network
+    device: torch.device
+    images: torch.Tensor
+    config: DataConfig | None
+    evaluator: detection.Evaluator | None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A narrow network, proven; the evaluations are None without a data set."""
+
+    model: nn.Module
+    max_difference: float
+    masked: Evaluation | None
+    pruned: Evaluation | None
+
+
 def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
     """Plan, mask, cut, prove, save; nothing is saved unless pruned = masked."""
+    material = open_material(flags)
+    graph, plan = choose_plan(flags, material)
+    print(plan)
+    done = cut(flags, material, plan)
+    run = RunFolder.create(flags.project, flags.name)
+    run.write_config(asdict(flags))
+    slim.write_text_atomically(run.path / "plan.json", plan.to_json())
+    out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
+    detection.save_network(out, done.model, material.network.build)
+    record(run, graph, material.network.model, done, flags.criterion, pruning_round)
+    print(f"saved {out}")
+    masked_ap, pruned_ap = (None if found is None else found.ap for found in (done.masked, done.pruned))
+    return PruneResult(run, out, plan, masked_ap, pruned_ap, done.max_difference)
+
+
+def open_material(flags: PruneFlags) -> Material:
+    """The network of --weights and the images to prove its cut on: real ones with --data, else noise."""
     network = detection.read_network(flags.weights)
-    model = network.model
-    detection.check_image_size(model, flags.img)
+    detection.check_image_size(network.model, flags.img)
     device = choose_device(flags.device)
-    evaluator = None
-    images = torch.rand(2, 3, flags.img, flags.img, generator=torch.Generator().manual_seed(flags.seed))
-    if flags.data is not None:
-        config = detection.open_data(flags.data, flags.data_root)
-        detection.check_classes(network, config, flags.weights, flags.data)
-        dataset = detection.DetectionDataset(config, "val", flags.img)
-        evaluator = detection.Evaluator(dataset, batch_size=flags.batch_size, workers=0, device=device)
-        images = detection.real_images(dataset, PROOF_IMAGES)
+    if flags.data is None:
+        images = torch.rand(2, 3, flags.img, flags.img, generator=torch.Generator().manual_seed(flags.seed))
+        return Material(network, device, images, None, None)
+    config = detection.open_data(flags.data, flags.data_root)
+    detection.check_classes(network, config, flags.weights, flags.data)
+    dataset = detection.DetectionDataset(config, "val", flags.img)
+    evaluator = detection.Evaluator(dataset, batch_size=flags.batch_size, workers=0, device=device)
+    return Material(network, device, detection.real_images(dataset, PROOF_IMAGES), config, evaluator)
+
+
+def choose_plan(flags: PruneFlags, material: Material) -> tuple[slim.ChannelGraph, slim.Plan]:
+    """Trace, score, plan."""
+    model = material.network.model
     graph = slim.trace(model, detection.example_image(flags.img))
-    scores = judge(flags, model, graph, device)
+    scores = judge(flags, model, graph, material)
     plan = slim.make_plan(
         graph,
         scores,
@@ -94,53 +139,41 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
         overrides=dict(width_override(text) for text in flags.overrides),
         ignore=flags.ignore,
     )
-    print(plan)
+    return graph, plan
+
+
+def cut(flags: PruneFlags, material: Material, plan: slim.Plan) -> Cut:
+    """The narrow network of a plan: masked first, then proven, then (--recalibrate) its statistics re-estimated."""
+    model, evaluator = material.network.model, material.evaluator
     masked = slim.mask(model, plan)
     masked_evaluation = evaluator(masked) if evaluator else None
     if masked_evaluation:
         print(f"masked AP {masked_evaluation.ap:.4f}")
     pruned = slim.apply_plan(model, plan)
-    difference = prove(masked.cpu(), pruned, images)
+    difference = prove(masked.cpu(), pruned, material.images)
+    print(f"pruned = masked to {difference:.1e} of the largest output on {len(material.images)} images")
+    if flags.recalibrate:
+        if material.config is None:
+            raise EngineError("--recalibrate needs --data: statistics are re-estimated on its training images")
+        batch_size, seed = flags.batch_size, flags.seed
+        batches = detection.training_images(material.config, flags.img, batch_size, flags.recalibrate, seed)
+        recalibrate(pruned, batches, material.device)
     pruned_evaluation = evaluator(pruned) if evaluator else None
-    run = RunFolder.create(flags.project, flags.name)
-    run.write_config(asdict(flags))
-    slim.write_text_atomically(run.path / "plan.json", plan.to_json())
-    out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
-    detection.save_network(out, pruned.cpu(), network.build)
-    record(
-        run,
-        graph,
-        model,
-        pruned,
-        pruning_round,
-        {
-            "criterion": flags.criterion,
-            "max_difference": difference,
-            "masked_ap": masked_evaluation.ap if masked_evaluation else None,
-            "masked_ap50": masked_evaluation.ap50 if masked_evaluation else None,
-            "pruned_ap": pruned_evaluation.ap if pruned_evaluation else None,
-            **(pruned_evaluation.metrics() if pruned_evaluation else NOT_EVALUATED),
-        },
-    )
-    aps = [e.ap if e else None for e in (masked_evaluation, pruned_evaluation)]
-    if evaluator:
-        print(f"pruned AP {aps[1]:.4f}")
-    print(f"pruned = masked to {difference:.1e} of the largest output on {len(images)} images; saved {out}")
-    return PruneResult(run, out, plan, aps[0], aps[1], difference)
+    if pruned_evaluation:
+        print(f"pruned AP {pruned_evaluation.ap:.4f}")
+    return Cut(pruned.cpu(), difference, masked_evaluation, pruned_evaluation)
 
 
-def judge(
-    flags: PruneFlags, model: nn.Module, graph: slim.ChannelGraph, device: torch.device
-) -> dict[str, torch.Tensor]:
+def judge(flags: PruneFlags, model: nn.Module, graph: slim.ChannelGraph, material: Material) -> dict[str, torch.Tensor]:
     """Scores by the criterion; ``taylor`` runs batches of the training split through YOLOv5's loss."""
     batches, loss = None, None
     if flags.criterion == "taylor":
-        if flags.data is None or flags.taylor_batches < 1:
+        if material.config is None or flags.taylor_batches < 1:
             raise EngineError(
                 "--criterion taylor needs --data, whose training images it averages, and --taylor-batches >= 1"
             )
         batches, loss = detection.training_loss(
-            model.to(device), detection.open_data(flags.data, flags.data_root), flags.img, flags.batch_size, flags.seed
+            model.to(material.device), material.config, flags.img, flags.batch_size, flags.seed
         )
         batches = itertools.islice(batches, flags.taylor_batches)
     scores = slim.score(
@@ -188,19 +221,19 @@ def output_widths(model: nn.Module) -> dict[str, int]:
 
 
 def record(
-    run: RunFolder,
-    graph: slim.ChannelGraph,
-    model: nn.Module,
-    pruned: nn.Module,
-    pruning_round: int,
-    metrics: Mapping[str, Any],
+    run: RunFolder, graph: slim.ChannelGraph, model: nn.Module, done: Cut, criterion: str, pruning_round: int
 ) -> None:
     """metrics.json, TensorBoard and the width plot of a cut."""
-    before, after = output_widths(model), output_widths(pruned)
-    cost = slim.cost(pruned, example_like(graph))
+    before, after = output_widths(model), output_widths(done.model)
+    cost = slim.cost(done.model, example_like(graph))
     run.write_metrics(
         {
-            **metrics,
+            **(done.pruned.metrics() if done.pruned else NOT_EVALUATED),
+            "criterion": criterion,
+            "max_difference": done.max_difference,
+            "masked_ap": done.masked.ap if done.masked else None,
+            "masked_ap50": done.masked.ap50 if done.masked else None,
+            "pruned_ap": done.pruned.ap if done.pruned else None,
             "params": cost.params,
             "macs": cost.macs,
             "before": {"params": graph.params, "macs": graph.macs, "channels": before},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -121,8 +121,31 @@ class TrainResult:
 
 
 def train(flags: TrainFlags, *, keep_gates: bool = True) -> TrainResult:
+    """Train in a new run folder, or with --resume in the newest of that name."""
+    run, flags = open_run(flags)
+    with run.held():
+        resume_state = read_training_state(run.last) if flags.resume else None
+        try:
+            return train_in(run, flags, keep_gates=keep_gates, resume_state=resume_state)
+        except KeyboardInterrupt as stop:
+            if not run.last.is_file():
+                raise KeyboardInterrupt(f"no step was saved in {run.path}") from stop
+            script = "train_sparse.py" if isinstance(flags, SparseFlags) else "finetune.py"
+            where = f"--project {run.path.parent} --name {run.path.name}"
+            raise KeyboardInterrupt(
+                f"{stop or 'left at once'}; continue with: python {script} --resume {where}"
+            ) from stop
+
+
+def train_in(
+    run: RunFolder,
+    flags: TrainFlags,
+    *,
+    keep_gates: bool = True,
+    resume_state: dict[str, Any] | None = None,
+    carried_state: dict[str, Any] | None = None,
+) -> TrainResult:
     """Sparse training for SparseFlags, plain training otherwise; prints a line an epoch and fills the run folder."""
-    run, resume_state, flags = open_run(flags)
     device = choose_device(flags.device)
     seed_generators(flags.seed)
     config = detection.open_data(flags.data, flags.data_root)
@@ -158,14 +181,15 @@ def train(flags: TrainFlags, *, keep_gates: bool = True) -> TrainResult:
         evaluate=evaluator,
         sparsity=sparsity,
         resume_state=resume_state,
+        carried_state=carried_state,
     )
     return finish(run, flags, evaluator, result, device)
 
 
-def open_run(flags: TrainFlags) -> tuple[RunFolder, dict[str, object] | None, TrainFlags]:
-    """A new run folder, or with --resume the newest of that name with its training state and its own settings."""
+def open_run(flags: TrainFlags) -> tuple[RunFolder, TrainFlags]:
+    """A new run folder, or with --resume the newest of that name with its own settings."""
     if not flags.resume:
-        return RunFolder.create(flags.project, flags.name), None, flags
+        return RunFolder.create(flags.project, flags.name), flags
     taken = [p for p in Path(flags.project).glob(f"{flags.name}*") if (p / "weights" / "last.pt").is_file()]
     numbered = {
         int(p.name.removeprefix(flags.name) or 1): p
@@ -178,8 +202,7 @@ def open_run(flags: TrainFlags) -> tuple[RunFolder, dict[str, object] | None, Tr
         )
     run = RunFolder.open(numbered[max(numbered)])
     known = run.read_config()
-    settings = replace(flags, **{**known, "resume": True, "debug": flags.debug})
-    return run, read_training_state(run.last), settings
+    return run, replace(flags, **{**known, "resume": True, "debug": flags.debug})
 
 
 def starting_network(
@@ -201,7 +224,7 @@ def starting_network(
 def make_sparsity(flags: TrainFlags, model: torch.nn.Module, steps: int) -> Sparsity | None:
     """The pull of sparse training; without one, gates that the network has are only kept at or above 0."""
     if not isinstance(flags, SparseFlags):
-        return Sparsity(slim.SmallestHalfL1(model, strength=0.0)) if slim.gate_vectors(model) else None
+        return Sparsity(slim.SmallestHalfL1(model, strength=0.0), None, None) if slim.gate_vectors(model) else None
     if flags.pull_from >= flags.epochs:
         raise EngineError(
             f"--pull-from {flags.pull_from} leaves no epoch with the pull; expected less than --epochs {flags.epochs}"

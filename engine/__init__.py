@@ -21,6 +21,7 @@ from .optimiser import (
     gate_parameters,
     learning_rate_factor,
     learning_rate_sum,
+    recalibrate,
 )
 from .plots import (
     draw_detections,
@@ -73,6 +74,7 @@ __all__ = [
     "plot_widths",
     "read_state",
     "read_training_state",
+    "recalibrate",
     "save_coco_json",
     "save_png",
     "seed_generators",

@@ -65,6 +65,24 @@ def parse(kind: type[Flags], description: str, argv: Sequence[str] | None = None
     return kind(**{field.name: parsed[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
+def further_flags(kind: type[Any], pairs: Sequence[str]) -> dict[str, Any]:
+    """name=value pairs as the typed values of a script's flags; EngineError for one that it does not have."""
+    given = parse(kind, "", as_arguments(pairs))
+    names = {pair.split("=", 1)[0].replace("-", "_") for pair in pairs}
+    return {name: getattr(given, name) for name in names}
+
+
+def as_arguments(pairs: Sequence[str]) -> list[str]:
+    """name=value pairs as command-line arguments; a switch is name=true."""
+    arguments = []
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise EngineError(f"{pair}: expected name=value, as in lr=0.002 or rect=true")
+        arguments += ["--" + name, *([] if value.lower() == "true" else [value])]
+    return arguments
+
+
 def run_script(
     kind: type[Flags], action: Callable[[Flags], object], description: str, argv: Sequence[str] | None = None
 ) -> int:
@@ -74,8 +92,8 @@ def run_script(
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         action(parse(kind, description, arguments))
-    except KeyboardInterrupt:
-        print("interrupted; what is finished is in the run folder", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {stop or 'what is finished is in the run folder'}", file=sys.stderr)
         return 130
     except Exception as error:
         if "--debug" in arguments:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from slim import Gate
 
@@ -157,6 +157,14 @@ class WeightAverage(AveragedModel):
             self._average(*moved, int(self.n_averaged))
         torch._foreach_copy_(*copied)
         self.n_averaged += 1
+
+
+def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device | str) -> None:
+    """Re-estimate the statistics of all batch norms as the mean over batches of `images`; in place, moves to `device`.
+
+    images: float [B, 3, H, W] in 0..1. What a cut of open channels leaves has other statistics than the network before.
+    """
+    update_bn(images, model.to(device), torch.device(device))
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from slim import write_text_atomically
+from slim.atomic import WRITING
 
 from .errors import EngineError
 
@@ -63,6 +66,25 @@ class RunFolder:
             raise EngineError(f"{path}: no such run folder; name one that holds config.yaml and weights/last.pt")
         return cls(path)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of this run; EngineError when one is in it. A process that dies lets go."""
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise EngineError(
+                f"{self.path}: in use by another process; wait for it to end, or choose another --name"
+            ) from error
+        except OSError as error:
+            raise EngineError(f"{self.path}: cannot be locked ({error.strerror}); choose another --project") from error
+        try:
+            for left_behind in self.path.rglob(f".*.{WRITING}*"):
+                left_behind.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
     @property
     def last(self) -> Path:
         return self.path / "weights" / "last.pt"
@@ -85,7 +107,7 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """The resolved configuration; dataclasses, paths and tuples become plain YAML."""
-        write_text_atomically(self.config_file, yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
+        write_text_atomically(self.config_file, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
     def read_config(self) -> dict[str, Any]:
         if not self.config_file.is_file():
@@ -123,7 +145,7 @@ class RunFolder:
         if missing:
             raise EngineError(f"{self.metrics_file}: missing {', '.join(missing)}; expected {', '.join(required)}")
         try:
-            text = json.dumps(_plain(metrics), indent=2, allow_nan=False)
+            text = json.dumps(plain(metrics), indent=2, allow_nan=False)
         except ValueError as error:
             raise EngineError(f"{self.metrics_file}: a metric is not finite: {dict(metrics)}") from error
         write_text_atomically(self.metrics_file, text + "\n")
@@ -172,13 +194,14 @@ class RunFolder:
         write_text_atomically(self.results_file, text.getvalue())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses, paths, tuples and scalars of NumPy and torch as what YAML and JSON know."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if hasattr(value, "item"):  # a NumPy or torch scalar
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -58,16 +58,20 @@ class Sparsity:
     Args:
         pull: measures the gates; with `by` absent it also moves them
         by: what takes the step in the pull's place, such as a controller of its strength
-        from_epoch: first epoch in which gates are pulled; before it they are only kept at or above 0
+        from_epoch: first epoch in which gates are pulled; before it, and with None in all epochs, they are only kept at or
+            above 0
     """
 
     pull: SmallestHalfL1
     by: Pulling | None = None
-    from_epoch: int = 0
+    from_epoch: int | None = 0
 
     @property
     def mover(self) -> Pulling:
         return self.by or self.pull
+
+    def pulls_in(self, epoch: int) -> bool:
+        return self.from_epoch is not None and epoch >= self.from_epoch
 
 
 class Loader(Protocol):
@@ -197,7 +201,8 @@ def fit(
                 )
             evaluation = masked = None
             if evaluate is not None and ((number + 1) % config.eval_every == 0 or number + 1 == config.epochs):
-                masked = None if pull is None else _masked_ap(trainee.average.module, evaluate)
+                if sparsity is not None and sparsity.from_epoch is not None:
+                    masked = _masked_ap(trainee.average.module, evaluate)
                 evaluation = evaluate(trainee.average.module)
             progress, is_best = _advance(progress, number, evaluation, pull)
             extra = _sparsity_scalars(sparsity, number, epoch.so_far.measured, evaluation, masked)
@@ -325,7 +330,7 @@ def _announce_epoch(loader: Loader, number: int) -> None:
 def _pull_of_epoch(sparsity: Sparsity | None, number: int) -> Callable[[float], None]:
     if sparsity is None:
         return lambda lr: None
-    return sparsity.mover.step if number >= sparsity.from_epoch else lambda lr: sparsity.pull.project()
+    return sparsity.mover.step if sparsity.pulls_in(number) else lambda lr: sparsity.pull.project()
 
 
 def _masked_ap(model: nn.Module, evaluate: Callable[[nn.Module], Evaluation]) -> float | None:
@@ -335,7 +340,7 @@ def _masked_ap(model: nn.Module, evaluate: Callable[[nn.Module], Evaluation]) ->
 
 
 def _pull_over_gradient(sparsity: Sparsity | None, number: int) -> Callable[[], float | None]:
-    if sparsity is None or number < sparsity.from_epoch:
+    if sparsity is None or not sparsity.pulls_in(number):
         return lambda: None
     return sparsity.pull.against_gradient
 
@@ -348,12 +353,12 @@ def _sparsity_scalars(
     masked_ap: float | None,
 ) -> dict[str, float | None]:
     """Whether it is sparse enough, and whether the pull is strong enough: TensorBoard's scalars."""
-    if sparsity is None:
+    if sparsity is None or sparsity.from_epoch is None:
         return {}
     plain = None if evaluation is None else evaluation.ap
     return {
         "loss/l1": sparsity.pull.penalty(),
-        "gates/strength": sparsity.pull.strength if number >= sparsity.from_epoch else 0.0,
+        "gates/strength": sparsity.pull.strength if sparsity.pulls_in(number) else 0.0,
         "gates/pull_over_gradient": measured,
         "metrics/masked_ap": plain if masked_ap is None else masked_ap,
     }

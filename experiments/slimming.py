@@ -23,7 +23,7 @@ import torch
 
 import slim
 from engine import EngineError, RunFolder
-from engine.command import RunFlags, flag, run_script
+from engine.command import RunFlags, as_arguments, flag, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 # From scratch on small images the default gains, made for COCO at 640 pixels, train boxes and classes too little.
@@ -101,7 +101,7 @@ class Branch:
     @property
     def common(self) -> list[str]:
         names = ("img", "batch_size", "seed", "device")
-        return as_flags([f"{name.replace('_', '-')}={getattr(self.flags, name)}" for name in names])
+        return as_arguments([f"{name.replace('_', '-')}={getattr(self.flags, name)}" for name in names])
 
     def script(self, name: str, folder: str, *arguments: str) -> Path:
         """Run one script; its run folder."""
@@ -126,7 +126,9 @@ class Branch:
         flags = self.flags
         start = ["--weights", weights, "--cfg", flags.cfg, "--epochs", str(epochs)]
         steps = ["--eval-every", str(flags.eval_every), "--workers", str(flags.workers)]
-        return self.script(name, folder, *start, *self.data, *self.common, *steps, *as_flags([*flags.train, *further]))
+        return self.script(
+            name, folder, *start, *self.data, *self.common, *steps, *as_arguments([*flags.train, *further])
+        )
 
     def test_ap(self, weights: Path, folder: str) -> float | None:
         """AP on the test split."""
@@ -136,14 +138,6 @@ class Branch:
             "val", f"{folder}-test", "--weights", str(weights), *self.data, *self.common, "--split", "test"
         )
         return float(metrics_of(made)["ap"])
-
-
-def as_flags(pairs: list[str]) -> list[str]:
-    """name=value pairs as command-line flags."""
-    for pair in pairs:
-        if "=" not in pair:
-            raise EngineError(f"{pair}: expected name=value, as in lr=0.002")
-    return [part for pair in pairs for part in ("--" + pair.split("=", 1)[0], pair.split("=", 1)[1])]
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from slim.errors import SlimError
 
+WRITING = "writing-"
+"""In the name of a file that is not finished; a killed process leaves it behind."""
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk and rename it to `path`.
@@ -20,7 +23,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The suffix is kept last: image writers choose their format by it.
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        prefix = f".{path.stem}.{WRITING}"
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         write(temporary)

@@ -208,43 +208,6 @@ def test_val_agrees_with_training_and_writes_coco_json(
     assert {"image_id", "category_id", "bbox", "score"} == set(boxes[0])
 
 
-def test_iterate_ends_at_the_target_with_gates_folded(
-    sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path
-) -> None:
-    done = script(
-        "iterate",
-        "--weights",
-        sparse_run / "weights" / "best.pt",
-        "--data",
-        tiny,
-        *SMALL,
-        "--rounds",
-        2,
-        "--macs",
-        0.5,
-        "--sparse-epochs",
-        2,
-        "--finetune-epochs",
-        1,
-        "--project",
-        tmp_path,
-        "--name",
-        "loop",
-    )
-    assert done.code == 0, done.err
-    run = tmp_path / "loop"
-    network = read_network(run / "weights" / "slim.pt")
-    found = slim.cost(network.model, torch.zeros(1, 3, 64, 64)).macs
-    dense = slim.cost(build_network(network.build), torch.zeros(1, 3, 64, 64)).macs
-    assert 0.45 * dense < found <= 0.5 * dense and not slim.gate_vectors(network.model)
-    assert metrics(run)["macs"] == found and "| fine-tuned |" in (run / "report.md").read_text()
-    whole = slim.Plan.from_json((run / "plan.json").read_text())
-    from_dense = slim.apply_plan(read_network(sparse_run / "weights" / "best.pt").model, whole)
-    assert slim.widths_of(from_dense) == slim.widths_of(network.model), "the rounds' plans make one plan"
-    assert [e.step for e in events(run).Scalars("channels/model.1.conv")] == [0, 1, 2]
-    assert "AP drop" in done.out
-
-
 def test_config_files_are_the_resolved_flags(cut_run: Path) -> None:
     config = yaml.safe_load((cut_run / "config.yaml").read_text())
     assert config["macs"] == 0.5 and config["criterion"] == "gate" and config["round_to"] == 8

@@ -1,0 +1,107 @@
+"""A journal of phases: each is a folder that appears complete or not at all, so that nothing finished is ever lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from slim import write_text_atomically
+
+from .errors import EngineError
+from .run_folder import plain
+
+RESULT = "phase.json"
+OPENING = "journal.json"
+
+
+class Journal:
+    """The phases of one long run under `folder`.
+
+    A phase works in `.NAME.unfinished`, which is renamed to `NAME` as its last act. A run that was killed at any moment
+    therefore finds what it had finished, and of the phase in progress whatever that phase can continue from.
+    """
+
+    def __init__(self, folder: Path, opening: Mapping[str, Any]) -> None:
+        """Open the journal of `folder`, or begin it; `opening` says what the run is and must not change.
+
+        Raises EngineError when the folder holds the journal of another run.
+        """
+        self.folder = folder
+        self.opening = plain(opening)
+        file = folder / OPENING
+        known = read_json(file) if file.exists() else None
+        if known is None:
+            write_text_atomically(file, json.dumps(self.opening, indent=2) + "\n")
+        elif known != self.opening:
+            changed = sorted(key for key in {*known, *self.opening} if known.get(key) != self.opening.get(key))
+            raise EngineError(
+                f"{folder}: begun with other settings or data ({described_changes(changed, known, self.opening)}); "
+                "restore them to continue, or choose another --name"
+            )
+
+    @staticmethod
+    def opening_of(folder: Path) -> dict[str, Any] | None:
+        """What the journal of `folder` says that its run is; None where there is none."""
+        return read_json(folder / OPENING) if (folder / OPENING).exists() else None
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What a finished phase found; None for a phase that is not finished."""
+        if not (self.folder / name).is_dir():
+            return None
+        return read_json(self.folder / name / RESULT)
+
+    def phase(self, name: str, act: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+        """What phase `name` found: at once where it is finished, else after `act(unfinished folder)` has done its work."""
+        finished = self.result(name)
+        if finished is not None:
+            return finished
+        work = self.unfinished(name)
+        work.mkdir(parents=True, exist_ok=True)
+        found = plain(act(work))
+        write_text_atomically(work / RESULT, json.dumps(found, indent=2) + "\n")
+        os.rename(work, self.folder / name)
+        flush_folder(self.folder)
+        return dict(found)
+
+    def unfinished(self, name: str) -> Path:
+        """Where a phase works until it is finished."""
+        return self.folder / f".{name}.unfinished"
+
+
+def emptied(folder: Path) -> Path:
+    """The folder without what an earlier attempt left in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A journal's file; EngineError with the remedy when it is missing or damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"{file}: cannot be read as JSON ({type(error).__name__}); remove the folder {file.parent} to run it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise EngineError(
+            f"{file}: found {type(content).__name__}, expected an object; remove {file.parent} to run it again"
+        )
+    return content
+
+
+def described_changes(keys: list[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys)
+
+
+def flush_folder(folder: Path) -> None:
+    """A rename is on the disk once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,221 @@
+"""The slimming loop in this process: its files, its decisions, and what it says when it cannot continue."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import iterate
+import slim
+from detection import build_network, read_network
+from tests.scripts.runs import SMALL, Runner
+
+ONE_ROUND = ("--rounds", 1, "--macs", 0.6, "--sparse-epochs", 2, "--recovery-epochs", 0, "--finetune-epochs", 0)
+
+
+def arguments(weights: Path, data: Path, project: Path, *more: Any) -> list[Any]:
+    given = ["--weights", weights, "--data", data, *SMALL, "--recalibrate", 1, "--project", project, "--name", "loop"]
+    return [*given, *more]
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "pareto.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def loop(sparse_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two rounds with recovery and fine-tuning; everything is accepted."""
+    project = tmp_path_factory.mktemp("loops")
+    steps = ["--rounds", 2, "--macs", 0.5, "--sparse-epochs", 2, "--recovery-epochs", 1, "--finetune-epochs", 1]
+    given = arguments(sparse_run / "weights" / "best.pt", tiny, project, *steps, "--max-drop", 1)
+    assert iterate.cli([str(a) for a in given]) == 0
+    return project / "loop"
+
+
+def test_the_loop_ends_at_the_target_with_gates_folded(loop: Path, sparse_run: Path) -> None:
+    network = read_network(loop / "weights" / "slim.pt")
+    found = slim.cost(network.model, torch.zeros(1, 3, 64, 64)).macs
+    dense = slim.cost(build_network(network.build), torch.zeros(1, 3, 64, 64)).macs
+    assert 0.45 * dense < found <= 0.5 * dense and not slim.gate_vectors(network.model)
+    metrics = json.loads((loop / "metrics.json").read_text())
+    assert metrics["macs"] == found and metrics["baseline"]["macs"] == dense
+    whole = slim.Plan.from_json((loop / "plan.json").read_text())
+    from_dense = slim.apply_plan(read_network(sparse_run / "weights" / "best.pt").model, whole)
+    assert slim.widths_of(from_dense) == slim.widths_of(network.model), "the rounds' plans make one plan"
+
+
+def test_every_phase_is_a_folder_and_every_candidate_a_row(loop: Path) -> None:
+    per_round = ["sparse", "try1-plan", "try1-cut", "try1-recovery", "try1-evaluation"]
+    phases = {f"round{number}-{phase}" for number in (1, 2) for phase in per_round}
+    phases |= {"baseline", "finetune", "fold", "evaluation"}
+    assert {p.name for p in loop.iterdir() if (p / "phase.json").is_file()} == phases
+    assert not list(loop.glob(".*.unfinished"))
+    assert [(row["round"], row["attempt"]) for row in rows(loop)] == [("0", "0"), ("1", "1"), ("2", "1"), ("2", "0")]
+    shares = [float(row["keep_macs"]) for row in rows(loop)]
+    assert shares[0] == 1 and 0.5**0.5 - 0.05 < shares[1] <= 0.5**0.5 and 0.45 < shares[2] == shares[3] <= 0.5
+    assert all(float(row["ms"]) > 0 for row in rows(loop))
+
+
+def test_the_board_shows_widths_over_rounds(loop: Path) -> None:
+    board = EventAccumulator(str(loop))
+    board.Reload()
+    assert [e.step for e in board.Scalars("channels/model.1.conv")] == [0, 1, 2]
+    assert [e.step for e in board.Scalars("metrics/ap")] == [0, 1, 2]
+
+
+def test_optimiser_and_average_continue_across_cuts(loop: Path) -> None:
+    """Two batches an epoch: 2 sparse epochs, 1 of recovery, again, then 1 of fine-tuning."""
+    taken = []
+    for phase in ("round1-sparse", "round1-try1-recovery", "round2-sparse", "round2-try1-recovery", "finetune"):
+        state = torch.load(loop / phase / "weights" / "last.pt", weights_only=True)["training_state"]
+        taken.append(int(state["average"]["n_averaged"]))
+    assert taken == [4, 6, 10, 12, 14]
+    cut = torch.load(loop / "round1-try1-cut" / "pruned.pt", weights_only=True)
+    weights, carried = cut["state_dict"], cut["carried_state"]
+    assert all(weights[name].shape == tensor.shape for name, tensor in carried["model"].items())
+    moments = [state["momentum_buffer"] for state in carried["optimizer"].values()]
+    shapes = [tensor.shape for tensor in moments]
+    assert len(shapes) == len([n for n in carried["model"] if not n.endswith(("mean", "var", "tracked", "anchors"))])
+    assert all(m.abs().sum() > 0 for m in moments if m.ndim == 4)
+
+
+def test_a_finished_loop_is_only_read(
+    loop: Path, sparse_run: Path, tiny: Path, script: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a finished phase ran again")
+
+    monkeypatch.setattr(iterate, "train_in", refuse)
+    monkeypatch.setattr(iterate, "choose_plan", refuse)
+    before = {p: p.read_bytes() for p in (loop / "weights" / "slim.pt", loop / "plan.json", loop / "pareto.csv")}
+    steps = ["--rounds", 2, "--macs", 0.5, "--sparse-epochs", 2, "--recovery-epochs", 1, "--finetune-epochs", 1]
+    done = script("iterate", *arguments(sparse_run / "weights" / "best.pt", tiny, loop.parent, *steps, "--max-drop", 1))
+    assert done.code == 0, done.err
+    assert all(p.read_bytes() == content for p, content in before.items())
+    assert f"{loop}: continued" in done.out
+
+
+def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
+    sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round 1: the first cut fails, the second passes; round 2: all fail, so the loop stops at round 1's network."""
+    calls: list[int] = []
+
+    def judged(*_: Any) -> tuple[bool, str]:
+        calls.append(1)
+        return len(calls) in (2, 5), "said so"
+
+    monkeypatch.setattr(iterate, "judged", judged)
+    steps = ["--rounds", 2, "--macs", 0.4, "--sparse-epochs", 2, "--recovery-epochs", 0, "--finetune-epochs", 0]
+    done = script("iterate", *arguments(sparse_run / "weights" / "best.pt", tiny, tmp_path, *steps, "--attempts", 2))
+    assert done.code == 0, done.err
+    found = rows(tmp_path / "loop")
+    assert [(row["round"], row["attempt"], row["accepted"]) for row in found] == [
+        ("0", "0", "True"),
+        ("1", "1", "False"),
+        ("1", "2", "True"),
+        ("2", "1", "False"),
+        ("2", "2", "False"),
+        ("1", "0", "True"),
+    ]
+    shares = [float(row["keep_macs"]) for row in found]
+    assert shares[1] == pytest.approx(0.4**0.5, abs=0.03) and shares[2] == pytest.approx(0.4**0.25, abs=0.03)
+    assert shares[3] == pytest.approx(0.4, abs=0.03) and shares[4] == pytest.approx((shares[2] * 0.4) ** 0.5, abs=0.03)
+    assert shares[5] == shares[2]
+    assert "no cut was accepted; the loop stops at" in done.out
+    kept = slim.cost(read_network(tmp_path / "loop" / "weights" / "slim.pt").model, torch.zeros(1, 3, 64, 64)).macs
+    assert kept == int(found[2]["macs"])
+
+
+def test_a_loop_without_an_accepted_cut_fails_in_one_line_and_keeps_its_candidates(
+    sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(iterate, "judged", lambda *_: (False, "too bad"))
+    given = arguments(sparse_run / "weights" / "best.pt", tiny, tmp_path, *ONE_ROUND, "--attempts", 1)
+    done = script("iterate", *given)
+    assert done.code == 1 and done.err.count("\n") == 1 and "not one cut kept AP within --max-drop 0.02" in done.err
+    assert [row["accepted"] for row in rows(tmp_path / "loop")] == ["True", "False"]
+
+
+@pytest.fixture
+def begun(sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A loop on a data set of its own that failed after its sparse training; its data.yaml lies beside it."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny.parent / "tiny", data)
+    text = tiny.read_text().replace(str(tiny.parent / "tiny"), str(data))
+    (tmp_path / "own.yaml").write_text(text)
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(iterate, "choose_plan", stop)
+        done = script(
+            "iterate", *arguments(sparse_run / "weights" / "best.pt", tmp_path / "own.yaml", tmp_path, *ONE_ROUND)
+        )
+    assert done.code == 130 and "the same command continues" in done.err
+    assert (tmp_path / "loop" / "round1-sparse").is_dir()
+    return tmp_path
+
+
+def again(begun: Path, sparse_run: Path, script: Runner, *more: Any) -> Any:
+    weights = sparse_run / "weights" / "best.pt"
+    return script("iterate", *arguments(weights, begun / "own.yaml", begun, *ONE_ROUND, "--max-drop", 1, *more))
+
+
+def test_labels_that_changed_between_two_starts_are_named(begun: Path, sparse_run: Path, script: Runner) -> None:
+    label = next((begun / "data" / "labels" / "val").glob("*.txt"))
+    label.write_text("0 0.5 0.5 0.25 0.25\n")
+    weights = sparse_run / "weights" / "best.pt"
+    done = script("iterate", *arguments(weights, begun / "own.yaml", begun, *ONE_ROUND))
+    assert done.code == 1 and done.err.count("\n") == 1
+    assert "begun with other settings or data (data:" in done.err and "choose another --name" in done.err
+    assert (begun / "loop" / "round1-sparse" / "phase.json").is_file()
+
+
+def test_other_settings_begin_another_loop(begun: Path, sparse_run: Path, script: Runner) -> None:
+    done = again(begun, sparse_run, script, "--seed", 1)
+    assert done.code == 0, done.err
+    assert (begun / "loop2" / "weights" / "slim.pt").is_file() and not (begun / "loop" / "pareto.csv").exists()
+
+
+def test_a_second_process_on_the_same_run_is_refused(begun: Path, sparse_run: Path, script: Runner) -> None:
+    from engine import RunFolder
+
+    with RunFolder(begun / "loop").held():
+        weights = sparse_run / "weights" / "best.pt"
+        done = script("iterate", *arguments(weights, begun / "own.yaml", begun, *ONE_ROUND))
+    assert done.code == 1 and done.err.count("\n") == 1 and "in use by another process" in done.err
+
+
+def test_a_damaged_phase_is_named_with_its_remedy(begun: Path, sparse_run: Path, script: Runner) -> None:
+    result = begun / "loop" / "round1-sparse" / "phase.json"
+    result.write_text("{half")
+    weights = sparse_run / "weights" / "best.pt"
+    done = script("iterate", *arguments(weights, begun / "own.yaml", begun, *ONE_ROUND))
+    assert done.code == 1 and f"remove the folder {result.parent} to run it again" in done.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--rounds", 0], "--rounds 0: expected at least 1"),
+        (["--macs", 0], "--macs 0.0: expected above 0 to 1"),
+        (["--attempts", 0], "--attempts 0: expected at least 1"),
+        (["--train", "learning-rate=1"], "learning-rate"),
+        (["--train", "lr"], "lr: expected name=value"),
+    ],
+)
+def test_impossible_settings_are_refused(
+    sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path, flags: list[Any], words: str
+) -> None:
+    done = script("iterate", *arguments(sparse_run / "weights" / "best.pt", tiny, tmp_path, *ONE_ROUND, *flags))
+    assert done.code == 1 and done.err.count("\n") == 1 and words in done.err
