@@ -1,11 +1,12 @@
 # make demo: set up, then the main job on shapes that the project draws itself; make test: set up, then the tests;
+# make test-long: tests of minutes each (processes killed, data sets exchanged);
 # make zoo: the pruning library on many networks of others (about ten minutes); make bench: slim's speed.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test zoo bench lint clean
+.PHONY: demo test test-long zoo bench lint clean
 
 $(STAMP): setup.cfg
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -20,6 +21,10 @@ demo: $(STAMP)
 test: export OMP_WAIT_POLICY = PASSIVE
 test: $(STAMP)
 	$(PY) -m pytest -n 2
+
+test-long: export OMP_WAIT_POLICY = PASSIVE
+test-long: $(STAMP)
+	$(PY) -m pytest -n 2 -m long
 
 zoo: export OMP_WAIT_POLICY = PASSIVE
 zoo: $(STAMP)

@@ -73,13 +73,13 @@ def further_flags(kind: type[Any], pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def as_arguments(pairs: Sequence[str]) -> list[str]:
-    """name=value pairs as command-line arguments; a switch is name=true."""
+    """name=value pairs as command-line arguments; a switch is name=true, a list name=a,b."""
     arguments = []
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise EngineError(f"{pair}: expected name=value, as in lr=0.002 or rect=true")
-        arguments += ["--" + name, *([] if value.lower() == "true" else [value])]
+        arguments += ["--" + name, *([] if value.lower() == "true" else value.split(","))]
     return arguments
 
 

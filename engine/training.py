@@ -174,7 +174,7 @@ def fit(
     if len(train_loader) == 0:
         raise EngineError("the training loader has no batch: check the data set's train split and --batch-size")
     seed_generators(config.seed)
-    trainee = _build_trainee(model, config, len(train_loader), device, sparsity)
+    trainee = build_trainee(model, config, len(train_loader), device, sparsity)
     progress = Progress()
     if resume_state is not None:
         progress = unpack_training_state(resume_state, trainee)
@@ -186,7 +186,7 @@ def fit(
         while progress.next_epoch < config.epochs and not _out_of_patience(progress, config):
             number = progress.next_epoch
             epoch_started = time.perf_counter()
-            _announce_epoch(train_loader, number)
+            announce_epoch(train_loader, number)
             caption = _caption(progress, pull)
             mover = _pull_of_epoch(sparsity, number)
             measure = _pull_over_gradient(sparsity, number)
@@ -245,13 +245,13 @@ def train_one_epoch(trainee: Trainee, loss_fn: LossFunction, batches: Loader, ep
                 optimizer.zero_grad(set_to_none=True)
                 with torch.autocast(epoch.device.type, trainee.dtype, enabled=trainee.dtype != torch.float32):
                     outputs = model(images)
-                loss, parts = loss_fn(_in_float32(outputs), targets)
+                loss, parts = loss_fn(in_float32(outputs), targets)
                 values = {name: float(part) for name, part in parts.items()}
                 if not torch.isfinite(loss):
                     raise EngineError(_not_finite(where, f"loss is {float(loss.detach())}", values, lr))
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.unscale_(optimizer)
-            norm = _clip(model, epoch.config.optim.clip_norm)
+            norm = clip_gradients(model, epoch.config.optim.clip_norm)
             if not torch.isfinite(norm):
                 skipped_in_a_row += 1
                 if not scaler.is_enabled() or skipped_in_a_row > MAX_SKIPPED_STEPS:
@@ -286,7 +286,7 @@ def _naming_the_batch_size(batch: Batch, where: str) -> Iterator[None]:
         raise EngineError(f"{where}: {remedy}; the last finished epoch is in weights/last.pt") from error
 
 
-def _clip(model: nn.Module, max_norm: float) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """The norm of all gradients, which are scaled down where it is larger than `max_norm`."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients, foreach=True)
@@ -300,9 +300,10 @@ def _out_of_patience(progress: Progress, config: TrainConfig) -> bool:
     return 0 < config.patience <= since
 
 
-def _build_trainee(
+def build_trainee(
     model: nn.Module, config: TrainConfig, steps_per_epoch: int, device: torch.device, sparsity: Sparsity | None
 ) -> Trainee:
+    """The model on its device in its memory format, with optimiser, schedule and moving average."""
     dtype = compute_dtype(config.precision, device)
     model.to(device)
     if config.channels_last:
@@ -319,7 +320,7 @@ def _build_trainee(
     )
 
 
-def _announce_epoch(loader: Loader, number: int) -> None:
+def announce_epoch(loader: Loader, number: int) -> None:
     """Augmentation and order depend on (seed, epoch) alone, so that a resumed run sees the same batches."""
     for holder in (getattr(loader, "dataset", None), getattr(loader, "sampler", None)):
         set_epoch = getattr(holder, "set_epoch", None)
@@ -369,11 +370,12 @@ def _to_device(batch: Batch, epoch: Epoch) -> tuple[Tensor, Tensor]:
     return images, batch.targets.to(epoch.device, non_blocking=True)
 
 
-def _in_float32(outputs: Any) -> Any:
+def in_float32(outputs: Any) -> Any:
+    """A network's output, nested or not, for a loss in float32."""
     if isinstance(outputs, Tensor):
         return outputs.float()
     if isinstance(outputs, (list, tuple)):
-        return [_in_float32(output) for output in outputs]
+        return [in_float32(output) for output in outputs]
     return outputs
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,16 @@ class SlimmingFlags(RunFlags):
     train: list[str] = flag(SHAPES, "further flags of every training, as name=value")  # noqa: RUF009
     sparse: list[str] = flag(PULL, "further flags of the sparse training")  # noqa: RUF009
     finetune: list[str] = flag([], "further flags of the fine-tuning after a cut")  # noqa: RUF009
+    teacher: bool = flag(False, "fine-tune each cut a second time, taught by the dense baseline")
+    resume: bool = flag(False, "continue --name: steps that are finished are not run again")
     test: bool = flag(False, "also evaluate on the test split (nothing is chosen by it)")
     in_turn: bool = flag(
         False, "first the dense baseline, then the slim branch; else both at once on half of the cores each"
     )
+
+
+RESULTS = ("metrics.json", "benchmark.json")
+"""What a script writes when it has done its work."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,10 @@ class Row:
     macs: int
     params: int
     milliseconds: float | None = None
+
+
+ROWS = "rows.json"
+"""The table as data, in the comparison's run folder."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,12 @@ class Branch:
         return as_arguments([f"{name.replace('_', '-')}={getattr(self.flags, name)}" for name in names])
 
     def script(self, name: str, folder: str, *arguments: str) -> Path:
-        """Run one script; its run folder."""
+        """Run one script, unless it is done already; its run folder."""
+        made = self.run.path / folder
+        if any((made / result).is_file() for result in RESULTS):
+            print(f"{made}: done before", flush=True)
+            return made
+        shutil.rmtree(made, ignore_errors=True)
         command = [f"{name}.py", *arguments, "--project", str(self.run.path), "--name", folder]
         shown = " ".join(a or "''" for a in command) + ("" if self.log is None else f" >> {self.log}")
         print(f"$ python {shown}", flush=True)
@@ -112,7 +128,7 @@ class Branch:
         code = execute([sys.executable, *command], {**threads, **os.environ}, self.log, self.stop)
         if code:
             raise EngineError(f"{name}.py ended with exit code {code}; its message {self.last_words()}")
-        return self.run.path / folder
+        return made
 
     def last_words(self) -> str:
         """Where the message of a script that failed is found, or what it is."""
@@ -197,6 +213,20 @@ def slim_branch(work: Branch) -> Findings:
     return Findings(rows, weights)
 
 
+def taught(work: Branch) -> Findings:
+    """Fine-tuning of each cut with the dense baseline as its teacher."""
+    rows, weights = [], {}
+    teacher = work.run.path / "dense" / "weights" / "last.pt"
+    for macs in work.flags.macs:
+        pruned = work.run.path / f"cut-{macs:g}" / "weights" / "pruned.pt"
+        folder, step = f"taught-{macs:g}", f"fine-tuned at {macs:.0%}, with teacher"
+        further = [*work.flags.finetune, f"teacher={teacher}"]
+        tuned = work.training("finetune", folder, work.flags.finetune_epochs, str(pruned), further)
+        weights[step] = tuned / "weights" / "last.pt"
+        rows.append(row_of(step, tuned, work.test_ap(weights[step], folder)))
+    return Findings(rows, weights)
+
+
 def at_once(branches: list[Callable[[], Findings]], stop: threading.Event) -> list[Findings]:
     """What each branch found, in order; the first error ends the others."""
     with ThreadPoolExecutor(len(branches)) as pool:
@@ -213,19 +243,23 @@ def at_once(branches: list[Callable[[], Findings]], stop: threading.Event) -> li
 
 def compare(flags: SlimmingFlags) -> list[Row]:
     """All steps; the table's rows in order."""
-    run = RunFolder.create(flags.project, flags.name)
+    run = RunFolder.create(flags.project, flags.name, exist_ok=flags.resume)
     stop = threading.Event()
     work = Branch(flags, run, stop)
     baseline = work if flags.in_turn else replace(work, log=run.path / "dense.log")
     branches = [lambda: dense_branch(baseline), lambda: slim_branch(work)]
     dense, slimmed = [branch() for branch in branches] if flags.in_turn else at_once(branches, stop)
     rows, timed = [*dense.rows, *slimmed.rows], {**dense.weights, **slimmed.weights}
+    if flags.teacher:
+        last = taught(work)
+        rows, timed = [*rows, *last.rows], {**timed, **last.weights}
     bench = work.script("benchmark", "benchmark", "--weights", *map(str, timed.values()), "--img", str(flags.img))
     times = json.loads((bench / "benchmark.json").read_text(encoding="utf-8"))
     by_step = dict(zip(timed, (float(t["milliseconds"]) for t in times), strict=True))
     # A masked network has the size of the one that it masks, and so its run time.
     rows = [replace(row, milliseconds=by_step.get(row.step, by_step["sparse, not cut"])) for row in rows]
     slim.write_text_atomically(run.path / "report.md", table(rows) + "\n")
+    slim.write_text_atomically(run.path / ROWS, json.dumps([asdict(row) for row in rows], indent=1))
     print(verdict(rows, metrics_of(run.path / "sparse")["closed_share"]))
     return rows
 

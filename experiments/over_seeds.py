@@ -1,0 +1,108 @@
+"""The comparison of `experiments.slimming` with several seeds: mean and spread of every row.
+
+python -m experiments.over_seeds --seeds 0 1 2 --comparison data=data/bccd.yaml weights=yolov5n.pt ...
+
+Each seed is a whole comparison in a folder of its own (seed0, seed1, ...), with its own dense baseline. The same command
+continues after an interruption: steps that are finished are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import slim
+from engine import EngineError
+from engine.command import flag, further_flags, run_script
+from experiments.slimming import ROWS, SlimmingFlags, compare
+
+
+@dataclass(frozen=True)
+class SeedsFlags:
+    """One comparison, repeated."""
+
+    project: str = flag("runs/over_seeds", "folder that holds a run folder for each seed")
+    seeds: list[int] = flag([0, 1, 2], "seeds, one comparison each")  # noqa: RUF009
+    comparison: list[str] = flag(  # noqa: RUF009
+        [], "flags of the comparison as name=value; of lists with commas, as in macs=0.3,0.2"
+    )
+    debug: bool = flag(False, "on an error, print the traceback")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A row over seeds: mean and standard deviation of APs (0..1); costs are those of the first seed."""
+
+    step: str
+    ap: tuple[float, float]
+    test_ap: tuple[float, float] | None
+    macs: int
+    params: int
+
+
+def spread_of(rows: list[dict[str, Any]]) -> Spread:
+    """One step's rows, a seed each."""
+    test = [row["test_ap"] for row in rows]
+    return Spread(
+        rows[0]["step"],
+        mean_and_deviation([row["ap"] for row in rows]),
+        None if None in test else mean_and_deviation(test),
+        rows[0]["macs"],
+        rows[0]["params"],
+    )
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    """The sample's standard deviation is 0 for a single value."""
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def table(spreads: list[Spread], seeds: list[int]) -> str:
+    """Markdown; the change is against the dense row."""
+    lines = [
+        f"| network | AP val, {len(seeds)} seeds | against dense | AP test | MACs | parameters |",
+        "| --- " * 6 + "|",
+    ]
+    dense = spreads[0]
+    for s in spreads:
+        test = "" if s.test_ap is None else f"{s.test_ap[0]:.4f} ± {s.test_ap[1]:.4f}"
+        lines.append(
+            f"| {s.step} | {s.ap[0]:.4f} ± {s.ap[1]:.4f} | {s.ap[0] - dense.ap[0]:+.4f} | {test} | "
+            f"{s.macs / dense.macs:.0%} | {s.params / dense.params:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def repeat(flags: SeedsFlags) -> list[Spread]:
+    """A comparison a seed, then every row over the seeds."""
+    if not flags.seeds:
+        raise EngineError("--seeds: none given; name one or more whole numbers")
+    given = further_flags(SlimmingFlags, flags.comparison)
+    common = replace(SlimmingFlags(), **given, project=flags.project, resume=True)
+    found = []
+    for seed in flags.seeds:
+        compare(replace(common, name=f"seed{seed}", seed=seed))
+        rows = json.loads((Path(flags.project) / f"seed{seed}" / ROWS).read_text(encoding="utf-8"))
+        found.append({row["step"]: row for row in rows})
+    spreads = [spread_of([rows[step] for rows in found]) for step in found[0]]
+    slim.write_text_atomically(Path(flags.project) / "report.md", table(spreads, flags.seeds) + "\n")
+    content = json.dumps([asdict(spread) for spread in spreads], indent=1)
+    slim.write_text_atomically(Path(flags.project) / "spreads.json", content)
+    return spreads
+
+
+def main(flags: SeedsFlags) -> None:
+    print(table(repeat(flags), flags.seeds))
+
+
+def cli(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    return run_script(SeedsFlags, main, __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
