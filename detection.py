@@ -16,16 +16,21 @@ from torch import Tensor, nn
 import slim
 from boxes import cxcywh_to_xyxy as cxcywh_to_xyxy
 from data import Augment, DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
+from data.download import download_data
 from engine import EngineError, Evaluation, evaluate
 from engine.checkpoint import TRAINING_STATE_KEY
 from models import (
+    LOWEST_RECALL,
+    Detect,
     DetectionLoss,
     LossGains,
     ModelError,
+    anchor_fit,
     build_model,
     import_checkpoint,
     load_description,
     non_max_suppression,
+    refit_anchors,
     transfer_weights,
 )
 
@@ -39,6 +44,8 @@ class Network:
     model: nn.Module
     build: dict[str, Any]
     note: str = ""
+    new_head: bool = False
+    """Whether its head has yet to learn the data set's classes: from scratch, or trained for classes of other names."""
 
     @property
     def names(self) -> list[str]:
@@ -94,9 +101,10 @@ def start_network(weights: str, cfg: str, names: Sequence[str]) -> Network:
     """
     if not weights:
         model = build_model(load_description(cfg), len(names))
-        return Network(model, make_build(model, names), f"{cfg} from scratch")
+        return Network(model, make_build(model, names), f"{cfg} from scratch", new_head=True)
     network = read_network(weights)
     if len(network.names) == len(names):
+        network.new_head = network.names != list(names)
         network.build["names"] = list(names)
         return network
     if any(True for m in network.model.modules() if isinstance(m, slim.Gate)) or is_slim(network):
@@ -106,7 +114,41 @@ def start_network(weights: str, cfg: str, names: Sequence[str]) -> Network:
         )
     model = build_model(network.build["description"], len(names))
     report = transfer_weights(model, network.model.state_dict())
-    return Network(model, make_build(model, names), str(report))
+    return Network(model, make_build(model, names), str(report), new_head=True)
+
+
+def box_sizes_px(dataset: DetectionDataset) -> Tensor:
+    """[n, 2]: width and height of the labels in pixels of the network's input."""
+    truth = dataset.ground_truth()
+    scales = {image["id"]: dataset.image_size_px / max(image["width"], image["height"]) for image in truth["images"]}
+    sizes = [[side * scales[a["image_id"]] for side in a["bbox"][2:]] for a in truth["annotations"] if not a["iscrowd"]]
+    return torch.tensor(sizes, dtype=torch.float32).reshape(-1, 2)
+
+
+def fit_anchors(network: Network, dataset: DetectionDataset, anchor_t: float, seed: int) -> str:
+    """Refits the anchors to the labels where they can recall too few of them and others more; what was done, in a line.
+
+    For a new head alone: a trained one has learnt sizes relative to its anchors. ``build`` is changed with the network.
+    """
+    sizes = box_sizes_px(dataset)
+    if not len(sizes):
+        return "anchors: kept, since the training split has no boxes"
+    detect = network.model.detect
+    assert isinstance(detect, Detect)
+    before = anchor_fit(detect.anchors_px, sizes, anchor_t)
+    line = f"anchors at {dataset.image_size_px} px: {before}"
+    if before.recall >= LOWEST_RECALL:
+        return line
+    anchors = refit_anchors(sizes, detect.anchors[..., 0].numel(), anchor_t=anchor_t, seed=seed)
+    after = anchor_fit(anchors, sizes, anchor_t)
+    if after.recall <= before.recall:
+        return f"{line}; kept, since a refit is no better"
+    detect.set_anchors(anchors)
+    levels = detect.anchors_px.tolist()
+    network.build["anchors_px"] = levels
+    flat = [[side for anchor in level for side in anchor] for level in levels]
+    network.build["description"] = network.model.description = {**network.build["description"], "anchors": flat}
+    return f"{line}; refitted: {after}"
 
 
 def is_slim(network: Network) -> bool:
@@ -121,10 +163,13 @@ def save_network(
     slim.save(model, path, build, None if training_state is None else {TRAINING_STATE_KEY: training_state})
 
 
-def open_data(data: str, data_root: str | None) -> DataConfig:
-    """A data set's description; the synthetic shapes are drawn first where they are not there yet."""
+def open_data(data: str, data_root: str | None, download: bool = False) -> DataConfig:
+    """A data set's description; synthetic shapes are drawn first where they are not there yet, with ``download`` others
+    are fetched (progress is printed)."""
     if Path(data).stem == "shapes":
         make_shapes(find_root(data_root) / "shapes", **SHAPES)
+    elif download:
+        download_data(data, data_root)
     return load_data_config(data, data_root)
 
 

@@ -38,7 +38,7 @@ from finetune import FinetuneFlags
 from prune import Cut, Material, PruneFlags, choose_plan, cut, open_material, output_widths, prove
 from train_sparse import SparseFlags, TrainFlags, train_in
 
-NOT_OF_THE_RUN = {"project", "name", "device", "workers", "debug", "data_root"}
+NOT_OF_THE_RUN = {"project", "name", "device", "workers", "debug", "data_root", "download"}
 """Flags that may change when a loop continues: what it finds does not depend on them."""
 
 Kind = TypeVar("Kind")
@@ -51,6 +51,7 @@ class IterateFlags(RunFlags):
     project: str = flag("runs/iterate", "folder that holds the run folders")
     weights: str = flag("", "trained checkpoint to slim; its AP is the baseline")
     data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
+    download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
     data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
     rounds: int = flag(3, "how many times to train sparsely and cut")
@@ -110,7 +111,7 @@ class Loop:
 
     def flags_of(self, kind: type[Kind], further: list[str], **given: Any) -> Kind:
         """A step's flags: those that it has in common with the loop, then the further ones, then what the step is given."""
-        wanted = {field.name for field in fields(kind)} - {"project", "name", "weights", "macs"}  # type: ignore[arg-type]
+        wanted = {field.name for field in fields(kind)} - {"project", "name", "weights", "macs", "download"}  # type: ignore[arg-type]
         common = {name: value for name, value in asdict(self.flags).items() if name in wanted}
         return kind(**{**common, **further_flags(kind, further), **given})
 
@@ -314,7 +315,7 @@ def iterate(flags: IterateFlags) -> Path:
 def open_loop(flags: IterateFlags) -> tuple[RunFolder, dict[str, Any]]:
     """The folder of a loop with these very settings, else a new one; and what its journal begins with."""
     settings = {name: value for name, value in asdict(flags).items() if name not in NOT_OF_THE_RUN}
-    config = detection.open_data(flags.data, flags.data_root)
+    config = detection.open_data(flags.data, flags.data_root, download=flags.download)
     opening = {
         "settings": settings,
         "weights": detection.file_digest(flags.weights),

@@ -42,6 +42,7 @@ class TrainFlags(RunFlags):
     weights: str = flag("", "checkpoint to start from (ours or a published YOLOv5 .pt); '' trains --cfg from scratch")
     cfg: str = flag("models/yolov5n.yaml", "model description, used without --weights")
     data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
+    download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
     data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
     epochs: int = flag(30, "epochs of the whole run")
@@ -68,6 +69,7 @@ class TrainFlags(RunFlags):
     degrees: float = flag(0.0, "training images are turned by at most this many degrees")
     fliplr: float = flag(0.5, "probability of a left-right flip")
     flipud: float = flag(0.0, "probability of an upside-down flip")
+    noautoanchor: bool = flag(False, "keep the anchors even where they fit the training boxes badly")
     resume: bool = flag(False, "continue the newest run of this --project and --name with its own settings")
 
     def gains(self) -> LossGains:
@@ -148,11 +150,13 @@ def train_in(
     """Sparse training for SparseFlags, plain training otherwise; prints a line an epoch and fills the run folder."""
     device = choose_device(flags.device)
     seed_generators(flags.seed)
-    config = detection.open_data(flags.data, flags.data_root)
+    config = detection.open_data(flags.data, flags.data_root, download=flags.download)
     network = starting_network(flags, run, resume_state, config.names, keep_gates)
     detection.check_image_size(network.model, flags.img)
     print(network.note or f"weights {flags.weights}")
     train_set = detection.DetectionDataset(config, "train", flags.img, flags.augment(), flags.seed)
+    if network.new_head and not flags.noautoanchor:
+        print(detection.fit_anchors(network, train_set, flags.gains().anchor_t, flags.seed))
     loader = build_loader(train_set, flags.batch_size, shuffle=True, workers=flags.workers, seed=flags.seed)
     val_set = detection.DetectionDataset(config, "val", flags.img)
     evaluator = detection.Evaluator(val_set, batch_size=flags.batch_size, workers=0, device=device)

@@ -19,6 +19,7 @@ class ValFlags(RunFlags):
     project: str = flag("runs/val", "folder that holds the run folders")
     weights: str = flag("", "checkpoint (ours or a published YOLOv5 .pt)")
     data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
+    download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
     data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
     split: str = flag("val", "train, val or test")
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
@@ -33,7 +34,7 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
     """AP of --weights on --split; fills the run folder."""
     network = detection.read_network(flags.weights)
     detection.check_image_size(network.model, flags.img)
-    config = detection.open_data(flags.data, flags.data_root)
+    config = detection.open_data(flags.data, flags.data_root, download=flags.download)
     detection.check_classes(network, config, flags.weights, flags.data)
     dataset = detection.DetectionDataset(config, flags.split, flags.img)
     device = choose_device(flags.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ class DataConfig:
     train: tuple[Path, ...] | None = None
     val: tuple[Path, ...] | None = None
     test: tuple[Path, ...] | None = None
+    can_download: bool = False
+    """Whether the description says where the data set is to be had."""
     path: Path = Path()
     """The data set's folder: what relative entries of a list file may be relative to."""
 
@@ -39,7 +41,7 @@ class DataConfig:
             raise DataError(f"the data set has no {name!r} split: it describes {', '.join(described) or 'none'}")
         for source in sources:
             if not source.exists():
-                raise DataError(f"split {name!r}: {source} does not exist; {_WHERE}")
+                raise DataError(f"split {name!r}: {source} does not exist; {_where(self.can_download)}")
         return sources
 
 
@@ -47,26 +49,28 @@ def load_data_config(path: str | Path, data_root: str | Path | None = None) -> D
     """Read a YOLOv5 ``data.yaml``.
 
     A relative ``path`` is looked for under ``data_root`` (else ``$SLIM_DATA_ROOT``, else ``./datasets``), then beside the
-    YAML, then in the working folder; the first place that holds one of the splits is taken. Keys that mean nothing here
-    (``download``) are ignored. DataError if the file or the data is missing, or names and ``nc`` disagree.
+    YAML, then in the working folder; the first place that holds one of the splits is taken. ``download`` is not followed
+    (``data.download`` does). DataError if the file or the data is missing, or names and ``nc`` disagree.
     """
     file = Path(path)
-    content = _read_mapping(file)
+    content = read_description(file)
     names = _names(content, file)
     described = {split: _entries(content, split, file) for split in SPLITS}
     if not any(described.values()):
         raise DataError(f"{file}: no train, val or test is given; each is a folder, a list file or a list of these")
+    can_download = bool(content.get("download"))
     candidates = _base_candidates(content, file, data_root)
     base = next((c for c in candidates if any(_locate(c, e).exists() for es in described.values() for e in es)), None)
     if base is None:
         places = ", ".join(str(candidate) for candidate in candidates)
         entries = ", ".join(entry for es in described.values() for entry in es)
-        raise DataError(f"{file}: none of {entries} exists; looked in {places}; {_WHERE}")
+        raise DataError(f"{file}: none of {entries} exists; looked in {places}; {_where(can_download)}")
     train, val, test = (tuple(_locate(base, entry) for entry in described[split]) or None for split in SPLITS)
-    return DataConfig(names=names, train=train, val=val, test=test, path=base)
+    return DataConfig(names=names, train=train, val=val, test=test, path=base, can_download=can_download)
 
 
-def _read_mapping(file: Path) -> Mapping[str, Any]:
+def read_description(file: Path) -> Mapping[str, Any]:
+    """A description as it is written, unchecked but for being a mapping."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -131,3 +135,28 @@ def _locate(base: Path, entry: str) -> Path:
     plain = base / Path(entry).expanduser()
     inside = base / entry[3:]
     return inside if entry.startswith("../") and not plain.exists() and inside.exists() else plain
+
+
+def _where(can_download: bool) -> str:
+    return f"{_WHERE}, --download fetches the data set" if can_download else _WHERE
+
+
+def described_entries(content: Mapping[str, Any], file: Path, splits: Sequence[str] = SPLITS) -> tuple[str, ...]:
+    """What the splits are made of, as the YAML says it."""
+    return tuple(entry for split in splits for entry in _entries(content, split, file))
+
+
+def is_there(content: Mapping[str, Any], file: Path, data_root: str | Path | None) -> bool:
+    """Whether all that train and val are made of (without them: test) exists in one of the places where it is looked for."""
+    entries = described_entries(content, file, ("train", "val")) or described_entries(content, file)
+    places = _base_candidates(content, file, data_root)
+    return bool(entries) and any(all(_locate(base, entry).exists() for entry in entries) for base in places)
+
+
+def data_folder(content: Mapping[str, Any], file: Path, data_root: str | Path | None) -> Path:
+    """Where a download puts the data set; DataError if the YAML names no folder of its own for it."""
+    places = _base_candidates(content, file, data_root)
+    given = Path(content.get("path") or "")
+    if not given.name or given.name == "..":
+        raise DataError(f"{file}: path is {content.get('path')!r}, expected the data set's folder to download into")
+    return places[1] if given.parts[:1] == ("..",) else places[0]

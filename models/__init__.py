@@ -1,5 +1,6 @@
 """YOLOv5: blocks, builder, loss, post-processing and import of published checkpoints."""
 
+from models.anchors import LOWEST_RECALL, AnchorFit, anchor_fit, refit_anchors
 from models.builder import build_model
 from models.checkpoint_import import Imported, import_checkpoint
 from models.description import load_description
@@ -11,16 +12,20 @@ from models.transfer import Transfer, transfer_weights
 from models.yolo import YOLO
 
 __all__ = [
+    "LOWEST_RECALL",
     "YOLO",
+    "AnchorFit",
     "Detect",
     "DetectionLoss",
     "Imported",
     "LossGains",
     "ModelError",
     "Transfer",
+    "anchor_fit",
     "build_model",
     "import_checkpoint",
     "load_description",
     "non_max_suppression",
+    "refit_anchors",
     "transfer_weights",
 ]

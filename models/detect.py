@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.errors import ModelError
+
 _logger = logging.getLogger(__name__)
 
 
@@ -60,6 +62,22 @@ class Detect(nn.Module):
                 bias = conv.bias.view(self.anchors.shape[1], -1)
                 bias[:, 4] += math.log(8 / (640 / stride) ** 2)
                 bias[:, 5:] += math.log(0.6 / (self.num_classes - 0.99999))
+
+    def set_anchors(self, anchors_px: Tensor) -> None:
+        """Replaces the anchors, in place: as many as there are, [..., 2] in pixels, the smallest to the finest level.
+
+        A trained head has learnt its sizes relative to the old ones. ModelError for another number or sides not above 0.
+        """
+        assert self.stride_px, "calibrate comes first"
+        wanted = anchors_px.detach().to(self.anchors).reshape(-1, 2) if anchors_px.shape[-1:] == (2,) else anchors_px
+        right = tuple(wanted.shape) == (self.anchors.shape[0] * self.anchors.shape[1], 2)
+        if not right or not bool((torch.isfinite(wanted) & (wanted > 0)).all()):
+            raise ModelError(
+                f"anchors of the shape {tuple(anchors_px.shape)}, expected {tuple(self.anchors.shape)} with all sides above 0"
+            )
+        levels = wanted[wanted.prod(1).argsort(stable=True)].view_as(self.anchors)
+        for level, anchors in zip(sorted(range(len(levels)), key=lambda i: self.stride_px[i]), levels, strict=True):
+            self.anchors[level] = anchors / self.stride_px[level]
 
     def forward(self, xs: list[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """L maps [B, C, h, w] -> raw maps [B, A, h, w, 5 + classes]; in eval mode (decoded, raw), see ``decode``."""

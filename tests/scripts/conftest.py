@@ -6,8 +6,9 @@ import importlib
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.scripts.runs import ROOT, SMALL, Done, Runner
+from tests.scripts.runs import ROOT, SMALL, SMALL_ANCHORS, Done, Runner
 
 
 @pytest.fixture
@@ -32,3 +33,22 @@ def sparse_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--data", tiny, *SMALL, "--epochs", 2, "--pull-from", 1, "--project", project, "--name", "s"]
     assert train_sparse.cli([*map(str, arguments), "--cfg", str(ROOT / "models" / "yolov5n.yaml")]) == 0
     return project / "s"
+
+
+@pytest.fixture(scope="session")
+def small_cfg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of two levels that trains in a second."""
+    description = {
+        "nc": 4,
+        "anchors": SMALL_ANCHORS,
+        "backbone": [[-1, 1, "Conv", [16, 6, 4, 2]], [-1, 1, "Conv", [16, 3, 2]], [-1, 1, "C3", [16]]],
+        "head": [
+            [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+            [[-1, 0], 1, "Concat", [1]],
+            [-1, 1, "C3", [16, "False"]],
+            [[5, 2], 1, "Detect", ["nc", "anchors"]],
+        ],
+    }
+    file = tmp_path_factory.mktemp("cfg") / "small.yaml"
+    file.write_text(yaml.safe_dump(description))
+    return file

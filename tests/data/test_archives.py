@@ -1,0 +1,151 @@
+"""Archives as strangers could make them: what is unpacked, and what is refused with nothing left behind."""
+
+from __future__ import annotations
+
+import io
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data import DataError
+from data.archives import unpack
+
+ENOUGH = 10**6
+
+
+def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def tarred(path: Path, *members: tuple[str, bytes | tuple[bytes, str]], mode: str = "w") -> Path:
+    """Members (name, content) or (name, (type, link target))."""
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                info.type, info.linkname = content
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def unpacked(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("mode", ["zip", "w", "w:gz", "w:bz2", "w:xz"])
+def test_every_format_by_its_content_whatever_its_name(tmp_path: Path, mode: str) -> None:
+    content = {"set/a.txt": b"a" * 5000, "set/deep/b.txt": b""}
+    path = tmp_path / "archive.bin"
+    zipped(path, content) if mode == "zip" else tarred(path, *content.items(), mode=mode)
+    assert unpack(path, tmp_path / "out", ENOUGH) == 2
+    assert unpacked(tmp_path / "out") == content
+
+
+def test_folders_are_kept_and_what_macos_adds_is_not(tmp_path: Path) -> None:
+    members = {"images/": b"", "a.jpg": b"1", "__MACOSX/._a.jpg": b"2", "images/.DS_Store": b"3"}
+    assert unpack(zipped(tmp_path / "a.zip", members), tmp_path / "out", ENOUGH) == 1
+    assert unpacked(tmp_path / "out") == {"a.jpg": b"1"} and (tmp_path / "out" / "images").is_dir()
+
+
+def test_links_within_a_tar_become_copies(tmp_path: Path) -> None:
+    archive = tarred(
+        tmp_path / "a.tar",
+        ("x/real", b"content"),
+        ("x/hard", (tarfile.LNKTYPE, "x/real")),
+        ("x/y/soft", (tarfile.SYMTYPE, "../real")),
+        ("x/twice", (tarfile.SYMTYPE, "y/soft")),
+    )
+    assert unpack(archive, tmp_path / "out", ENOUGH) == 4
+    assert unpacked(tmp_path / "out") == dict.fromkeys(("x/real", "x/hard", "x/y/soft", "x/twice"), b"content")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def linked_zip(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        info = zipfile.ZipInfo("link")
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(info, "/etc/passwd")
+    return path
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "zip, dots": (lambda p: zipped(p, {"good": b"", "../evil": b"x"}), "'../evil' is a path outside"),
+    "zip, inner dots": (lambda p: zipped(p, {"a/../../evil": b"x"}), "'a/../../evil' is a path outside"),
+    "zip, absolute": (lambda p: zipped(p, {"/evil": b"x"}), "'/evil' is a path outside"),
+    "zip, backslash": (lambda p: zipped(p, {"..\\evil": b"x"}), r"'..\\evil' is a name that some"),
+    "zip, drive": (lambda p: zipped(p, {"C:/evil": b"x"}), "'C:/evil' is a name that some"),
+    "zip, link": (linked_zip, "'link' is a link"),
+    "tar, dots": (lambda p: tarred(p, ("good", b""), ("../evil", b"x")), "'../evil' is a path outside"),
+    "tar, absolute": (lambda p: tarred(p, ("/evil", b"x")), "'/evil' is a path outside"),
+    "tar, symlink up": (
+        lambda p: tarred(p, ("d/s", (tarfile.SYMTYPE, "../../evil"))),
+        "'d/s' is a link to '../../evil'",
+    ),
+    "tar, symlink absolute": (lambda p: tarred(p, ("s", (tarfile.SYMTYPE, "/etc"))), "'s' is a link to '/etc'"),
+    "tar, symlink to a folder, written through": (
+        lambda p: tarred(p, ("s", (tarfile.SYMTYPE, "/tmp")), ("s/evil", b"x")),
+        "'s' is a link to '/tmp'",
+    ),
+    "tar, hard link": (
+        lambda p: tarred(p, ("h", (tarfile.LNKTYPE, "../../etc/passwd"))),
+        "'h' is a link to '../../etc/passwd'",
+    ),
+    "tar, ring": (
+        lambda p: tarred(p, ("a", (tarfile.SYMTYPE, "b")), ("b", (tarfile.SYMTYPE, "a"))),
+        "'a' is a link to 'b'",
+    ),
+    "tar, device": (lambda p: tarred(p, ("dev", (tarfile.CHRTYPE, ""))), "'dev' is a device"),
+    "tar, pipe": (lambda p: tarred(p, ("pipe", (tarfile.FIFOTYPE, ""))), "'pipe' is a device"),
+    "tar, a file as a folder": (lambda p: tarred(p, ("a", b"x"), ("a/b", b"x")), "cannot be unpacked"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_leaves_the_folder_is_refused_and_nothing_stays(tmp_path: Path, kind: str) -> None:
+    make, message = REFUSED[kind]
+    (tmp_path / "in").mkdir()
+    archive = make(tmp_path / "in" / "a.bin")
+    with pytest.raises(DataError) as error:
+        unpack(archive, tmp_path / "in" / "out", ENOUGH)
+    assert message in str(error.value) and str(archive) in str(error.value) and "\n" not in str(error.value)
+    assert {p.name for p in tmp_path.rglob("*")} == {"in", "a.bin"}
+
+
+def test_bombs_are_refused_by_what_they_announce_and_by_what_they_write(tmp_path: Path) -> None:
+    bomb = zipped(tmp_path / "bomb.zip", {"zeros": bytes(10**7)})
+    with pytest.raises(DataError, match=r"unpacks to 10\.00 MB or more, expected at most 1\.00 MB"):
+        unpack(bomb, tmp_path / "out", ENOUGH)
+    # A tar.gz announces nothing beforehand.
+    bomb = tarred(tmp_path / "bomb.tgz", ("zeros", bytes(10**7)), mode="w:gz")
+    with pytest.raises(DataError, match=r"expected at most 1\.00 MB"):
+        unpack(bomb, tmp_path / "out", ENOUGH)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_is_one_line(tmp_path: Path) -> None:
+    whole = zipped(tmp_path / "a.zip", {"a": bytes(range(256)) * 40}, zipfile.ZIP_STORED).read_bytes()
+    damaged = {
+        "cut.zip": whole[:-30],
+        "flipped.zip": whole[:500] + b"\xff" + whole[501:],
+        "page.zip": b"<!DOCTYPE html><title>404</title>",
+        "cut.tgz": tarred(tmp_path / "b.tgz", ("a", bytes(10**5)), mode="w:gz").read_bytes()[:90],
+        "cut.tbz": tarred(tmp_path / "b.tbz", ("a", bytes(range(256)) * 400), mode="w:bz2").read_bytes()[:-20],
+    }
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError) as error:
+            unpack(tmp_path / name, tmp_path / "out", ENOUGH)
+        assert name in str(error.value) and "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match="<!DOCTYPE html>"):
+        unpack(tmp_path / "page.zip", tmp_path / "out", ENOUGH)
