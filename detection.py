@@ -163,14 +163,25 @@ def save_network(
     slim.save(model, path, build, None if training_state is None else {TRAINING_STATE_KEY: training_state})
 
 
-def open_data(data: str, data_root: str | None, download: bool = False) -> DataConfig:
-    """A data set's description; synthetic shapes are drawn first where they are not there yet, with ``download`` others
-    are fetched (progress is printed)."""
+def open_data(
+    data: str,
+    data_root: str | None,
+    *,
+    download: bool = False,
+    classes: Sequence[int | str] = (),
+    single_cls: bool = False,
+) -> DataConfig:
+    """A data set's description, of some of its classes or of all as one where that is asked.
+
+    Synthetic shapes are drawn first where they are not there yet, with ``download`` others are fetched (progress is printed).
+    """
     if Path(data).stem == "shapes":
         make_shapes(find_root(data_root) / "shapes", **SHAPES)
     elif download:
         download_data(data, data_root)
-    return load_data_config(data, data_root)
+    config = load_data_config(data, data_root)
+    config = config.select(classes) if classes else config
+    return config.single() if single_cls else config
 
 
 def file_digest(path: str | Path) -> str:
@@ -183,7 +194,7 @@ def file_digest(path: str | Path) -> str:
 
 def data_digest(config: DataConfig, split: str, img: int) -> str:
     """SHA-256 of a split's classes, file names, image sizes and labels; pixels do not count."""
-    truth = DetectionDataset(config, split, img, cache=False).ground_truth()
+    truth = DetectionDataset(config, split, img, cache="none").ground_truth()
     return hashlib.sha256(json.dumps(truth, sort_keys=True).encode()).hexdigest()
 
 
@@ -205,7 +216,12 @@ def check_classes(network: Network, config: DataConfig, weights: str, data: str)
     if len(network.names) != len(config.names):
         raise EngineError(
             f"{weights}: detects {len(network.names)} classes, {data} has {len(config.names)} ({', '.join(config.names[:5])}); "
-            "give the data set that it was trained on, or train it on this one"
+            "give the data set and the --classes or --single-cls that it was trained on, or train it on this one"
+        )
+    if list(config.names) != network.names and sorted(config.names) == sorted(network.names):
+        raise EngineError(
+            f"{weights}: its classes are in the order {', '.join(network.names[:5])}, those of {data} in the order "
+            f"{', '.join(config.names[:5])}; give --classes in the network's order"
         )
 
 

@@ -53,6 +53,8 @@ class IterateFlags(RunFlags):
     data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
     download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
     data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
+    classes: list[int | str] = flag([], "names or numbers of the classes to look at, in their new order; else all")  # noqa: RUF009
+    single_cls: bool = flag(False, "all classes as one, named object")
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
     rounds: int = flag(3, "how many times to train sparsely and cut")
     macs: float = flag(0.4, "share of the MACs of --weights to keep in the end, above 0 to 1")
@@ -101,7 +103,7 @@ class Loop:
         self.flags, self.run, self.journal = flags, run, journal
         self.device = choose_device(flags.device)
         self.dense = detection.read_network(flags.weights)
-        config = detection.open_data(flags.data, flags.data_root)
+        config = detection.open_data(flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls)
         detection.check_image_size(self.dense.model, flags.img)
         detection.check_classes(self.dense, config, flags.weights, flags.data)
         self.config = config
@@ -315,7 +317,7 @@ def iterate(flags: IterateFlags) -> Path:
 def open_loop(flags: IterateFlags) -> tuple[RunFolder, dict[str, Any]]:
     """The folder of a loop with these very settings, else a new one; and what its journal begins with."""
     settings = {name: value for name, value in asdict(flags).items() if name not in NOT_OF_THE_RUN}
-    config = detection.open_data(flags.data, flags.data_root, download=flags.download)
+    config = detection.open_data(flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls)
     opening = {
         "settings": settings,
         "weights": detection.file_digest(flags.weights),

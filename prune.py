@@ -48,6 +48,8 @@ class PruneFlags(RunFlags):
     data: str | None = flag(None, "data set: prove on its val images and evaluate masked and pruned")
     download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
     data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
+    classes: list[int | str] = flag([], "names or numbers of the classes to look at, in their new order; else all")  # noqa: RUF009
+    single_cls: bool = flag(False, "all classes as one, named object")
     recalibrate: int = flag(
         0, "training batches on which batch-norm statistics are re-estimated after the cut; 0 keeps them"
     )
@@ -113,7 +115,7 @@ def open_material(flags: PruneFlags) -> Material:
     if flags.data is None:
         images = torch.rand(2, 3, flags.img, flags.img, generator=torch.Generator().manual_seed(flags.seed))
         return Material(network, device, images, None, None)
-    config = detection.open_data(flags.data, flags.data_root, download=flags.download)
+    config = detection.open_data(flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls)
     detection.check_classes(network, config, flags.weights, flags.data)
     dataset = detection.DetectionDataset(config, "val", flags.img)
     evaluator = detection.Evaluator(dataset, batch_size=flags.batch_size, workers=0, device=device)

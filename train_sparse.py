@@ -44,6 +44,8 @@ class TrainFlags(RunFlags):
     data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
     download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
     data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
+    classes: list[str] = flag([], "names or numbers of the classes to look at, in their new order; else all")  # noqa: RUF009
+    single_cls: bool = flag(False, "all classes as one, named object")
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
     epochs: int = flag(30, "epochs of the whole run")
     batch_size: int = flag(16, "images a step")
@@ -150,7 +152,7 @@ def train_in(
     """Sparse training for SparseFlags, plain training otherwise; prints a line an epoch and fills the run folder."""
     device = choose_device(flags.device)
     seed_generators(flags.seed)
-    config = detection.open_data(flags.data, flags.data_root, download=flags.download)
+    config = detection.open_data(flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls)
     network = starting_network(flags, run, resume_state, config.names, keep_gates)
     detection.check_image_size(network.model, flags.img)
     print(network.note or f"weights {flags.weights}")

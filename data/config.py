@@ -1,16 +1,31 @@
-"""Data set descriptions: YOLOv5's ``data.yaml``, read as it is."""
+"""Data set descriptions: YOLOv5's ``data.yaml``, read as it is, with COCO and VOC annotations as well.
+
+A split is a folder of images, a list file, a COCO ``.json``, or a list of these; ``data/sources.py`` says how the format
+is told. Three forms of one set:
+
+    path: cells                     path: cells                         path: VOC2012
+    train: images/train             train: annotations/train.json      train: ImageSets/Main/train.txt
+    val: images/val                 val: annotations/val.json          val: ImageSets/Main/val.txt
+    names: [RBC, WBC]               images: {train: train, val: val}   format: voc
+
+``names`` may be left out for COCO (its categories in the order of their ids) and VOC (the classes of its objects in
+alphabetical order). ``images``, a folder or one for each split, is needed only where COCO's images lie in an unusual place;
+``format``, yolo or voc, only where folders or lists have both kinds of files.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .annotations import Entry
 from .errors import DataError
+from .sources import class_names, find_entries
 
 SPLITS = ("train", "val", "test")
 ROOT_VARIABLE = "SLIM_DATA_ROOT"
@@ -20,7 +35,7 @@ _WHERE = f"--data-root or ${ROOT_VARIABLE} says where data sets lie"
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set: class names by class index, and for each split its folders, list files or images (``None``: not described)."""
+    """A data set: class names by class index, and for each split its sources (``None``: not described)."""
 
     names: tuple[str, ...]
     train: tuple[Path, ...] | None = None
@@ -30,6 +45,50 @@ class DataConfig:
     """Whether the description says where the data set is to be had."""
     path: Path = Path()
     """The data set's folder: what relative entries of a list file may be relative to."""
+    images: Mapping[str, Path] = field(default_factory=dict)
+    """The images' folder of splits whose source is a COCO file, where it is not at a usual place."""
+    format: str | None = None
+    """yolo or voc for folders and lists; ``None``: told from the files that are there."""
+    label_names: tuple[str, ...] | None = None
+    """The classes as the files number or name them; ``None``: ``names``."""
+    class_map: tuple[int, ...] | None = None
+    """For each of ``label_names`` its index in ``names``, -1 for a class that is not looked at; ``None``: the same."""
+
+    def select(self, classes: Sequence[str | int]) -> DataConfig:
+        """These classes alone, by name or index (a name that is a number wins), in this order; the others count as background."""
+        chosen: list[int] = []
+        for one in classes:
+            text = str(one)
+            index = self.names.index(text) if text in self.names else int(text) if text.isdigit() else -1
+            if not 0 <= index < len(self.names):
+                raise DataError(
+                    f"class {text!r} is not there; expected names or numbers of {', '.join(self.names[:20])} "
+                    f"(0 to {len(self.names) - 1})"
+                )
+            if index in chosen:
+                raise DataError(f"class {text!r} is chosen twice; give each class once")
+            chosen.append(index)
+        if not chosen:
+            raise DataError(f"no class is chosen; expected some of {', '.join(self.names[:20])}")
+        places = [chosen.index(i) if i in chosen else -1 for i in range(len(self.names))]
+        return self._regrouped(tuple(self.names[i] for i in chosen), places)
+
+    def single(self, name: str = "object") -> DataConfig:
+        """All classes as one."""
+        return self._regrouped((name,), [0] * len(self.names))
+
+    def _regrouped(self, names: tuple[str, ...], places: Sequence[int]) -> DataConfig:
+        before = self.class_map or range(len(self.names))
+        class_map = tuple(places[i] if i >= 0 else -1 for i in before)
+        return replace(self, names=names, label_names=self.label_names or self.names, class_map=class_map)
+
+    def entries(self, split: str) -> tuple[list[Entry], list[str]]:
+        """The images of a split with their annotations, and what was left out of its files as a whole; DataError as ``split``."""
+        names = self.label_names or self.names
+        folder = self.images.get(split)
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"split {split!r}: images: {folder} is no folder; {_where(self.can_download)}")
+        return find_entries(self.split(split), names, self.path, folder, self.format)
 
     def split(self, name: str) -> tuple[Path, ...]:
         """The sources of the split ``name``; DataError if it is unknown, not described, or not on the disk."""
@@ -46,7 +105,7 @@ class DataConfig:
 
 
 def load_data_config(path: str | Path, data_root: str | Path | None = None) -> DataConfig:
-    """Read a YOLOv5 ``data.yaml``.
+    """Read a ``data.yaml``.
 
     A relative ``path`` is looked for under ``data_root`` (else ``$SLIM_DATA_ROOT``, else ``./datasets``), then beside the
     YAML, then in the working folder; the first place that holds one of the splits is taken. ``download`` is not followed
@@ -54,10 +113,12 @@ def load_data_config(path: str | Path, data_root: str | Path | None = None) -> D
     """
     file = Path(path)
     content = read_description(file)
-    names = _names(content, file)
     described = {split: _entries(content, split, file) for split in SPLITS}
     if not any(described.values()):
-        raise DataError(f"{file}: no train, val or test is given; each is a folder, a list file or a list of these")
+        coco = "; a COCO file is a split of a data.yaml: val: FILE.json" if file.suffix == ".json" else ""
+        raise DataError(
+            f"{file}: no train, val or test is given; each is a folder, a list file or a list of these{coco}"
+        )
     can_download = bool(content.get("download"))
     candidates = _base_candidates(content, file, data_root)
     base = next((c for c in candidates if any(_locate(c, e).exists() for es in described.values() for e in es)), None)
@@ -66,7 +127,22 @@ def load_data_config(path: str | Path, data_root: str | Path | None = None) -> D
         entries = ", ".join(entry for es in described.values() for entry in es)
         raise DataError(f"{file}: none of {entries} exists; looked in {places}; {_where(can_download)}")
     train, val, test = (tuple(_locate(base, entry) for entry in described[split]) or None for split in SPLITS)
-    return DataConfig(names=names, train=train, val=val, test=test, path=base, can_download=can_download)
+    labels = content.get("format")
+    if labels not in (None, "yolo", "voc"):
+        raise DataError(f"{file}: format is {labels!r}, expected yolo or voc (a COCO file is known by its .json)")
+    names = content.get("names")
+    if names is None:
+        names = list(class_names([*(train or ()), *(val or ()), *(test or ())], base, labels)) or None
+    return DataConfig(
+        names=_names(names, content.get("nc"), file),
+        train=train,
+        val=val,
+        test=test,
+        path=base,
+        images=_image_folders(content, base, file),
+        format=labels,
+        can_download=can_download,
+    )
 
 
 def read_description(file: Path) -> Mapping[str, Any]:
@@ -82,8 +158,7 @@ def read_description(file: Path) -> Mapping[str, Any]:
     return content
 
 
-def _names(content: Mapping[str, Any], file: Path) -> tuple[str, ...]:
-    names, count = content.get("names"), content.get("nc")
+def _names(names: Any, count: Any, file: Path) -> tuple[str, ...]:
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise DataError(f"{file}: nc is {count!r}, expected the number of classes, a whole number of at least 1")
     if isinstance(names, dict):
@@ -99,6 +174,17 @@ def _names(content: Mapping[str, Any], file: Path) -> tuple[str, ...]:
     if count is not None and count != len(names):
         raise DataError(f"{file}: nc is {count} but there are {len(names)} names; correct one of them or leave nc out")
     return tuple(str(name) for name in names)
+
+
+def _image_folders(content: Mapping[str, Any], base: Path, file: Path) -> dict[str, Path]:
+    given = content.get("images")
+    folders = given if isinstance(given, dict) else dict.fromkeys(SPLITS, given) if given else {}
+    for split, folder in folders.items():
+        if split not in SPLITS or not isinstance(folder, str):
+            raise DataError(
+                f"{file}: images holds {split!r}: {folder!r}, expected a folder, or one for train, val and test"
+            )
+    return {split: _locate(base, folder) for split, folder in folders.items()}
 
 
 def _entries(content: Mapping[str, Any], split: str, file: Path) -> tuple[str, ...]:

@@ -1,14 +1,14 @@
-"""Detection data sets in YOLO format: found, checked, cached, and served as letterboxed or augmented samples."""
+"""Detection data sets: found, checked, cached, and served as letterboxed or augmented samples."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,13 +18,17 @@ from torch.utils.data import Dataset
 
 from boxes import Letterbox
 
+from .annotations import Annotations, Entry, as_rows, check_usable
 from .augment import Augment, Labels, Tile, augment_sample, mosaic_tiles
+from .cache import find_folder, name_of, read_annotations
 from .config import DataConfig
 from .errors import DataError
 from .images import IMAGE_SUFFIXES, letterbox, letterbox_of, read_image, read_size, resize
-from .labels import label_path, read_labels
+from .pixels import PixelFile, open_pixels
 
 logger = logging.getLogger(__name__)
+
+Cache = Literal["ram", "disk", "none"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,17 @@ class Sample:
 
 
 class DetectionDataset(Dataset[Sample]):
-    """A split of a YOLO-format data set.
+    """A split of a data set: YOLO text, COCO or VOC (``data/sources.py``).
 
     Without ``augment``: each image letterboxed to a grey square of ``image_size_px``. With it: a random sample that
     depends only on (seed, epoch, index). Bad label lines and unreadable images are left out and listed in ``problems``;
     DataError if no image is left, or none of the labels that the files hold.
 
-    ``cache`` keeps all images, resized, in memory (3 * image_size_px**2 bytes each), unless that would take more than
-    half of what is available.
+    ``cache`` keeps all images, resized, 3 * image_size_px**2 bytes each. ``ram``: in this process's memory, unless that
+    would take more than half of what is available. ``disk``: with sizes and labels in a folder ``.slim-cache`` beside the
+    data (else in the user's cache folder), from where all processes and later starts map them; where that cannot be, as
+    ``ram``. What changed is read again (``data/cache.py``); the folder may be deleted at any time. ``none``: images are
+    decoded whenever they are needed.
     """
 
     def __init__(
@@ -61,35 +68,28 @@ class DetectionDataset(Dataset[Sample]):
         image_size_px: int,
         augment: Augment | None = None,
         seed: int = 0,
-        cache: bool = True,
+        cache: Cache = "ram",
     ) -> None:
         if image_size_px < 1:
             raise DataError(f"image size {image_size_px}, expected a positive number of pixels")
         if seed < 0:
             raise DataError(f"seed {seed}, expected a whole number of at least 0")
+        if cache not in get_args(Cache):
+            raise DataError(f"cache {cache!r}, expected one of {', '.join(get_args(Cache))}")
         self.names = config.names
         self.split = split
         self.image_size_px = image_size_px
         self.augment = augment
         self.seed = seed
-        self.problems: list[str] = []
         # Shared memory: persistent workers see the epoch that the main process sets.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        found = find_images(config.split(split), config.path)
-        if not found:
-            sources = ", ".join(str(source) for source in config.split(split))
+        self._base, self._sources = config.path, config.split(split)
+        entries, self.problems = config.entries(split)
+        if not entries:
+            sources = ", ".join(str(source) for source in self._sources)
             raise DataError(f"split {split!r}: no image in {sources}; known are {', '.join(sorted(IMAGE_SUFFIXES))}")
-        sizes, self._cache = self._scan(found, cache and self._fits(len(found)))
-        usable = [i for i, size in enumerate(sizes) if size is not None]
-        if not usable:
-            raise DataError(
-                f"split {split!r}: none of its {len(found)} images can be used; the first: {self.problems[0]}"
-            )
-        if self._cache is not None and len(usable) < len(found):
-            self._cache = self._cache[usable]
-        self.files: tuple[Path, ...] = tuple(found[i] for i in usable)
-        self._sizes: list[tuple[int, int]] = [size for size in sizes if size is not None]
-        self._labels = self._read_labels()
+        self._folder = find_folder(self._base) if cache == "disk" else None
+        self._open(entries, config, cache)
         if self.problems:
             logger.warning("split %r: %d problems, the first: %s", split, len(self.problems), self.problems[0])
 
@@ -124,18 +124,24 @@ class DetectionDataset(Dataset[Sample]):
         self._epoch.fill_(epoch)
 
     def ground_truth(self) -> dict[str, Any]:
-        """The labels as a COCO dict: boxes in original pixels, image ids = indices, category ids = class indices."""
+        """The labels as a COCO dict: boxes in original pixels, image ids = indices, category ids = class indices.
+
+        COCO's crowds and VOC's difficult objects have iscrowd 1, the one mark by which pycocotools ignores: a detection
+        that lies in one is neither right nor wrong.
+        """
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for image_id, (file, (height, width), labels) in enumerate(
-            zip(self.files, self._sizes, self._labels, strict=True)
+            zip(self.files, self._sizes, zip(self._labels, self._ignored, strict=True), strict=True)
         ):
             images.append({"id": image_id, "file_name": file.name, "width": width, "height": height})
-            for row in labels.astype(np.float64):
+            for k, row in enumerate(np.concatenate(labels).astype(np.float64)):
                 w, h = float(row[3]) * width, float(row[4]) * height
                 x, y = float(row[1]) * width - w / 2, float(row[2]) * height - h / 2
                 annotation = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(row[0])}
-                annotations.append({**annotation, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
+                annotations.append(
+                    {**annotation, "bbox": [x, y, w, h], "area": w * h, "iscrowd": int(k >= len(labels[0]))}
+                )
         categories = [{"id": i, "name": name} for i, name in enumerate(self.names)]
         return {"info": {"description": ""}, "images": images, "annotations": annotations, "categories": categories}
 
@@ -157,7 +163,7 @@ class DetectionDataset(Dataset[Sample]):
             image = resize(self._read(index), (height, width))
         else:
             top, left = geometry.top_px, geometry.left_px
-            image = self._cache[index, :, top : top + height, left : left + width]
+            image = self._cache[index][:, top : top + height, left : left + width]
         return image, _to_pixels(self._labels[index], width, height)
 
     def _read(self, index: int) -> Tensor:
@@ -174,10 +180,44 @@ class DetectionDataset(Dataset[Sample]):
         logger.warning(message, self.split, need / 2**30, count, free / 2**30)
         return False
 
-    def _scan(self, files: Sequence[Path], cache: bool) -> tuple[list[tuple[int, int] | None], Tensor | None]:
-        """Original sizes (None: left out, with a problem noted) and, if wanted, all images letterboxed [n, 3, S, S]."""
+    def _open(self, entries: Sequence[Entry], config: DataConfig, cache: Cache) -> None:
+        """Images and labels of the entries; those that cannot be used are left out."""
+        of_sources = Annotations(as_rows([]), problems=tuple(self.problems))
+        sizes, store = self._scan([entry.image for entry in entries], cache)
+        self.problems += [f"{size}; the image was left out" for size in sizes if isinstance(size, str)]
+        readable = [i for i, size in enumerate(sizes) if not isinstance(size, str)]
+        self._sizes: list[tuple[int, int]] = [size for size in sizes if not isinstance(size, str)]
+        read = self._read_labels([entries[i] for i in readable], config)
+        check_usable(self.split, [*read, of_sources], config.label_names or config.names)
+        kept = [i for i, labels in enumerate(read) if not labels.unusable]
+        read = self._chosen(read, config)
+        if not kept:
+            raise DataError(
+                f"split {self.split!r}: none of its {len(entries)} images can be used; the first: {self.problems[0]}"
+            )
+        self.files: tuple[Path, ...] = tuple(entries[readable[i]].image for i in kept)
+        self._sizes = [self._sizes[i] for i in kept]
+        self._labels = [read[i].rows.astype(np.float32) for i in kept]
+        self._ignored = [read[i].ignored.astype(np.float32) for i in kept]
+        if isinstance(store, PixelFile):
+            store = store.subset(kept)
+        elif store is not None and len(kept) < len(entries):
+            store = store[[readable[i] for i in kept]]
+        self._cache = store
+
+    def _scan(
+        self, files: Sequence[Path], cache: Cache
+    ) -> tuple[list[tuple[int, int] | str], Tensor | PixelFile | None]:
+        """Original sizes (or why an image is left out) and, if wanted, the images letterboxed [n, 3, S, S]: in memory all
+        of them, on disk those that can be read."""
+        if cache == "disk" and self._folder is not None:
+            name = name_of(self._base, f"{self.split}-{self.image_size_px}", self._sources)
+            opened = open_pixels(self._folder, name, files, self._base, self.image_size_px)
+            if opened is not None:
+                return opened
         size = self.image_size_px
-        store = torch.empty(len(files), 3, size, size, dtype=torch.uint8) if cache else None
+        in_memory = cache != "none" and self._fits(len(files))
+        store = torch.empty(len(files), 3, size, size, dtype=torch.uint8) if in_memory else None
 
         def look(index: int) -> tuple[int, int] | str:
             try:
@@ -186,29 +226,26 @@ class DetectionDataset(Dataset[Sample]):
                 store[index], geometry = letterbox(read_image(files[index]), size)
                 return geometry.original_hw
             except DataError as error:
-                return f"{error}; the image was left out"
+                return str(error)
 
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            looks = list(pool.map(look, range(len(files))))
-        self.problems += [look for look in looks if isinstance(look, str)]
-        return [None if isinstance(look, str) else look for look in looks], store
+            return list(pool.map(look, range(len(files)))), store
 
-    def _read_labels(self) -> list[NDArray[np.float32]]:
-        read = [read_labels(label_path(file), len(self.names)) for file in self.files]
-        problems = [problem for labels in read for problem in labels.problems]
-        out_of_range = [problem for labels in read for problem in labels.out_of_range]
-        self.problems += problems
-        if problems and not any(len(labels.rows) for labels in read):
-            if len(out_of_range) == len(problems):
-                raise DataError(
-                    f"split {self.split!r}: the class of every label is outside 0 to {len(self.names) - 1}, so the class "
-                    f"count is wrong: the data.yaml names {len(self.names)} classes; for example {problems[0]}"
-                )
-            raise DataError(
-                f"split {self.split!r}: not one of its labels can be used: {len(problems)} problems, "
-                f"{len(out_of_range)} of them classes out of range; the first: {problems[0]}"
-            )
-        return [labels.rows for labels in read]
+    def _read_labels(self, entries: Sequence[Entry], config: DataConfig) -> list[Annotations]:
+        names = config.label_names or config.names
+        name = name_of(self._base, self.split, [*self._sources, *names])
+        read = read_annotations(entries, self._sizes, self._folder, name, self._base)
+        self.problems += [problem for labels in read for problem in labels.problems]
+        return read
+
+    def _chosen(self, read: list[Annotations], config: DataConfig) -> list[Annotations]:
+        """The annotations in the classes that the configuration selects."""
+        if config.class_map is None:
+            return read
+        chosen = [labels.mapped(config.class_map) for labels in read]
+        if any(len(labels.rows) for labels in read) and not any(len(labels.rows) for labels in chosen):
+            raise DataError(f"split {self.split!r}: no object of {', '.join(config.names)}; choose other classes")
+        return chosen
 
 
 def available_bytes() -> int | None:
@@ -221,32 +258,6 @@ def available_bytes() -> int | None:
     except (OSError, ValueError):
         pass
     return None
-
-
-def find_images(sources: Sequence[Path], base: Path) -> list[Path]:
-    """Images of folders (searched deeply, sorted), list files and single files, each once, in the order of the sources."""
-    found = (image for source in sources for image in _images_of(source, base))
-    return list(dict.fromkeys(found))
-
-
-def _images_of(source: Path, base: Path) -> Iterator[Path]:
-    if source.is_dir():
-        yield from sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    elif source.suffix.lower() == ".txt":
-        for line in _read_list(source):
-            entry = Path(line)
-            beside = source.parent / entry
-            yield beside if line.startswith("./") or beside.exists() else base / entry
-    else:
-        yield source
-
-
-def _read_list(source: Path) -> list[str]:
-    try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: the list of images cannot be read ({error}); expected a path a line") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _to_pixels(labels: NDArray[np.float32], width: float, height: float) -> Labels:

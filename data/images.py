@@ -5,12 +5,13 @@ Decoding is Pillow's, which torchvision brings along: torchvision.io's own decod
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -24,13 +25,29 @@ FILL = 114
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 # Pillow's plugins raise these for damaged files, SyntaxError and ValueError among them.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_EMPTY = "the file has 0 bytes"
 _EXIF_ORIENTATION = 0x0112
 
 
 def read_image(path: Path) -> Tensor:
     """RGB uint8 [3, H, W], turned upright as its EXIF says; DataError if it cannot be decoded."""
+    return decode_image(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's content; DataError if it cannot be read."""
     try:
-        with _open(path) as image:
+        return path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, error) from error
+
+
+def decode_image(content: bytes, path: Path) -> Tensor:
+    """``read_image`` of the content of the file ``path``."""
+    try:
+        if not content:
+            raise OSError(_EMPTY)
+        with Image.open(io.BytesIO(content)) as image:
             upright: Tensor = pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
             return upright
     except _UNREADABLE as error:
@@ -65,11 +82,13 @@ def _ends_as_jpeg(path: Path) -> bool:
 
 def _open(path: Path) -> Image.Image:
     if path.stat().st_size == 0:
-        raise OSError("the file has 0 bytes")
+        raise OSError(_EMPTY)
     return Image.open(path)
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
+    if isinstance(error, UnidentifiedImageError):
+        error = ValueError("of no known image format")
     reason = str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__]
     return DataError(f"{path}: the image cannot be read ({reason[0].strip()}); restore or remove it")
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+from .annotations import Annotations, ClassRangeError, Collector, Row, as_rows
 
 _TOLERANCE = 1e-6
 """Writers round: 1.0000001 is 1."""
-
-
-class ClassRangeError(ValueError):
-    """A class index that the data set's names do not cover."""
 
 
 def label_path(image: Path) -> Path:
@@ -30,47 +24,25 @@ def label_path(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-@dataclass(frozen=True)
-class LabelFile:
-    """What one label file says."""
-
-    rows: NDArray[np.float32]
-    """[n, 5]: class, cx, cy, w, h, normalised and inside the image"""
-    problems: tuple[str, ...] = ()
-    """The lines that were left out, and why."""
-    out_of_range: tuple[str, ...] = ()
-    """Those of ``problems`` that name a class which does not exist."""
-
-
-def read_labels(path: Path, num_classes: int) -> LabelFile:
+def read_labels(path: Path, num_classes: int) -> Annotations:
     """Labels of one image, boxes clipped to it. A missing or empty file means that nothing is in the image."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         lines = []
     except (OSError, UnicodeDecodeError) as error:
-        return LabelFile(_array([]), (f"{path}: cannot be read as text ({error}); all its lines were left out",))
-    rows: list[tuple[float, ...]] = []
-    seen: set[tuple[float, ...]] = set()
-    problems: list[str] = []
-    out_of_range: list[str] = []
+        return Annotations(
+            as_rows([]), problems=(f"{path}: cannot be read as text ({error}); all its lines were left out",)
+        )
+    found = Collector()
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_label(line, num_classes)
-            if row in seen:
-                raise ValueError("the same object twice")
-            seen.add(row)
-            rows.append(row)
-        except ValueError as error:
-            problems.append(f"{path}:{number}: {error}; the line was left out")
-            if isinstance(error, ClassRangeError):
-                out_of_range.append(problems[-1])
-    return LabelFile(_array(rows), tuple(problems), tuple(out_of_range))
+        if line.strip():
+            with found.reading(f"{path}:{number}", "line"):
+                found.add(parse_label(line, num_classes))
+    return found.annotations()
 
 
-def parse_label(line: str, num_classes: int) -> tuple[float, ...]:
+def parse_label(line: str, num_classes: int) -> Row:
     """One line -> (class, cx, cy, w, h), normalised and clipped to the image; ValueError says what is wrong with it."""
     fields = line.split()
     if len(fields) != 5 and (len(fields) < 7 or len(fields) % 2 == 0):
@@ -99,7 +71,3 @@ def parse_label(line: str, num_classes: int) -> tuple[float, ...]:
     if x2 <= x1 or y2 <= y1:
         raise ValueError("a box of zero area")
     return (kind, (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
-
-
-def _array(rows: list[tuple[float, ...]]) -> NDArray[np.float32]:
-    return np.array(rows, dtype=np.float32).reshape(-1, 5)

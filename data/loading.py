@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,20 @@ class EpochSampler(Sampler[int]):
         return iter(np.resize(order, len(self) * self.num_ranks)[self.rank :: self.num_ranks].tolist())
 
 
+class BatchLoader(DataLoader[Sample]):
+    """A DataLoader whose workers' DataErrors arrive as they were raised, in one line.
+
+    torch gives the exception's type back with a traceback for its message.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from error
+
+
 def build_loader(
     dataset: DetectionDataset,
     batch_size: int,
@@ -80,7 +95,7 @@ def build_loader(
         raise DataError(f"batch size {batch_size} and {workers} workers: expected at least 1 and at least 0")
     if not 0 <= rank < num_ranks or seed < 0:
         raise DataError(f"rank {rank} of {num_ranks}, seed {seed}: expected 0 <= rank < ranks and a seed of at least 0")
-    return DataLoader(
+    return BatchLoader(
         dataset,
         batch_size=batch_size,
         sampler=EpochSampler(dataset, shuffle, seed, rank, num_ranks),

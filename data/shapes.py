@@ -18,6 +18,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
+from .cache import FOLDER as CACHE_FOLDER
 from .errors import DataError
 
 SHAPE_NAMES = ("circle", "square", "triangle", "cross")
@@ -107,7 +108,8 @@ def _is_whole(root: Path, recipe: _Recipe) -> bool:
 
 def _clear(root: Path) -> None:
     """Remove an earlier set, file by file; refuse if anything under ``root`` was not written by us."""
-    files = [path for path in root.rglob("*") if not path.is_dir()] if root.exists() else []
+    below = root.rglob("*") if root.exists() else ()
+    files = [path for path in below if not path.is_dir() and CACHE_FOLDER not in path.parts]
     ours = [path.name in (RECORD, PARTIAL) or _FILE_NAME.fullmatch(path.name) is not None for path in files]
     foreign = [path for path, mine in zip(files, ours, strict=True) if not mine]
     if foreign or (root.exists() and not root.is_dir()):

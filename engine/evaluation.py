@@ -115,7 +115,7 @@ def coco_ap(
     ground_truth: CocoDict, detections: list[CocoDict], names: Sequence[str]
 ) -> tuple[float, float, float, dict[str, float]]:
     """(AP, AP50, AP75, AP by class name) of COCO results; without detections all are 0."""
-    with_instances = {annotation["category_id"] for annotation in ground_truth["annotations"]}
+    with_instances = {annotation["category_id"] for annotation in _counted(ground_truth)}
     classes = [
         (position, names[position])
         for position, category in enumerate(ground_truth["categories"])
@@ -160,11 +160,16 @@ def _check_ground_truth(ground_truth: CocoDict, names: Sequence[str]) -> None:
         raise EngineError(
             f"evaluation: the ground truth has {found} classes, expected {len(names)}: {', '.join(names)}"
         )
-    if not ground_truth["annotations"]:
+    if not _counted(ground_truth):
         raise EngineError(
             f"evaluation: no labelled box in {len(ground_truth['images'])} images, so there is no AP; "
             "check the split's label files"
         )
+
+
+def _counted(ground_truth: CocoDict) -> list[CocoDict]:
+    """Annotations that are to be found; crowds are ignored."""
+    return [annotation for annotation in ground_truth["annotations"] if not annotation.get("iscrowd")]
 
 
 def _normalised(ground_truth: CocoDict) -> CocoDict:

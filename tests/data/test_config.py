@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from data import DataError, find_root, load_data_config
-from data.dataset import find_images
+from data.sources import find_images
 from tests.data.scenes import ROOT
 
 NAMES = "names: [red, green]\n"

@@ -13,6 +13,7 @@ import torch
 import data.dataset
 from boxes import Letterbox, cxcywh_to_xyxy
 from data import Augment, DataConfig, DataError, DetectionDataset, load_data_config
+from data.dataset import Cache
 from tests.data.scenes import BCCD, ROOT, label_line, rectangle, visible_box, write_rectangles, write_set
 
 SIZE = 64
@@ -23,11 +24,11 @@ def rectangles(tmp_path: Path) -> DataConfig:
     return write_rectangles(tmp_path / "rectangles")
 
 
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("cache", ["none", "ram", "disk"])
 @pytest.mark.parametrize(
     "augment", [None, Augment(mosaic=0, hsv_h=0, hsv_s=0, hsv_v=0)], ids=["letterboxed", "augmented"]
 )
-def test_targets_fit_the_pixels(rectangles: DataConfig, augment: Augment | None, cache: bool) -> None:
+def test_targets_fit_the_pixels(rectangles: DataConfig, augment: Augment | None, cache: Cache) -> None:
     dataset = DetectionDataset(rectangles, "train", SIZE, augment, cache=cache)
     seen_targets = 0
     for epoch in range(6 if augment else 1):
@@ -58,7 +59,7 @@ def test_a_letterboxed_sample_by_hand(tmp_path: Path) -> None:
 
 def test_caching_changes_no_sample(rectangles: DataConfig) -> None:
     for augment in (None, Augment(mosaic=0.5)):
-        fast, slow = (DetectionDataset(rectangles, "train", SIZE, augment, cache=cache) for cache in (True, False))
+        fast, slow = (DetectionDataset(rectangles, "train", SIZE, augment, cache=cache) for cache in ("ram", "none"))
         for one, other in zip(fast, slow, strict=True):
             assert torch.equal(one.image, other.image) and torch.equal(one.targets, other.targets)
 
@@ -92,8 +93,8 @@ def test_equal_images_are_augmented_differently(tmp_path: Path) -> None:
     assert not torch.equal(dataset[0].image, dataset[1].image)
 
 
-@pytest.mark.parametrize("cache", [False, True])
-def test_unreadable_images_are_left_out_and_named(rectangles: DataConfig, cache: bool) -> None:
+@pytest.mark.parametrize("cache", ["none", "ram", "disk"])
+def test_unreadable_images_are_left_out_and_named(rectangles: DataConfig, cache: Cache) -> None:
     folder = rectangles.path / "images" / "train"
     (folder / "aa_empty.png").touch()
     (folder / "image2.png").write_bytes((folder / "image2.png").read_bytes()[:80])
@@ -134,7 +135,7 @@ def test_a_split_without_usable_images_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_image_that_changes_under_way_is_an_error(rectangles: DataConfig) -> None:
-    dataset = DetectionDataset(rectangles, "train", SIZE, cache=False)
+    dataset = DetectionDataset(rectangles, "train", SIZE, cache="none")
     (rectangles.path / "images" / "train" / "image0.png").write_bytes(dataset.files[1].read_bytes())
     with pytest.raises(DataError, match=r"image0\.png: the image changed since the data set was opened; start again$"):
         _ = dataset[0]
@@ -194,7 +195,7 @@ def test_ground_truth_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the reference data ../shared/data/bccd is not there")
 def test_ground_truth_of_bccd_is_that_of_its_annotations() -> None:
-    dataset = DetectionDataset(load_data_config(ROOT / "data" / "bccd.yaml", BCCD.parent), "val", 320, cache=False)
+    dataset = DetectionDataset(load_data_config(ROOT / "data" / "bccd.yaml", BCCD.parent), "val", 320, cache="none")
     truth = dataset.ground_truth()
     expected = json.loads((BCCD / "annotations" / "val.json").read_text())
     assert dataset.problems == []
@@ -212,5 +213,5 @@ def test_ground_truth_of_bccd_is_that_of_its_annotations() -> None:
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the reference data ../shared/data/bccd is not there")
 @pytest.mark.parametrize(("split", "count"), [("train", 205), ("test", 72)])
 def test_bccd_is_whole(split: str, count: int) -> None:
-    dataset = DetectionDataset(load_data_config(ROOT / "data" / "bccd.yaml", BCCD.parent), split, 320, cache=False)
+    dataset = DetectionDataset(load_data_config(ROOT / "data" / "bccd.yaml", BCCD.parent), split, 320, cache="none")
     assert len(dataset) == count and dataset.problems == []

@@ -52,7 +52,7 @@ def test_a_file_with_windows_marks_reads_like_any(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n")
     read = read_labels(tmp_path / "a.txt", 2)
     np.testing.assert_allclose(read.rows, [[1, 0.5, 0.25, 0.2, 0.1]], atol=1e-6)
-    assert read.problems == () and read.rows.dtype == np.float32
+    assert read.problems == () and read.rows.dtype == np.float64
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""What is known of one image, whatever the format of the file that says it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DataError
+
+Row = tuple[float, ...]
+"""class, cx, cy, w, h: the box as fractions of the image, and inside it"""
+
+
+class ClassRangeError(ValueError):
+    """A class that the data set's names do not cover."""
+
+
+def as_rows(rows: Sequence[Row]) -> NDArray[np.float64]:
+    """[n, 5], also without any row."""
+    return np.array(rows, dtype=np.float64).reshape(-1, 5)
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The objects of one image."""
+
+    rows: NDArray[np.float64]
+    """[n, 5]: class, cx, cy, w, h, normalised and inside the image"""
+    ignored: NDArray[np.float64] = field(default_factory=lambda: as_rows([]))
+    """The same of COCO's crowds and VOC's difficult objects: not trained on, and neither right nor wrong when detected."""
+    problems: tuple[str, ...] = ()
+    """What was left out, and why."""
+    out_of_range: tuple[str, ...] = ()
+    """Those of ``problems`` that name a class which does not exist."""
+    unusable: bool = False
+    """Whether the image itself is left out, because nobody can tell what is in it."""
+
+    def mapped(self, class_map: Sequence[int]) -> Annotations:
+        """Class ``i`` becomes ``class_map[i]``; objects of a class that becomes -1 are dropped."""
+        table = np.asarray(class_map, dtype=np.float64)
+
+        def renumbered(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+            rows = rows.copy()
+            rows[:, 0] = table[rows[:, 0].astype(np.int64)]
+            return rows[rows[:, 0] >= 0]
+
+        return replace(self, rows=renumbered(self.rows), ignored=renumbered(self.ignored))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image of a split, and how to learn what is in it."""
+
+    image: Path
+    read: Callable[[tuple[int, int]], Annotations]
+    """From the image's (height, width) to its annotations."""
+    labels: Path | None = None
+    """The file that ``read`` reads, where it belongs to this image alone."""
+
+
+class Collector:
+    """Gathers objects one by one; an object that cannot be used becomes a line in ``problems``."""
+
+    def __init__(self) -> None:
+        self._rows: dict[bool, dict[Row, None]] = {False: {}, True: {}}
+        self._problems: list[str] = []
+        self._out_of_range: list[str] = []
+
+    @contextlib.contextmanager
+    def reading(self, where: str, what: str) -> Iterator[None]:
+        """A ValueError inside says why ``what`` at ``where`` is left out."""
+        try:
+            yield
+        except ValueError as error:
+            self._problems.append(f"{where}: {error}; the {what} was left out")
+            if isinstance(error, ClassRangeError):
+                self._out_of_range.append(self._problems[-1])
+
+    def add(self, row: Row, ignored: bool = False) -> None:
+        if row in self._rows[ignored]:
+            raise ValueError("the same object twice")
+        self._rows[ignored][row] = None
+
+    def annotations(self) -> Annotations:
+        rows, ignored = (as_rows(list(self._rows[kind])) for kind in (False, True))
+        return Annotations(rows, ignored, tuple(self._problems), tuple(self._out_of_range))
+
+
+def unusable_image(problem: str) -> Annotations:
+    """An image that is left out for what its annotation says."""
+    return Annotations(as_rows([]), problems=(f"{problem}; the image was left out",), unusable=True)
+
+
+def row_from_pixels(kind: int, corners: Sequence[float], size_hw: tuple[int, int]) -> Row:
+    """x1, y1, x2, y2 in pixels of an image of that size -> a row, clipped to the image; ValueError says what is wrong."""
+    if not all(math.isfinite(value) for value in corners):
+        raise ValueError(f"box {list(corners)}, expected finite numbers")
+    x1, y1, x2, y2 = corners
+    if x2 <= x1 or y2 <= y1:
+        raise ValueError("a box of zero area")
+    height, width = size_hw
+    x1, x2 = (min(max(x, 0.0), width) / width for x in (x1, x2))
+    y1, y2 = (min(max(y, 0.0), height) / height for y in (y1, y2))
+    if x2 <= x1 or y2 <= y1:
+        raise ValueError(f"a box outside the image of {width}x{height} pixels")
+    return (float(kind), (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
+
+
+def corners_px(row: Sequence[float], size_hw: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The inverse of ``row_from_pixels``: x1, y1, x2, y2."""
+    height, width = size_hw
+    _, cx, cy, w, h = (float(value) for value in row)
+    return (cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height
+
+
+def check_usable(split: str, annotations: Sequence[Annotations], names: Sequence[str]) -> None:
+    """DataError where files hold labels, but none of them can be used."""
+    problems = [problem for one in annotations for problem in one.problems]
+    out_of_range = [problem for one in annotations for problem in one.out_of_range]
+    if not problems or any(len(one.rows) + len(one.ignored) for one in annotations):
+        return
+    if len(out_of_range) == len(problems):
+        raise DataError(
+            f"split {split!r}: the class of every label is outside 0 to {len(names) - 1}, so the class "
+            f"count is wrong: the data.yaml names {len(names)} classes; for example {problems[0]}"
+            if "expected 0 to" in problems[0]
+            else f"split {split!r}: no label is of a class that the data.yaml names; for example {problems[0]}"
+        )
+    raise DataError(
+        f"split {split!r}: not one of its labels can be used: {len(problems)} problems, "
+        f"{len(out_of_range)} of them classes out of range; the first: {problems[0]}"
+    )

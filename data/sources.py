@@ -1,0 +1,151 @@
+"""The images of a split and where their annotations lie, whatever the format.
+
+What a source is, its path tells:
+
+- a ``.json`` is a COCO annotation file (``data/coco.py``);
+- a ``.txt`` in ``ImageSets/Main`` is a VOC list: a name without suffix a line, its image in ``JPEGImages``, its XML in
+  ``Annotations`` (a second column of -1, as in VOC's lists of one class, leaves the image out);
+- any other ``.txt`` is a list of images, anything else an image or a folder of them. They are VOC if an XML is found for
+  one of them (``voc.annotation_path``) and for none a YOLO label file (``labels.label_path``); else YOLO.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .annotations import Entry
+from .coco import coco_categories, coco_entries
+from .errors import DataError
+from .images import IMAGE_SUFFIXES
+from .labels import label_path, read_labels
+from .voc import annotation_path, read_voc, voc_names
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("yolo", "coco", "voc")
+
+
+def find_entries(
+    sources: Sequence[Path],
+    names: Sequence[str],
+    base: Path,
+    coco_images: Path | None = None,
+    labels: str | None = None,
+) -> tuple[list[Entry], list[str]]:
+    """Images, each once, in the order of the sources, and what was left out of a source as a whole.
+
+    ``base`` is what entries of list files may be relative to, ``coco_images`` the images' folder of COCO sources,
+    ``labels`` the format (yolo or voc) of folders and lists where it shall not be looked for.
+    """
+    entries: dict[Path, Entry] = {}
+    problems: list[str] = []
+    for source in sources:
+        if _is_coco(source):
+            found, left_out = coco_entries(source, names, coco_images, base)
+            problems += left_out
+        else:
+            images, labelled = _labelled(source, base, labels)
+            found = [_entry(image, names, labelled) for image in images]
+            if labelled == "voc" and found and not any(entry.labels and entry.labels.is_file() for entry in found):
+                logger.warning("%s: no annotation at all; its %d images count as background", source, len(found))
+        for entry in found:
+            entries.setdefault(entry.image, entry)
+    return list(entries.values()), problems
+
+
+def source_format(source: Path, base: Path, labels: str | None = None) -> str:
+    """yolo, coco or voc."""
+    return "coco" if _is_coco(source) else _labelled(source, base, labels)[1]
+
+
+def class_names(sources: Sequence[Path], base: Path, labels: str | None = None) -> tuple[str, ...]:
+    """The classes that annotations name: COCO's categories in the order of their ids, then VOC's in alphabetical order.
+
+    Empty for YOLO's, which are numbers. DataError where COCO files disagree.
+    """
+    categories: dict[int, str] = {}
+    objects: set[str] = set()
+    for source in dict.fromkeys(sources):
+        if not source.exists():
+            continue
+        if _is_coco(source):
+            for key, name in coco_categories(source).items():
+                if categories.setdefault(key, name) != name:
+                    raise DataError(
+                        f"{source}: category id {key} is {name!r}, in another split {categories[key]!r}; "
+                        "say by names in the data.yaml which classes there are"
+                    )
+        else:
+            images, labelled = _labelled(source, base, labels)
+            if labelled == "voc":
+                objects.update(name for image in images for name in voc_names(annotation_path(image)))
+    in_order = dict.fromkeys(name for _, name in sorted(categories.items()))
+    return tuple(dict.fromkeys([*in_order, *sorted(objects)]))
+
+
+def find_images(sources: Sequence[Path], base: Path) -> list[Path]:
+    """Images of folders (searched deeply, sorted), list files and single files, each once, in the order of the sources."""
+    found = (image for source in sources for image in _images_of(source, base))
+    return list(dict.fromkeys(found))
+
+
+def _is_coco(source: Path) -> bool:
+    return source.suffix.lower() == ".json"
+
+
+def _is_voc_list(source: Path) -> bool:
+    return source.suffix.lower() == ".txt" and source.parts[-3:-1] == ("ImageSets", "Main")
+
+
+def _labelled(source: Path, base: Path, labels: str | None) -> tuple[list[Path], str]:
+    """The images of a folder, list or file, and the format of their annotations."""
+    if _is_voc_list(source):
+        return list(dict.fromkeys(_voc_images(source))), "voc"
+    images = find_images([source], base)
+    if labels is None:
+        text = any(label_path(image).is_file() for image in images)
+        labels = "voc" if not text and any(annotation_path(image).is_file() for image in images) else "yolo"
+    return images, labels
+
+
+def _entry(image: Path, names: Sequence[str], labelled: str) -> Entry:
+    if labelled == "voc":
+        file = annotation_path(image)
+        return Entry(image, functools.partial(read_voc, file, names), file)
+    file = label_path(image)
+    return Entry(image, lambda _: read_labels(file, len(names)), file)
+
+
+def _voc_images(source: Path) -> Iterator[Path]:
+    folder = source.parents[2] / "JPEGImages"
+    suffixes = (".jpg", *sorted(IMAGE_SUFFIXES - {".jpg"}))
+    for line in _read_list(source):
+        name, _, flag = line.rpartition(" ")
+        listed, left_out = (name.strip(), flag == "-1") if flag in ("-1", "0", "1") and name else (line, False)
+        if not left_out:
+            places = [folder / f"{listed}{suffix}" for suffix in suffixes]
+            yield next((place for place in places if place.is_file()), places[0])
+
+
+def _images_of(source: Path, base: Path) -> Iterator[Path]:
+    if source.is_dir():
+        yield from sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    elif source.suffix.lower() == ".txt":
+        for line in _read_list(source):
+            entry = Path(line)
+            beside = source.parent / entry
+            yield beside if line.startswith("./") or beside.exists() else base / entry
+    else:
+        yield source
+
+
+def _read_list(source: Path) -> list[str]:
+    """The lines of a list file that are not empty."""
+    try:
+        lines = source.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: the list of images cannot be read ({error}); expected a path a line") from error
+    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,372 @@
+"""The cache on disk: what is not read again, what is, and that no damage to it is ever more than lost time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data.cache
+import data.pixels
+from data import Augment, DataConfig, DataError, DetectionDataset, build_loader, make_shapes
+from data.cache import FOLDER, find_folder
+from data.dataset import Cache
+from data.pixels import PixelFile
+from tests.data.scenes import label_line, write_rectangles
+
+SIZE = 64
+
+
+@pytest.fixture
+def rectangles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    return write_rectangles(tmp_path / "set")
+
+
+class Counted:
+    """How many images were decoded and hashed, and how many label files parsed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.decoded = self.hashed = self.parsed = 0
+        for module, name, counter in (
+            (data.pixels, "decode_image", "decoded"),
+            (data.pixels, "digest_of", "hashed"),
+            (data.sources, "read_labels", "parsed"),
+        ):
+            monkeypatch.setattr(module, name, self._counting(getattr(module, name), counter))
+
+    def _counting(self, function: Any, counter: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            setattr(self, counter, getattr(self, counter) + 1)
+            return function(*arguments)
+
+        return call
+
+    def take(self) -> tuple[int, int, int]:
+        taken = (self.decoded, self.hashed, self.parsed)
+        self.decoded = self.hashed = self.parsed = 0
+        return taken
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch)
+
+
+def open_set(config: DataConfig, cache: Cache = "disk", **extra: Any) -> DetectionDataset:
+    return DetectionDataset(config, "train", SIZE, cache=cache, **extra)
+
+
+def settle(config: DataConfig) -> None:
+    """As if all files were older than the clock's doubt."""
+    for path in config.path.rglob("*"):
+        if FOLDER not in path.parts and path.is_file():
+            os.utime(path, ns=(10**18, 10**18))
+
+
+def same(one: DetectionDataset, other: DetectionDataset) -> None:
+    assert one.files == other.files and one.problems == other.problems
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.image, b.image) and torch.equal(a.targets, b.targets) and a.letterbox == b.letterbox
+    assert one.ground_truth() == other.ground_truth()
+
+
+def image_file(config: DataConfig, number: int) -> Path:
+    return config.path / "images" / "train" / f"image{number}.png"
+
+
+def pixel_file(config: DataConfig) -> Path:
+    (found,) = (config.path / FOLDER).glob("*.pixels")
+    return found
+
+
+def test_a_second_start_decodes_nothing(
+    rectangles: DataConfig, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
+    plain = open_set(rectangles, "none")
+    counted.take()
+    same(open_set(rectangles), plain)
+    assert counted.take() == (6, 6, 6)
+    same(open_set(rectangles), plain)
+    assert counted.take() == (0, 0, 0)
+    assert isinstance(open_set(rectangles)._cache, PixelFile)
+    augment = Augment(mosaic=0.5)
+    same_samples = zip(
+        open_set(rectangles, augment=augment), open_set(rectangles, "none", augment=augment), strict=True
+    )
+    assert all(torch.equal(a.image, b.image) for a, b in same_samples)
+
+
+def test_files_of_this_moment_are_looked_into_until_they_are_old(rectangles: DataConfig, counted: Counted) -> None:
+    """A second edit within one tick of the clock could leave the stamp as it is."""
+    open_set(rectangles)
+    counted.take()
+    for _ in range(2):
+        open_set(rectangles)
+        assert counted.take() == (0, 6, 6)
+
+
+def test_an_edit_that_the_stamp_hides_is_seen(rectangles: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same size, time and inode: only the content tells, which is asked while the file is new."""
+    stamp = [1, 10**18, 10**18, 7]
+    monkeypatch.setattr(data.pixels, "take_stamp", lambda _: stamp)
+    monkeypatch.setattr(data.cache, "take_stamp", lambda _: stamp)
+    monkeypatch.setattr(data.cache.time, "time_ns", lambda: 10**18 + 10**9)
+    open_set(rectangles)
+    shutil.copyfile(image_file(rectangles, 1), image_file(rectangles, 0))
+    (rectangles.path / "labels" / "train" / "image2.txt").write_text("0 0.5 0.5 0.5 0.5")
+    same(open_set(rectangles), open_set(rectangles, "none"))
+
+
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_a_changed_image_is_decoded_again(
+    rectangles: DataConfig, counted: Counted, monkeypatch: pytest.MonkeyPatch, keep_time: bool
+) -> None:
+    monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
+    file = image_file(rectangles, 0)
+    with Image.open(file) as image:
+        pixels = np.array(image)
+    file = file.rename(file.with_suffix(".bmp"))
+    Image.fromarray(pixels).save(file)
+    before = open_set(rectangles)
+    status = file.stat()
+    with file.open("r+b") as opened:  # in place, of the same length
+        opened.seek(-300, os.SEEK_END)
+        opened.write(b"\xff" * 300)
+    if keep_time:
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    counted.take()
+    after = open_set(rectangles)
+    assert counted.take()[0] == 1
+    same(after, open_set(rectangles, "none"))
+    assert not torch.equal(before[0].image, after[0].image)
+
+
+def test_a_touched_or_moved_set_is_not_decoded_again(
+    rectangles: DataConfig, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
+    open_set(rectangles)
+    settle(rectangles)
+    counted.take()
+    open_set(rectangles)
+    assert counted.take() == (0, 6, 6)
+    open_set(rectangles)
+    assert counted.take() == (0, 0, 0)
+    shutil.copytree(rectangles.path, tmp_path / "moved")
+    shutil.rmtree(rectangles.path)
+    moved = DataConfig(rectangles.names, train=(tmp_path / "moved" / "images" / "train",), path=tmp_path / "moved")
+    assert len(open_set(moved)) == 6 and counted.take() == (0, 6, 6)
+
+
+def test_images_that_come_and_go(rectangles: DataConfig, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
+    open_set(rectangles)
+    counted.take()
+    Image.new("RGB", (30, 50), "red").save(image_file(rectangles, 10))
+    image_file(rectangles, 3).unlink()
+    image_file(rectangles, 4).write_bytes(b"none")
+    again = open_set(rectangles)
+    assert counted.take()[0] == 2  # the new one, and the broken one in vain
+    assert [file.stem for file in again.files] == ["image0", "image1", "image10", "image2", "image5"]
+    same(again, open_set(rectangles, "none"))
+    for number in (5, 10, 2, 1):
+        image_file(rectangles, number).unlink()
+    # Mostly squares of nobody: the file is made anew, and small.
+    same(open_set(rectangles), open_set(rectangles, "none"))
+    assert pixel_file(rectangles).stat().st_size == 3 * SIZE**2
+
+
+def test_a_changed_label_file_is_seen(
+    rectangles: DataConfig, counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
+    file = rectangles.path / "labels" / "train" / "image2.txt"
+    text = file.read_text()
+    open_set(rectangles)
+    for change in (text.replace("2 ", "1 ", 1), None, "9 0.5 0.5 1 1\n" + text):
+        file.unlink() if change is None else file.write_text(change)
+        counted.take()
+        dataset = open_set(rectangles)
+        assert counted.take() == (0, 0, 1)
+        assert dataset[2].targets[:, 0].tolist() == ([] if change is None else [1] if change[0] == "1" else [2])
+        same(dataset, open_set(rectangles, "none"))
+        assert len(dataset.problems) == (change is not None and change[0] == "9")
+
+
+def test_other_names_and_sizes_are_other_caches(rectangles: DataConfig) -> None:
+    open_set(rectangles)
+    few = DataConfig(("only", "two"), train=rectangles.train, path=rectangles.path)
+    assert len(open_set(few).problems) == 2 and open_set(rectangles).problems == []
+    for size in (32, SIZE):
+        large, plain = (DetectionDataset(rectangles, "train", size, cache=cache) for cache in ("disk", "none"))  # type: ignore[arg-type]
+        same(large, plain)
+
+
+@pytest.mark.parametrize("suffix", ["pixels", "images", "labels"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "garbled", "removed"])
+def test_damage_costs_time_and_a_line(
+    rectangles: DataConfig, caplog: pytest.LogCaptureFixture, suffix: str, damage: str
+) -> None:
+    plain = open_set(rectangles, "none")
+    open_set(rectangles)
+    (file,) = (rectangles.path / FOLDER).glob(f"*.{suffix}")
+    content = file.read_bytes()
+    if damage == "removed":
+        file.unlink()
+    else:
+        middle = len(content) // 2
+        garbled = content[:middle] + bytes(255 - b for b in content[middle : middle + 9]) + content[middle + 9 :]
+        file.write_bytes({"truncated": content[:middle], "emptied": b"", "garbled": garbled}[damage])
+    same(open_set(rectangles), plain)
+    quiet = damage == "removed" and suffix != "pixels"
+    assert len(caplog.records) == (0 if quiet else 1)
+    assert quiet or f".{suffix}: damaged" in caplog.text
+    caplog.clear()
+    same(open_set(rectangles), plain)
+    assert not caplog.records and file.stat().st_size == len(content)
+
+
+def test_a_folder_that_cannot_be_written(
+    rectangles: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, counted: Counted
+) -> None:
+    """A file in the folder's place stands for missing rights, which an administrator has everywhere."""
+    (rectangles.path / FOLDER).touch()
+    plain = open_set(rectangles, "none")
+    same(open_set(rectangles), plain)
+    assert len(list((tmp_path / "user" / "slim").glob("*/*.pixels"))) == 1 and not caplog.records
+    shutil.rmtree(tmp_path / "user")
+    (tmp_path / "user").touch()
+    dataset = open_set(rectangles)
+    same(dataset, plain)
+    assert isinstance(dataset._cache, torch.Tensor)
+    assert "can be written: going on without a cache on disk" in caplog.text
+
+
+def test_a_full_disk_means_no_cache(
+    rectangles: DataConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(data.pixels.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * 6 * 3 * SIZE**2 - 1))
+        dataset = open_set(rectangles)
+    assert isinstance(dataset._cache, torch.Tensor)
+    assert "no cache on disk (0.0 GiB are more than half of the 0.0 GiB free)" in caplog.text
+    same(dataset, open_set(rectangles, "none"))
+    caplog.clear()
+    real = Path.open
+
+    def full(self: Path, *arguments: Any, **named: Any) -> Any:
+        if self.suffix == ".pixels":
+            raise OSError(28, "No space left on device")
+        return real(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    same(open_set(rectangles), dataset)
+    assert ".pixels: no cache on disk (No space left on device)" in caplog.text
+    assert not list((rectangles.path / FOLDER).glob("*.pixels"))
+
+
+def test_none_and_ram_write_nothing(rectangles: DataConfig) -> None:
+    for cache in ("none", "ram"):
+        open_set(rectangles, cache)  # type: ignore[arg-type]
+    assert not (rectangles.path / FOLDER).exists()
+    with pytest.raises(DataError, match=r"^cache 'tape', expected one of ram, disk, none$"):
+        open_set(rectangles, "tape")  # type: ignore[arg-type]
+
+
+def test_a_sample_cannot_spoil_the_cache(rectangles: DataConfig) -> None:
+    content = None
+    for augment in (None, Augment(), Augment(mosaic=0)):
+        dataset = open_set(rectangles, augment=augment)
+        content = content or pixel_file(rectangles).read_bytes()
+        before = dataset[0].image.clone()
+        dataset[0].image.zero_()
+        assert torch.equal(dataset[0].image, before)
+    assert isinstance(dataset._cache, PixelFile)
+    dataset._cache[0].zero_()
+    assert pixel_file(rectangles).read_bytes() == content
+
+
+def test_a_pickled_data_set_maps_the_file_again(rectangles: DataConfig) -> None:
+    """What a worker gets where processes are not forked."""
+    dataset = open_set(rectangles)
+    assert isinstance(dataset._cache, PixelFile)
+    text = pickle.dumps(dataset._cache)
+    assert len(text) < 3 * SIZE**2
+    assert torch.equal(pickle.loads(text)[3], dataset._cache[3])
+
+
+def test_two_loaders_over_one_file(rectangles: DataConfig) -> None:
+    plain, shared = (open_set(rectangles, cache, augment=Augment()) for cache in ("none", "disk"))  # type: ignore[arg-type]
+    loaders = [
+        build_loader(dataset, 2, shuffle=True, workers=workers) for dataset, workers in ((plain, 0), (shared, 2))
+    ]
+    for one, other in zip(*loaders, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
+
+
+def test_an_image_that_changed_behind_a_damaged_cache_is_an_error(
+    rectangles: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = open_set(rectangles)
+    file = pixel_file(rectangles)
+    file.write_bytes(bytes(file.stat().st_size))
+    Image.new("RGB", (64, 40), "red").save(image_file(rectangles, 0))
+    with pytest.raises(DataError, match=r"image0\.png: the image changed since the data set was opened; start again$"):
+        _ = dataset[0]
+    assert dataset[1].image.any() and "damaged at" in caplog.text
+
+
+def test_the_folder_lies_in_the_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert find_folder(tmp_path) == tmp_path / FOLDER
+    assert not caplog.records
+
+
+def test_shapes_are_drawn_anew_beside_a_cache(tmp_path: Path) -> None:
+    make_shapes(tmp_path / "shapes", 2, 1, 1, 32)
+    config = DataConfig(
+        ("a", "b", "c", "d"), train=(tmp_path / "shapes" / "images" / "train",), path=tmp_path / "shapes"
+    )
+    open_set(config)
+    make_shapes(tmp_path / "shapes", 3, 1, 1, 32)
+    assert len(open_set(config)) == 3
+    same(open_set(config), open_set(config, "none"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_breaks_during_training_is_named(rectangles: DataConfig, workers: int) -> None:
+    dataset = open_set(rectangles, "none", augment=Augment())
+    loader = build_loader(dataset, 2, shuffle=True, workers=workers)
+    assert isinstance(loader, DataLoader)
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        assert len(list(loader)) == 3
+    file = image_file(rectangles, 4)
+    file.write_bytes(file.read_bytes()[:60])
+    dataset.set_epoch(2)
+    with pytest.raises(DataError) as error:
+        list(loader)
+    text = str(error.value)
+    assert text.startswith(f"{file}: the image cannot be read (") and text.endswith("); restore or remove it")
+    assert "\n" not in text
+
+
+def test_cached_labels_by_hand(rectangles: DataConfig) -> None:
+    """Cached labels are those of the file to the last bit."""
+    line = label_line(40, 64, (8, 6, 30, 28))
+    assert (rectangles.path / "labels" / "train" / "image0.txt").read_text() == line
+    first, second = open_set(rectangles)._labels[0], open_set(rectangles)._labels[0]
+    expected = np.array([[float(value) for value in line.split()]], dtype=np.float32)
+    assert np.array_equal(first, second) and np.allclose(first, expected, rtol=0, atol=1e-7)
