@@ -44,7 +44,7 @@ class TrainFlags(RunFlags):
     data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
     download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
     data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
-    classes: list[str] = flag([], "names or numbers of the classes to look at, in their new order; else all")  # noqa: RUF009
+    classes: list[int | str] = flag([], "names or numbers of the classes to look at, in their new order; else all")  # noqa: RUF009
     single_cls: bool = flag(False, "all classes as one, named object")
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
     epochs: int = flag(30, "epochs of the whole run")

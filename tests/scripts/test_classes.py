@@ -1,0 +1,80 @@
+"""--classes and --single-cls through the scripts: training and evaluation look at the same classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import iterate
+from detection import read_network
+from finetune import FinetuneFlags
+from prune import PruneFlags
+from tests.scripts.runs import ROOT, SMALL, Runner
+from tests.scripts.test_failures import fails
+from train_sparse import SparseFlags
+
+
+def train(script: Runner, tiny: Path, project: Path, *flags: object) -> Path:
+    start = ("--cfg", ROOT / "models" / "yolov5n.yaml", "--epochs", 1, "--project", project, "--name", "t")
+    done = script("finetune", "--data", tiny, *SMALL, *start, *flags)
+    assert done.code == 0, done.err
+    return project / "t" / "weights" / "last.pt"
+
+
+@pytest.fixture
+def two_classes(script: Runner, tiny: Path, tmp_path: Path) -> Path:
+    return train(script, tiny, tmp_path, "--classes", "cross", 0)
+
+
+def test_chosen_classes(two_classes: Path, script: Runner, tiny: Path, tmp_path: Path) -> None:
+    assert read_network(two_classes).names == ["cross", "circle"]
+    run = two_classes.parents[1]
+    assert yaml.safe_load((run / "config.yaml").read_text())["classes"] == ["cross", 0]
+    common = ("--weights", two_classes, "--data", tiny, *SMALL[:4], "--project", tmp_path / "runs")
+    chosen = ("--classes", "cross", "circle")
+    done = script("val", *common, *chosen)
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "runs" / "exp" / "metrics.json").read_text())
+    assert set(found["per_class"]) == {"cross", "circle"}
+    assert found["ap"] == json.loads((run / "metrics.json").read_text())["ap"]
+    cut = ("--macs", 0.9, "--criterion", "taylor", "--taylor-batches", 1)
+    done = script("prune", *common, *cut, *chosen, "--name", "cut")
+    assert done.code == 0, done.err
+    assert read_network(tmp_path / "runs" / "cut" / "weights" / "pruned.pt").names == ["cross", "circle"]
+    (tmp_path / "flags.yaml").write_text("classes: [3, circle]\n")
+    done = script("val", *common, "--config", tmp_path / "flags.yaml")
+    assert done.code == 0, done.err
+
+
+def test_other_classes_than_those_of_the_network(two_classes: Path, script: Runner, tiny: Path, tmp_path: Path) -> None:
+    for name, more in (("val", ()), ("prune", ("--macs", 0.9)), ("iterate", ())):
+        common = ("--weights", two_classes, "--data", tiny, "--img", 64, "--project", tmp_path / "runs", *more)
+        fails(script(name, *common), "detects 2 classes", "has 4", "--classes or --single-cls")
+        fails(
+            script(name, *common, "--classes", "circle", "cross"),
+            "its classes are in the order cross, circle",
+            "in the order circle, cross; give --classes in the network's order",
+        )
+        fails(
+            script(name, *common, "--classes", "star"), "class 'star' is not there; expected names or numbers of circle"
+        )
+
+
+def test_all_classes_as_one(script: Runner, tiny: Path, tmp_path: Path) -> None:
+    weights = train(script, tiny, tmp_path, "--single-cls")
+    assert read_network(weights).names == ["object"]
+    common = ("--weights", weights, "--data", tiny, *SMALL, "--project", tmp_path / "runs")
+    done = script("val", *common, "--single-cls", "--classes", 1, 2)
+    assert done.code == 0, done.err
+    assert "object: " in done.out
+    fails(script("val", *common), "detects 1 classes", "has 4")
+
+
+def test_iterate_hands_its_classes_to_every_step() -> None:
+    flags = iterate.IterateFlags(classes=["cross"], single_cls=True)
+    for kind in (SparseFlags, PruneFlags, FinetuneFlags):
+        handed = iterate.shared(flags, kind)
+        assert handed["classes"] == ["cross"] and handed["single_cls"] is True
