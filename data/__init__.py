@@ -1,4 +1,4 @@
-"""Data sets in YOLO format: description, labels, augmentation, loading, and a synthetic set for tests and trials."""
+"""Data sets in YOLO, COCO and VOC formats: description, labels, cache, augmentation, loading, and a synthetic set for trials."""
 
 from __future__ import annotations
 

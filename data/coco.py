@@ -40,7 +40,7 @@ def read_coco(path: Path) -> dict[str, Any]:
 
 
 def coco_categories(path: Path, content: Mapping[str, Any] | None = None) -> dict[Any, str]:
-    """{category id: name} in the order of the ids."""
+    """{category id: name}"""
     content = read_coco(path) if content is None else content
     found: dict[Any, str] = {}
     for category in content["categories"]:
@@ -50,7 +50,7 @@ def coco_categories(path: Path, content: Mapping[str, Any] | None = None) -> dic
             raise DataError(
                 f"{path}: category id {category['id']} is both {found[category['id']]!r} and {category['name']!r}"
             )
-    return dict(sorted(found.items()))
+    return found
 
 
 def coco_entries(path: Path, names: Sequence[str], folder: Path | None, base: Path) -> tuple[list[Entry], list[str]]:

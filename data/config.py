@@ -1,12 +1,12 @@
 """Data set descriptions: YOLOv5's ``data.yaml``, read as it is, with COCO and VOC annotations as well.
 
 A split is a folder of images, a list file, a COCO ``.json``, or a list of these; ``data/sources.py`` says how the format
-is told. Three forms of one set:
+is told. The same set as YOLO text, COCO and VOC:
 
-    path: cells                     path: cells                         path: VOC2012
-    train: images/train             train: annotations/train.json      train: ImageSets/Main/train.txt
-    val: images/val                 val: annotations/val.json          val: ImageSets/Main/val.txt
-    names: [RBC, WBC]               images: {train: train, val: val}   format: voc
+    path: cells                  path: cells                         path: cells
+    train: images/train          train: annotations/train.json       train: ImageSets/Main/train.txt
+    val: images/val              val: annotations/val.json           val: ImageSets/Main/val.txt
+    names: [RBC, WBC]            images: {train: jpg, val: jpg}
 
 ``names`` may be left out for COCO (its categories in the order of their ids) and VOC (the classes of its objects in
 alphabetical order). ``images``, a folder or one for each split, is needed only where COCO's images lie in an unusual place;

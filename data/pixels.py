@@ -1,6 +1,6 @@
 """Decoded and letterboxed images in one file that all processes map: loader workers share its memory.
 
-Two files: ``NAME.pixels`` holds squares of 3 * S * S bytes, one after another; the record ``NAME.images`` says which
+Two files: ``NAME.pixels`` holds squares of S * S * 3 bytes, one after another; the record ``NAME.images`` says which
 image is where, by stamp and digest of its file and checksum of its square. Squares are only ever appended, and the record is
 replaced at the end, so that an interrupted writer leaves what was there.
 """
@@ -63,7 +63,7 @@ class PixelFile:
 
     def __getitem__(self, index: int) -> Tensor:
         square = self.squares[index]
-        pixels = torch.from_numpy(self._map[square.slot])
+        pixels = torch.from_numpy(self._map[square.slot]).permute(2, 0, 1)
         if not self._checked[index]:
             if zlib.crc32(self._map[square.slot]) != square.checksum:
                 return self._mend(index)
@@ -80,14 +80,14 @@ class PixelFile:
     def _open(self) -> None:
         count = 1 + max(square.slot for square in self.squares)
         # Copy on write: torch wants memory that it may write to, and no write reaches the file.
-        self._map = np.memmap(self.path, np.uint8, mode="c", shape=(count, 3, self.size_px, self.size_px))
+        self._map = np.memmap(self.path, np.uint8, mode="c", shape=(count, self.size_px, self.size_px, 3))
         self._checked = np.zeros(len(self.squares), dtype=bool)
 
     def _mend(self, index: int) -> Tensor:
         square, image = self.squares[index], self.images[index]
         logger.warning("%s: damaged at %s, which is decoded again", self.path, image)
         pixels, _ = letterbox(read_image(image), self.size_px)
-        content = pixels.numpy().tobytes()
+        content = _bytes_of(pixels)
         if zlib.crc32(content) != square.checksum:
             raise DataError(f"{image}: the image changed since the data set was opened; start again")
         try:
@@ -185,7 +185,7 @@ class _Update:
             pixels, geometry = letterbox(decode_image(content, self.images[index]), self.size_px)
         except DataError as error:
             return str(error)
-        square = pixels.numpy().tobytes()
+        square = _bytes_of(pixels)
         with self.lock:
             # Written, not mapped: on a full disk a write fails, a mapped page kills the process.
             slot = self.slots
@@ -198,6 +198,11 @@ class _Update:
         need, free = count * self.bytes, shutil.disk_usage(self.pixels.parent).free
         if need > free / 2:
             raise OSError(f"{need / 2**30:.1f} GiB are more than half of the {free / 2**30:.1f} GiB free")
+
+
+def _bytes_of(pixels: Tensor) -> bytes:
+    """uint8 [3, S, S], channels last."""
+    return pixels.permute(1, 2, 0).numpy().tobytes()
 
 
 def _with_tuple(square: Square) -> Square:

@@ -61,8 +61,9 @@ def plot_results(run: RunFolder, path: str | Path | None = None) -> Path:
 
 
 def plot_labels(ground_truth: Mapping[str, Any], names: Sequence[str], path: str | Path) -> Path:
-    """Instances per class, boxes per image and box sizes of a COCO dict (pixels of the original images)."""
-    annotations, images = ground_truth["annotations"], ground_truth["images"]
+    """Instances per class, boxes per image and box sizes of a COCO dict (pixels of the original images), without crowds."""
+    annotations = [annotation for annotation in ground_truth["annotations"] if not annotation.get("iscrowd")]
+    images = ground_truth["images"]
     per_class = Counter(annotation["category_id"] for annotation in annotations)
     per_image = Counter(annotation["image_id"] for annotation in annotations)
     counts = [per_class[category["id"]] for category in ground_truth["categories"]]
