@@ -397,7 +397,8 @@ def test_a_bad_object_is_named_and_left_out(tmp_path: Path, text: str, reason: s
 
 def test_an_image_whose_xml_is_broken_is_left_out(tmp_path: Path) -> None:
     good = voc_object("cat", (1, 1, 4, 4))
-    voc(tmp_path, {"a": good, "b": "</size>", "c": good, "d": good})
+    voc(tmp_path, {"b": "</size>", "c": good, "d": good, "e": good})
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "JPEGImages" / "e.png")
     (tmp_path / "Annotations" / "c.xml").write_text("<html/>")
     (tmp_path / "Annotations" / "d.xml").write_text(
         f"<annotation><size><width>40</width><height>30</height></size>{good}</annotation>"
@@ -405,7 +406,8 @@ def test_an_image_whose_xml_is_broken_is_left_out(tmp_path: Path) -> None:
     for cache in ("ram", "none", "disk"):
         config = load_data_config(write_yaml(tmp_path, names=NAMES, val="ImageSets/Main/val.txt"))
         dataset = DetectionDataset(config, "val", SIZE, cache=cache)  # type: ignore[arg-type]
-        assert [file.stem for file in dataset.files] == ["a"] and len(dataset) == 1 and len(dataset[0].targets) == 1
+        assert [file.stem for file in dataset.files] == ["e"] and len(dataset) == 1 and len(dataset[0].targets) == 1
+        assert dataset[0].image[:, SIZE // 2, SIZE // 2].tolist() == [255, 0, 0]
         folder = tmp_path / "Annotations"
         assert dataset.problems == [
             f"{folder / 'b.xml'}:3: not valid XML (mismatched tag); the image was left out",

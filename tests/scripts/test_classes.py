@@ -74,7 +74,8 @@ def test_all_classes_as_one(script: Runner, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_iterate_hands_its_classes_to_every_step() -> None:
-    flags = iterate.IterateFlags(classes=["cross"], single_cls=True)
+    loop = object.__new__(iterate.Loop)
+    loop.flags = iterate.IterateFlags(classes=["cross"], single_cls=True)
     for kind in (SparseFlags, PruneFlags, FinetuneFlags):
-        handed = iterate.shared(flags, kind)
-        assert handed["classes"] == ["cross"] and handed["single_cls"] is True
+        handed = loop.flags_of(kind, [])
+        assert handed.classes == ["cross"] and handed.single_cls is True
