@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -239,6 +240,39 @@ def test_damage_costs_time_and_a_line(
     caplog.clear()
     same(open_set(rectangles), plain)
     assert not caplog.records and file.stat().st_size == len(content)
+
+
+def test_of_several_at_once_one_decodes(rectangles: DataConfig, counted: Counted) -> None:
+    """As several ranks or trainings that start together."""
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: open_set(rectangles), range(4)))
+    assert counted.take()[0] == 6
+    plain = open_set(rectangles, "none")
+    for dataset in opened:
+        same(dataset, plain)
+
+
+def test_a_writer_that_is_interrupted_leaves_what_was_there(
+    rectangles: DataConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, counted: Counted
+) -> None:
+    before = open_set(rectangles)
+    real = data.pixels.decode_image
+
+    def interrupted(content: bytes, path: Path) -> torch.Tensor:
+        if path.stem == "image9":
+            raise KeyboardInterrupt
+        return real(content, path)
+
+    for number in (8, 9):
+        Image.new("RGB", (30, 50), "red").save(image_file(rectangles, number))
+    with monkeypatch.context() as patched:
+        patched.setattr(data.pixels, "decode_image", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_set(rectangles)
+    assert torch.equal(before[3].image, open_set(rectangles, "none")[3].image)
+    counted.take()
+    same(open_set(rectangles), open_set(rectangles, "none"))
+    assert counted.take()[0] == 2 and not caplog.records
 
 
 def test_a_folder_that_cannot_be_written(
