@@ -103,7 +103,7 @@ class Loop:
         self.flags, self.run, self.journal = flags, run, journal
         self.device = choose_device(flags.device)
         self.dense = detection.read_network(flags.weights)
-        config = detection.open_data(flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls)
+        config = detection.open_data(flags.data, flags.data_root, classes=flags.classes, single_cls=flags.single_cls)
         detection.check_image_size(self.dense.model, flags.img)
         detection.check_classes(self.dense, config, flags.weights, flags.data)
         self.config = config
@@ -317,7 +317,9 @@ def iterate(flags: IterateFlags) -> Path:
 def open_loop(flags: IterateFlags) -> tuple[RunFolder, dict[str, Any]]:
     """The folder of a loop with these very settings, else a new one; and what its journal begins with."""
     settings = {name: value for name, value in asdict(flags).items() if name not in NOT_OF_THE_RUN}
-    config = detection.open_data(flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls)
+    config = detection.open_data(
+        flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls
+    )
     opening = {
         "settings": settings,
         "weights": detection.file_digest(flags.weights),

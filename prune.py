@@ -115,7 +115,9 @@ def open_material(flags: PruneFlags) -> Material:
     if flags.data is None:
         images = torch.rand(2, 3, flags.img, flags.img, generator=torch.Generator().manual_seed(flags.seed))
         return Material(network, device, images, None, None)
-    config = detection.open_data(flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls)
+    config = detection.open_data(
+        flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls
+    )
     detection.check_classes(network, config, flags.weights, flags.data)
     dataset = detection.DetectionDataset(config, "val", flags.img)
     evaluator = detection.Evaluator(dataset, batch_size=flags.batch_size, workers=0, device=device)

@@ -152,7 +152,9 @@ def train_in(
     """Sparse training for SparseFlags, plain training otherwise; prints a line an epoch and fills the run folder."""
     device = choose_device(flags.device)
     seed_generators(flags.seed)
-    config = detection.open_data(flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls)
+    config = detection.open_data(
+        flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls
+    )
     network = starting_network(flags, run, resume_state, config.names, keep_gates)
     detection.check_image_size(network.model, flags.img)
     print(network.note or f"weights {flags.weights}")

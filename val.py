@@ -36,7 +36,9 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
     """AP of --weights on --split; fills the run folder."""
     network = detection.read_network(flags.weights)
     detection.check_image_size(network.model, flags.img)
-    config = detection.open_data(flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls)
+    config = detection.open_data(
+        flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls
+    )
     detection.check_classes(network, config, flags.weights, flags.data)
     dataset = detection.DetectionDataset(config, flags.split, flags.img)
     device = choose_device(flags.device)
