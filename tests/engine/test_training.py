@@ -385,20 +385,35 @@ def test_other_failures_of_a_step_are_not_called_out_of_memory(tmp_path: Path) -
 
 
 def test_the_loss_is_computed_in_float32_and_the_network_in_the_precision(tmp_path: Path) -> None:
-    seen: dict[str, list[torch.dtype]] = {"network": [], "loss": []}
+    """A network that the loss runs, such as a teacher, computes like the trained one on the same images."""
+    seen: dict[str, list[torch.dtype]] = {"network": [], "loss": [], "network of the loss": []}
+    teacher = nn.Conv2d(3, 4, 3)
     for precision in ("float32", "bfloat16"):
         model = tiny()
-        model.conv.register_forward_hook(lambda module, args, out: seen["network"].append(out.dtype))
+        inputs: list[Tensor] = []
 
-        def loss_fn(outputs: Any, targets: Tensor, images: Tensor) -> Any:
+        def hook(module: nn.Module, args: Any, out: Tensor, inputs: list[Tensor] = inputs) -> None:
+            inputs.append(args[0])
+            seen["network"].append(out.dtype)
+
+        model.conv.register_forward_hook(hook)
+
+        def loss_fn(outputs: Any, targets: Tensor, images: Tensor, inputs: list[Tensor] = inputs) -> Any:
             seen["loss"].append(outputs[0].dtype)
+            seen["network of the loss"].append(teacher(images).dtype)
+            assert images is inputs[0]
             return squared_loss(outputs, targets, images)
 
         run = RunFolder.create(tmp_path, precision)
         config = TrainConfig(1, precision=precision)
         train(model, run, config=config, loss_fn=loss_fn, loader=TinyLoader(1), evaluate=None)
         assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert seen == {"network": [torch.float32, torch.bfloat16], "loss": [torch.float32, torch.float32]}
+    in_precision = [torch.float32, torch.bfloat16]
+    assert seen == {
+        "network": in_precision,
+        "loss": [torch.float32, torch.float32],
+        "network of the loss": in_precision,
+    }
     with pytest.raises(EngineError, match="float16 needs a GPU"):
         train(tiny(), RunFolder.create(tmp_path, "half"), config=TrainConfig(1, precision="float16"))
     with pytest.raises(EngineError, match="precision='int8': expected one of auto"):
