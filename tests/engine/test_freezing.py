@@ -78,6 +78,7 @@ def test_frozen_tensors_stay_and_all_others_move(tmp_path: Path) -> None:
 def test_frozen_norm_uses_its_statistics_while_training() -> None:
     model = network()
     freeze(model, ["first.1"])
+    model.second[1].weight.requires_grad_(False)  # in part: its bias trains on, and so its statistics move
     enter_training(model)
     assert [m.training for m in (model, model.first, model.first[1], model.second[1])] == [True, True, False, True]
     images = torch.rand(2, 3, 8, 8) + 3

@@ -176,6 +176,8 @@ def test_autocast_changes_the_teacher_alone(tiny):
         total, parts = loss(raw, TARGETS, images)
     assert dtypes == [torch.float32, torch.bfloat16]
     assert total.dtype == parts["distill"].dtype == torch.float32
+    halves = [level.bfloat16() for level in teacher(images)[1]]
+    assert torch.equal(loss.distance(raw, halves), loss.distance(raw, [level.float() for level in halves]))
 
 
 def test_one_class_teaches_objectness_and_boxes_alone():
