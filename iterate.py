@@ -323,6 +323,7 @@ def open_loop(flags: IterateFlags) -> tuple[RunFolder, dict[str, Any]]:
     opening = {
         "settings": settings,
         "weights": detection.file_digest(flags.weights),
+        "teacher": detection.file_digest(flags.teacher) if flags.teacher else None,
         "data": {split: detection.data_digest(config, split, flags.img) for split in ("train", "val")},
     }
     number = 1

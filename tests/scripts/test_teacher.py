@@ -71,6 +71,22 @@ def test_weight_0_is_no_teacher(cut: Path, sparse_run: Path, tiny: Path, script:
     assert not all(torch.equal(taught[name], tensor) for name, tensor in plain.items())
 
 
+def test_the_loop_has_a_teacher(sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+    weights = sparse_run / "weights" / "best.pt"
+    teacher = tmp_path / "teacher.pt"
+    teacher.write_bytes(weights.read_bytes())
+    steps = ("--rounds", 1, "--macs", 0.6, "--sparse-epochs", 2, "--recovery-epochs", 0, "--finetune-epochs", 1)
+    common = ("--weights", weights, "--data", tiny, *SMALL, "--recalibrate", 0, *steps, "--max-drop", 1)
+    given = (*common, "--teacher", teacher, "--project", tmp_path, "--name", "loop")
+    done = script("iterate", *given)
+    assert done.code == 0, done.err
+    for phase in ("round1-sparse", "finetune"):
+        with (tmp_path / "loop" / phase / "results.csv").open() as file:
+            assert all(row["loss/distill"] for row in csv.DictReader(file)), phase
+    teacher.write_bytes((sparse_run / "weights" / "last.pt").read_bytes())
+    fails(script("iterate", *given), "teacher:", "choose another --name")
+
+
 def test_gates_of_the_teacher_are_folded_and_it_agrees_with_itself(sparse_run: Path) -> None:
     weights = sparse_run / "weights" / "last.pt"
     network = read_network(weights)
