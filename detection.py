@@ -17,12 +17,15 @@ import slim
 from boxes import cxcywh_to_xyxy as cxcywh_to_xyxy
 from data import Augment, DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
 from data.download import download_data
-from engine import EngineError, Evaluation, evaluate
+from engine import EngineError, Evaluation, Frozen, evaluate, freeze
 from engine.checkpoint import TRAINING_STATE_KEY
+from engine.command import existing_file
 from models import (
     LOWEST_RECALL,
     Detect,
     DetectionLoss,
+    DistillationLoss,
+    DistillGains,
     LossGains,
     ModelError,
     anchor_fit,
@@ -31,6 +34,7 @@ from models import (
     load_description,
     non_max_suppression,
     refit_anchors,
+    renew_head,
     transfer_weights,
 )
 
@@ -97,24 +101,12 @@ def imported_network(path: str | Path) -> Network:
 def start_network(weights: str, cfg: str, names: Sequence[str]) -> Network:
     """The network that a training starts from: ``weights`` where given, else ``cfg`` from scratch.
 
-    A published checkpoint of another class count gives every tensor that fits to a new head of ``names``.
+    Weights of other classes keep their structure and get a head for ``names``, see ``with_classes``.
     """
     if not weights:
         model = build_model(load_description(cfg), len(names))
         return Network(model, make_build(model, names), f"{cfg} from scratch", new_head=True)
-    network = read_network(weights)
-    if len(network.names) == len(names):
-        network.new_head = network.names != list(names)
-        network.build["names"] = list(names)
-        return network
-    if any(True for m in network.model.modules() if isinstance(m, slim.Gate)) or is_slim(network):
-        raise EngineError(
-            f"{weights}: has {len(network.names)} classes, the data set {len(names)} ({', '.join(names)}); a slim network "
-            "keeps its head: use a data set of as many classes, or start from dense weights"
-        )
-    model = build_model(network.build["description"], len(names))
-    report = transfer_weights(model, network.model.state_dict())
-    return Network(model, make_build(model, names), str(report), new_head=True)
+    return with_classes(read_network(weights), names)
 
 
 def box_sizes_px(dataset: DetectionDataset) -> Tensor:
@@ -151,9 +143,23 @@ def fit_anchors(network: Network, dataset: DetectionDataset, anchor_t: float, se
     return f"{line}; refitted: {after}"
 
 
-def is_slim(network: Network) -> bool:
-    """Whether the network is narrower than its description says."""
-    return slim.widths_of(network.model) != slim.widths_of(build_network(network.build))
+def with_classes(network: Network, names: Sequence[str]) -> Network:
+    """The network for a data set's classes, with its widths and gates; only the head's last layer can change.
+
+    As many classes, none of which stood in another place, keep the head whole: at most they were renamed. Otherwise
+    each class takes what the head knows under its name, see ``renew_head``.
+    """
+    known = {name: index for index, name in enumerate(network.names)}
+    kept = [name for name in names if name in known]
+    moved = [name for index, name in enumerate(names) if known.get(name, index) != index]
+    if len(names) == len(network.names) and not moved:
+        renamed = sum(name not in known for name in names)
+        note = f"{network.note}\nhead: kept, {renamed} of its classes have other names now" if renamed else network.note
+        return Network(network.model, {**network.build, "names": list(names)}, note.strip(), new_head=not kept)
+    renew_head(network.model, [known.get(name) for name in names])
+    what = f"kept are the rows of {', '.join(kept)}" if kept else "no class in common, so it starts anew"
+    note = f"{network.note}\nhead: {len(network.names)} classes before, {len(names)} now; {what}"
+    return Network(network.model, make_build(network.model, names), note.strip(), new_head=not kept)
 
 
 def save_network(
@@ -228,6 +234,38 @@ def check_classes(network: Network, config: DataConfig, weights: str, data: str)
 def make_loss(model: nn.Module, gains: LossGains, img: int) -> DetectionLoss:
     """YOLOv5's loss with its gains scaled to the task."""
     return DetectionLoss(model, gains.scaled(model.num_classes, img, len(model.stride_px)))
+
+
+def add_teacher(
+    loss: DetectionLoss, network: Network, teacher: str, gains: DistillGains, device: torch.device
+) -> DistillationLoss:
+    """The loss with the distance to the checkpoint ``teacher`` added, whose gates are folded."""
+    existing_file(teacher, "the checkpoint of --teacher, which a resumed run needs too")
+    known = read_network(teacher)
+    if known.names != network.names:
+        raise EngineError(
+            f"--teacher {teacher}: its classes are {', '.join(known.names[:5])} ({len(known.names)} in all), the "
+            f"student's {', '.join(network.names[:5])} ({len(network.names)}); expected the same in the same order"
+        )
+    model = slim.fold_gates(known.model).to(device, memory_format=torch.channels_last)
+    return DistillationLoss(loss, model, gains)
+
+
+def freeze_layers(model: nn.Module, layers: Sequence[str]) -> Frozen | None:
+    """Freeze layers of a YOLO; None where there is nothing to freeze.
+
+    One number is a count of layers from the first on; several are indices, and all else are patterns of module paths.
+    """
+    count = len(model.model)
+    first = len(layers) == 1 and layers[0].isdecimal()
+    highest = count if first else count - 1
+    for number in filter(str.isdecimal, layers):
+        if int(number) > highest:
+            what = "a number of layers" if first else "the index of a layer"
+            raise EngineError(f"--freeze {number}: expected {what} from 0 to {highest}, or the path of a module")
+    numbered = [str(i) for i in range(int(layers[0]))] if first else layers
+    patterns = [f"model.{layer}" if layer.isdecimal() else layer for layer in numbered]
+    return freeze(model, patterns) if patterns else None
 
 
 def training_loss(

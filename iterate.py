@@ -71,6 +71,10 @@ class IterateFlags(RunFlags):
     fraction: float = flag(0.5, "part of each gate vector that is pulled: its smallest entries")
     pull_from: int = flag(1, "first epoch of each round with the pull")
     tie: Literal["group", "layer"] = flag("group", "one gate vector a group, or one an activation")
+    teacher: str = flag(
+        "", "checkpoint whose outputs every training learns beside the labels, such as --weights itself"
+    )
+    distill_weight: float = flag(1.0, "with --teacher: weight of its outputs beside the labels")
     round_to: int = flag(8, "kept widths are multiples of this many channels")
     min_channels: int = flag(8, "every group keeps at least this many channels")
     train: list[str] = flag([], "further flags of every training, as name=value")  # noqa: RUF009
@@ -323,6 +327,7 @@ def open_loop(flags: IterateFlags) -> tuple[RunFolder, dict[str, Any]]:
     opening = {
         "settings": settings,
         "weights": detection.file_digest(flags.weights),
+        "teacher": detection.file_digest(flags.teacher) if flags.teacher else None,
         "data": {split: detection.data_digest(config, split, flags.img) for split in ("train", "val")},
     }
     number = 1

@@ -16,6 +16,7 @@ from engine import (
     EngineError,
     Evaluation,
     FitResult,
+    LossFunction,
     OptimConfig,
     Precision,
     RunFolder,
@@ -32,7 +33,7 @@ from engine import (
     seed_generators,
 )
 from engine.command import RunFlags, choose_device, flag, run_script
-from models import LossGains, non_max_suppression
+from models import DistillGains, LossGains, non_max_suppression
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ class TrainFlags(RunFlags):
     obj: float = flag(1.0, "weight of the objectness loss at 640 pixels; scaled by (img / 640) squared")
     cls: float = flag(0.5, "weight of the class loss for 80 classes; scaled by their number / 80")
     label_smoothing: float = flag(0.0, "of the class targets, 0 to 1")
+    teacher: str = flag("", "trained checkpoint of the same classes whose outputs are learned beside the labels")
+    distill_weight: float = flag(1.0, "with --teacher: weight of its outputs beside the labels")
+    distill_box: float = flag(1.0, "with --teacher: weight of its boxes, on top of --box")
+    distill_obj: float = flag(1.0, "with --teacher: weight of its objectness, on top of --obj")
+    distill_cls: float = flag(1.0, "with --teacher: weight of its classes, on top of --cls")
+    freeze: list[str] = flag([], "layers left as they are: a count from the first, indices or paths as model.1.*")  # noqa: RUF009
     mosaic: float = flag(1.0, "probability that four images make one training sample")
     scale: float = flag(0.5, "training images are scaled by 1 - scale to 1 + scale")
     translate: float = flag(0.1, "training images are moved by at most this share of their size")
@@ -76,6 +83,9 @@ class TrainFlags(RunFlags):
 
     def gains(self) -> LossGains:
         return LossGains(box=self.box, obj=self.obj, cls=self.cls, label_smoothing=self.label_smoothing)
+
+    def distill_gains(self) -> DistillGains:
+        return DistillGains(self.distill_weight, self.distill_box, self.distill_obj, self.distill_cls)
 
     def augment(self) -> Augment:
         return Augment(
@@ -158,9 +168,13 @@ def train_in(
     network = starting_network(flags, run, resume_state, config.names, keep_gates)
     detection.check_image_size(network.model, flags.img)
     print(network.note or f"weights {flags.weights}")
+    frozen = detection.freeze_layers(network.model, flags.freeze)
+    if frozen is not None:
+        print(frozen)
     train_set = detection.DetectionDataset(config, "train", flags.img, flags.augment(), flags.seed)
-    if network.new_head and not flags.noautoanchor:
+    if network.new_head and not flags.noautoanchor and not flags.teacher:  # a teacher's maps are for its anchors
         print(detection.fit_anchors(network, train_set, flags.gains().anchor_t, flags.seed))
+    loss = make_loss(flags, network, device)
     loader = build_loader(train_set, flags.batch_size, shuffle=True, workers=flags.workers, seed=flags.seed)
     val_set = detection.DetectionDataset(config, "val", flags.img)
     evaluator = detection.Evaluator(val_set, batch_size=flags.batch_size, workers=0, device=device)
@@ -173,7 +187,7 @@ def train_in(
         log_start(run, network.model, train_set, flags)
     result = fit(
         network.model,
-        detection.make_loss(network.model, flags.gains(), flags.img),
+        loss,
         loader,
         config=TrainConfig(
             flags.epochs,
@@ -229,10 +243,21 @@ def starting_network(
     return network
 
 
+def make_loss(flags: TrainFlags, network: detection.Network, device: torch.device) -> LossFunction:
+    """The labels' loss, with --teacher also the teacher's."""
+    loss = detection.make_loss(network.model, flags.gains(), flags.img)
+    if not flags.teacher:
+        return loss
+    distilling = detection.add_teacher(loss, network, flags.teacher, flags.distill_gains(), device)
+    print(f"teacher: {flags.teacher}, weight {flags.distill_weight:g}")
+    return distilling
+
+
 def make_sparsity(flags: TrainFlags, model: torch.nn.Module, steps: int) -> Sparsity | None:
-    """The pull of sparse training; without one, gates that the network has are only kept at or above 0."""
+    """The pull of sparse training; without one, gates that are trained are only kept at or above 0."""
     if not isinstance(flags, SparseFlags):
-        return Sparsity(slim.SmallestHalfL1(model, strength=0.0), None, None) if slim.gate_vectors(model) else None
+        trained = [vector for vector in slim.gate_vectors(model).values() if vector.requires_grad]
+        return Sparsity(slim.SmallestHalfL1(model, strength=0.0), None, None) if trained else None
     if flags.pull_from >= flags.epochs:
         raise EngineError(
             f"--pull-from {flags.pull_from} leaves no epoch with the pull; expected less than --epochs {flags.epochs}"

@@ -13,6 +13,7 @@ from .checkpoint import (
 )
 from .errors import EngineError
 from .evaluation import Evaluation, coco_ap, evaluate, evaluating, save_coco_json
+from .freezing import Frozen, freeze
 from .optimiser import (
     OptimConfig,
     WeightAverage,
@@ -35,7 +36,7 @@ from .plots import (
 from .precision import Precision
 from .run_folder import CUT_METRIC_KEYS, METRIC_KEYS, RunFolder
 from .timing import milliseconds_per_image
-from .training import FitResult, Sparsity, TrainConfig, fit
+from .training import FitResult, LossFunction, Sparsity, TrainConfig, fit
 
 __all__ = [
     "CARRIED_STATE_KEY",
@@ -46,6 +47,8 @@ __all__ = [
     "EngineError",
     "Evaluation",
     "FitResult",
+    "Frozen",
+    "LossFunction",
     "OptimConfig",
     "Precision",
     "Progress",
@@ -61,6 +64,7 @@ __all__ = [
     "evaluate",
     "evaluating",
     "fit",
+    "freeze",
     "gate_parameters",
     "learning_rate_factor",
     "learning_rate_sum",

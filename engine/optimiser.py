@@ -19,7 +19,7 @@ from .errors import EngineError
 MAX_WARMUP_SHARE = 0.1  # of all steps: a short run on a small data set must not spend itself warming up
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     """Two parameter groups, "decayed" and "plain" (norms, biases, gates); frozen parameters are in neither."""
     never_decayed = {id(parameter) for parameter in gate_parameters(model)}
     for module in model.modules():
-        if isinstance(module, _NORMS):
+        if isinstance(module, NORMS):
             never_decayed.update(id(parameter) for parameter in module.parameters(recurse=False))
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []

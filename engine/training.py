@@ -28,6 +28,7 @@ from .checkpoint import (
 )
 from .errors import EngineError
 from .evaluation import Evaluation
+from .freezing import enter_training
 from .interruption import Interruption
 from .memory import OUT_OF_MEMORY, batch_that_may_fit
 from .optimiser import OptimConfig, WeightAverage, build_optimizer, build_scheduler
@@ -39,7 +40,7 @@ LOGGER = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 20  # in a row: halving the scale as often takes any start value below 1
 CLOSED_SHARE_TOLERANCE = 0.01
 
-LossFunction = Callable[[Any, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
+LossFunction = Callable[[Any, Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
 SaveFunction = Callable[[Path, nn.Module, "dict[str, Any] | None"], None]
 
 
@@ -157,10 +158,12 @@ def fit(
 ) -> FitResult:
     """Train `model` in place (it is moved to `device`); weights/last.pt is written at the end of each epoch.
 
-    `loss_fn(outputs, targets)` gives the scalar to minimise and its detached parts. `evaluate` gets the moving
-    average of the weights, which is also what `save(path, model, training_state)` writes; best.pt has no training
-    state. With `sparsity` an epoch can only be the best while its share of closed gates is about the largest seen:
-    the AP before the gates close is of no use to a cut.
+    `loss_fn(outputs, targets, images)` gives the scalar to minimise and its detached parts, from FP32 outputs and the
+    images as the network saw them, under the autocast of the forward pass. Parameters that require no gradient are
+    frozen, and with those of a norm its statistics (see `freeze`). `evaluate` gets the moving average of the weights,
+    which is also what `save(path, model, training_state)` writes; best.pt has no training state. With `sparsity` an
+    epoch can only be the best while its share of closed gates is about the largest seen: the AP before the gates close
+    is of no use to a cut.
 
     A run that stopped continues bit for bit from `resume_state` (see `read_training_state`). A new run may take
     optimiser state and moving average over from an earlier one with `carried_state` (see `pack_carried_state`).
@@ -232,7 +235,7 @@ def train_one_epoch(trainee: Trainee, loss_fn: LossFunction, batches: Loader, ep
     After an interruption it returns early; `epoch.so_far` says how far it came.
     """
     model, optimizer, scaler, so_far = trainee.model, trainee.optimizer, trainee.scaler, epoch.so_far
-    model.train()
+    enter_training(model)
     lr, skipped_in_a_row = so_far.lr, 0
     with tqdm(batches, desc=epoch.caption, total=len(batches), leave=False, disable=None) as bar:
         for index, batch in enumerate(bar):
@@ -245,7 +248,7 @@ def train_one_epoch(trainee: Trainee, loss_fn: LossFunction, batches: Loader, ep
                 optimizer.zero_grad(set_to_none=True)
                 with torch.autocast(epoch.device.type, trainee.dtype, enabled=trainee.dtype != torch.float32):
                     outputs = model(images)
-                loss, parts = loss_fn(in_float32(outputs), targets)
+                    loss, parts = loss_fn(in_float32(outputs), targets, images)
                 values = {name: float(part) for name, part in parts.items()}
                 if not torch.isfinite(loss):
                     raise EngineError(_not_finite(where, f"loss is {float(loss.detach())}", values, lr))

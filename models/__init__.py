@@ -1,14 +1,15 @@
-"""YOLOv5: blocks, builder, loss, post-processing and import of published checkpoints."""
+"""YOLOv5: blocks, builder, loss, distillation, post-processing and import of published checkpoints."""
 
 from models.anchors import LOWEST_RECALL, AnchorFit, anchor_fit, refit_anchors
 from models.builder import build_model
 from models.checkpoint_import import Imported, import_checkpoint
 from models.description import load_description
 from models.detect import Detect
+from models.distillation import DistillationLoss, DistillGains
 from models.errors import ModelError
 from models.loss import DetectionLoss, LossGains
 from models.postprocess import non_max_suppression
-from models.transfer import Transfer, transfer_weights
+from models.transfer import Transfer, renew_head, transfer_weights
 from models.yolo import YOLO
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "AnchorFit",
     "Detect",
     "DetectionLoss",
+    "DistillGains",
+    "DistillationLoss",
     "Imported",
     "LossGains",
     "ModelError",
@@ -27,5 +30,6 @@ __all__ = [
     "load_description",
     "non_max_suppression",
     "refit_anchors",
+    "renew_head",
     "transfer_weights",
 ]

@@ -32,6 +32,7 @@ class LossGains:
     """Weights of the parts, as in YOLOv5's hyper-parameter files.
 
     ``anchor_t``: largest ratio of object side to anchor side. ``cls_pw``, ``obj_pw``: weight of positives.
+    ``label_smoothing`` e: an object's own class has the target 1 - e / 2, each other class e / 2.
     """
 
     box: float = 0.05
@@ -41,6 +42,10 @@ class LossGains:
     cls_pw: float = 1.0
     obj_pw: float = 1.0
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing <= 1:
+            raise ModelError(f"loss: label_smoothing is {self.label_smoothing}, expected 0 to 1")
 
     def scaled(self, num_classes: int, image_size_px: int, num_levels: int) -> LossGains:
         """For a task: the file's gains are meant for 80 classes, 640 pixels and 3 levels."""
@@ -76,27 +81,30 @@ class DetectionLoss:
         detect = getattr(model_or_detect, "detect", model_or_detect)
         if not isinstance(detect, Detect):
             raise ModelError(f"{type(model_or_detect).__name__} has no detection head; pass a YOLO or its detect")
-        self._detect = detect
+        self.detect = detect
         self.gains = gains
 
-    def __call__(self, raw: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, raw: Sequence[Tensor], targets: Tensor, images: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Raw maps [B, A, h, w, 5 + classes] per level; targets [M, 6]: image, class, cx, cy, w, h in 0..1.
+
+        A loss of the training loop gets the images too; this one has no need of them.
 
         Returns the scalar to differentiate, which is B times the sum of the parts, and the weighted, detached parts
         ``box``, ``obj`` and ``cls``. Raises ModelError for targets of another form or with unknown classes.
         """
         self._check(raw, targets)
-        balance = _BALANCE_OF_THREE if len(raw) == 3 else _BALANCE
         targets = targets.to(raw[0].device, torch.float32)
         sums = raw[0].new_zeros(3, dtype=torch.float32)
-        for level, anchors, weight in zip(raw, self._detect.anchors.float(), balance, strict=False):
+        for level, anchors, weight in zip(raw, self.detect.anchors.float(), level_balance(len(raw)), strict=True):
             sums = sums + self._level(level.float(), anchors, targets, weight)
         box, obj, cls = sums * sums.new_tensor((self.gains.box, self.gains.obj, self.gains.cls))
         total = (box + obj + cls) * raw[0].shape[0]
         return total, {"box": box.detach(), "obj": obj.detach(), "cls": cls.detach()}
 
     def _check(self, raw: Sequence[Tensor], targets: Tensor) -> None:
-        levels = len(self._detect.anchors)
+        levels = len(self.detect.anchors)
         if len(raw) != levels or levels > len(_BALANCE):
             raise ModelError(f"loss: {len(raw)} raw maps for {levels} levels; pass the output of training mode")
         if targets.ndim != 2 or targets.shape[1] != 6:
@@ -115,7 +123,8 @@ class DetectionLoss:
         matches = _match(raw.shape[2:4], anchors, targets, gains.anchor_t)
         if len(matches.image):
             predicted = raw[matches.image, matches.anchor, matches.row, matches.column]
-            iou = _complete_iou(predicted[:, :4], matches)
+            boxes_xyxy = cell_boxes_xyxy(predicted[:, :4], matches.anchors)
+            iou = complete_iou(boxes_xyxy, cxcywh_to_xyxy(matches.boxes_cxcywh))
             box = (1 - iou).mean()
             _write_last(wanted, matches, iou.detach().clamp(min=0))
             num_classes = predicted.shape[1] - 5
@@ -158,13 +167,22 @@ def _match(size_hw: Sequence[int], anchors: Tensor, targets: Tensor, anchor_t: f
     )
 
 
-def _complete_iou(logits: Tensor, matches: _Matches) -> Tensor:
-    """[K, 4] raw box outputs -> [K]; at most 1, below 0 for boxes that lie apart."""
+def cell_boxes_xyxy(logits: Tensor, anchors: Tensor) -> Tensor:
+    """Raw box outputs [K, 4] and anchors [K, 2] -> [K, 4] in grid units, relative to the cell's upper left corner."""
     p = logits.sigmoid()
-    sizes = ((p[:, 2:] * 2) ** 2 * matches.anchors).clamp(min=_MIN_SIDE)
-    predicted = cxcywh_to_xyxy(torch.cat((p[:, :2] * 2 - 0.5, sizes), 1))
-    loss: Tensor = complete_box_iou_loss(predicted, cxcywh_to_xyxy(matches.boxes_cxcywh), reduction="none")
+    sizes = ((p[:, 2:] * 2) ** 2 * anchors).clamp(min=_MIN_SIDE)
+    return cxcywh_to_xyxy(torch.cat((p[:, :2] * 2 - 0.5, sizes), 1))
+
+
+def complete_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
+    """Of each pair, [K, 4] twice -> [K]; at most 1, below 0 for boxes that lie apart."""
+    loss: Tensor = complete_box_iou_loss(boxes_xyxy, others_xyxy, reduction="none")
     return 1 - loss
+
+
+def level_balance(levels: int) -> tuple[float, ...]:
+    """The weight of each level's objectness."""
+    return _BALANCE_OF_THREE if levels == 3 else _BALANCE[:levels]
 
 
 def _write_last(wanted: Tensor, matches: _Matches, values: Tensor) -> None:

@@ -1,14 +1,17 @@
-"""Copying weights between models that are alike in part."""
+"""Copying weights between models that are alike in part, and the change of a model's classes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from models.builder import build_model
 from models.errors import ModelError
+from models.yolo import YOLO
 
 
 @dataclass(frozen=True)
@@ -64,3 +67,35 @@ def _misfit(name: str, own: Mapping[str, Tensor], state_dict: Mapping[str, Tenso
     if name.endswith("num_batches_tracked") and mean in own and _misfit(mean, own, state_dict):
         return "its running mean does not fit"
     return ""
+
+
+def renew_head(model: YOLO, sources: Sequence[int | None]) -> None:
+    """Give the head outputs for ``len(sources)`` classes, in place; all else, widths and gates included, stays.
+
+    Class i takes the rows of the class ``sources[i]`` that the head had; None is a class that it did not know, whose
+    weights are drawn and whose bias is the prior. Box and objectness rows stay where any class does. A head that knows none
+    of its classes starts anew altogether: it has learned that nothing of them is an object.
+    """
+    # A whole network is drawn for the sake of its head: the draws that weights of other classes always had.
+    fresh = build_model(model.description, len(sources))
+    old, num_anchors = model.detect, model.detect.anchors.shape[1]
+    rows = [(5 + i, 5 + source) for i, source in enumerate(sources) if source is not None]
+    if rows:
+        rows += [(row, row) for row in range(5)]
+    for conv, before in zip(fresh.detect.m, old.m, strict=True):
+        assert isinstance(conv, nn.Conv2d) and isinstance(before, nn.Conv2d)
+        _narrow_inputs(conv, before.in_channels)
+        for name in ("weight", "bias"):
+            new = getattr(conv, name).detach().view(num_anchors, len(sources) + 5, -1)
+            kept = getattr(before, name).detach().view(num_anchors, old.num_classes + 5, -1)
+            for row, source in rows:
+                new[:, row] = kept[:, source]
+    old.m = fresh.detect.m.to(old.anchors.device)
+    model.description = fresh.description
+
+
+def _narrow_inputs(conv: nn.Conv2d, width: int) -> None:
+    """The first ``width`` inputs, spread as those of a convolution of that width are drawn; in place."""
+    with torch.no_grad():
+        conv.weight = nn.Parameter(conv.weight[:, :width] * math.sqrt(conv.in_channels / width))
+    conv.in_channels = width

@@ -141,6 +141,8 @@ class SmallestHalfL1:
     and owes nothing to batch size, loss scale, momentum or AMP. (Proximal operator of the L1 norm: Parikh and Boyd,
     "Proximal Algorithms", 2014, section 6.5.2.)
 
+    Vectors that require no gradient are frozen: they are left alone and count in no share.
+
     ``strength`` and ``limit`` may be changed between steps; with a limit only so many gates are pulled, of those the
     smallest over all vectors.
     """
@@ -152,9 +154,12 @@ class SmallestHalfL1:
             raise SlimError(f"fraction is {fraction}; expected 0 to 1, the part of each gate vector that is pulled")
         if not strength >= 0.0:
             raise SlimError(f"strength is {strength}; expected a number of at least 0")
-        self.vectors = gate_vectors(model)
-        if not self.vectors:
+        gates = gate_vectors(model)
+        if not gates:
             raise SlimError("the model has no gates to pull; call slim.add_gates(model, graph) first")
+        self.vectors = {name: vector for name, vector in gates.items() if vector.requires_grad}
+        if not self.vectors:
+            raise SlimError(f"all {len(gates)} gate vectors of the model are frozen; leave one its requires_grad")
         self.strength = strength
         self.fraction = fraction
         self._sizes = [vector.numel() for vector in self.vectors.values()]

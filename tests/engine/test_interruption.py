@@ -36,11 +36,11 @@ def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_run_continues_bit_for_
 
     steps = []
 
-    def signalled(outputs: Any, targets: Tensor) -> Any:
+    def signalled(outputs: Any, targets: Tensor, images: Tensor) -> Any:
         steps.append(1)
         if len(steps) == at_step:
             os.kill(os.getpid(), signal_number)
-        return squared_loss(outputs, targets)
+        return squared_loss(outputs, targets, images)
 
     run = RunFolder.create(tmp_path, "parts")
     before = signal.getsignal(signal.SIGINT)

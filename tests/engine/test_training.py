@@ -157,9 +157,9 @@ def test_order_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     spy(WeightAverage, "update_parameters", "average")
     model.register_forward_pre_hook(lambda *_: calls.append("forward"))
 
-    def loss_fn(outputs: Any, targets: Tensor) -> Any:
+    def loss_fn(outputs: Any, targets: Tensor, images: Tensor) -> Any:
         calls.append("loss")
-        return squared_loss(outputs, targets)
+        return squared_loss(outputs, targets, images)
 
     config = TrainConfig(epochs=2)
     train(
@@ -181,7 +181,8 @@ def test_first_step_is_plain_sgd_with_clipping(tmp_path: Path) -> None:
     model.drop.p = 0.0
     expected = copy.deepcopy(model).train()
     batch = next(iter(loader_at_epoch_0()))
-    loss, _ = squared_loss(expected(batch.images.float() / 255), batch.targets)
+    images = batch.images.float() / 255
+    loss, _ = squared_loss(expected(images), batch.targets, images)
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in expected.parameters()]).norm()
     config = OptimConfig(clip_norm=float(norm) / 2, momentum=0.0, weight_decay=0.0)
@@ -207,9 +208,9 @@ def test_non_finite_loss_stops_before_the_step_and_keeps_the_last_epoch(tmp_path
     before: dict[str, Tensor] = {}
     batches = []
 
-    def spoiled(outputs: Any, targets: Tensor) -> Any:
+    def spoiled(outputs: Any, targets: Tensor, images: Tensor) -> Any:
         batches.append(1)
-        loss, parts = squared_loss(outputs, targets)
+        loss, parts = squared_loss(outputs, targets, images)
         if len(batches) == 5:  # epoch 1, batch 1
             before.update({name: p.detach().clone() for name, p in model.named_parameters()})
             return loss * float("nan"), parts | {"obj": torch.tensor(float("nan"))}
@@ -222,7 +223,7 @@ def test_non_finite_loss_stops_before_the_step_and_keeps_the_last_epoch(tmp_path
     assert len(run.read_rows()) == 1
 
 
-def infinite_slope(outputs: Any, targets: Tensor) -> Any:
+def infinite_slope(outputs: Any, targets: Tensor, images: Tensor) -> Any:
     zero = (outputs[0] - outputs[0].detach()).sum()
     return zero.abs().sqrt(), {"box": zero.detach()}  # the square root's slope at 0 is infinite
 
@@ -257,11 +258,11 @@ def test_half_precision_overflow_skips_the_step_and_lowers_the_scale() -> None:
     pull = RecordingPull(model)
     snapshots = []
 
-    def loss_fn(outputs: Any, targets: Tensor) -> Any:
+    def loss_fn(outputs: Any, targets: Tensor, images: Tensor) -> Any:
         assert outputs[0].dtype == torch.float32
         calls.append(1)
         snapshots.append(model.head.weight.detach().clone())
-        loss, parts = squared_loss(outputs, targets)
+        loss, parts = squared_loss(outputs, targets, images)
         return (loss + (outputs[0] - outputs[0].detach()).sum().abs().sqrt() if len(calls) == 1 else loss), parts
 
     trainee, losses = half_precision_epoch(model, 3, loss_fn, pull)
@@ -366,7 +367,7 @@ def test_state_carried_over_continues_optimiser_and_average_with_a_new_schedule(
     ],
 )
 def test_out_of_memory_names_the_batch_size_to_try(tmp_path: Path, error: Exception, words: str) -> None:
-    def loss_fn(outputs: Any, targets: Tensor) -> Any:
+    def loss_fn(outputs: Any, targets: Tensor, images: Tensor) -> Any:
         raise error
 
     with pytest.raises(
@@ -376,7 +377,7 @@ def test_out_of_memory_names_the_batch_size_to_try(tmp_path: Path, error: Except
 
 
 def test_other_failures_of_a_step_are_not_called_out_of_memory(tmp_path: Path) -> None:
-    def loss_fn(outputs: Any, targets: Tensor) -> Any:
+    def loss_fn(outputs: Any, targets: Tensor, images: Tensor) -> Any:
         raise RuntimeError("shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes cannot"):
@@ -384,20 +385,35 @@ def test_other_failures_of_a_step_are_not_called_out_of_memory(tmp_path: Path) -
 
 
 def test_the_loss_is_computed_in_float32_and_the_network_in_the_precision(tmp_path: Path) -> None:
-    seen: dict[str, list[torch.dtype]] = {"network": [], "loss": []}
+    """A network that the loss runs, such as a teacher, computes like the trained one on the same images."""
+    seen: dict[str, list[torch.dtype]] = {"network": [], "loss": [], "network of the loss": []}
+    teacher = nn.Conv2d(3, 4, 3)
     for precision in ("float32", "bfloat16"):
         model = tiny()
-        model.conv.register_forward_hook(lambda module, args, out: seen["network"].append(out.dtype))
+        inputs: list[Tensor] = []
 
-        def loss_fn(outputs: Any, targets: Tensor) -> Any:
+        def hook(module: nn.Module, args: Any, out: Tensor, inputs: list[Tensor] = inputs) -> None:
+            inputs.append(args[0])
+            seen["network"].append(out.dtype)
+
+        model.conv.register_forward_hook(hook)
+
+        def loss_fn(outputs: Any, targets: Tensor, images: Tensor, inputs: list[Tensor] = inputs) -> Any:
             seen["loss"].append(outputs[0].dtype)
-            return squared_loss(outputs, targets)
+            seen["network of the loss"].append(teacher(images).dtype)
+            assert images is inputs[0]
+            return squared_loss(outputs, targets, images)
 
         run = RunFolder.create(tmp_path, precision)
         config = TrainConfig(1, precision=precision)
         train(model, run, config=config, loss_fn=loss_fn, loader=TinyLoader(1), evaluate=None)
         assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert seen == {"network": [torch.float32, torch.bfloat16], "loss": [torch.float32, torch.float32]}
+    in_precision = [torch.float32, torch.bfloat16]
+    assert seen == {
+        "network": in_precision,
+        "loss": [torch.float32, torch.float32],
+        "network of the loss": in_precision,
+    }
     with pytest.raises(EngineError, match="float16 needs a GPU"):
         train(tiny(), RunFolder.create(tmp_path, "half"), config=TrainConfig(1, precision="float16"))
     with pytest.raises(EngineError, match="precision='int8': expected one of auto"):

@@ -34,7 +34,7 @@ class TinyDetector(nn.Module):
         return self.gate.vectors[0]
 
 
-def squared_loss(outputs: list[Tensor], targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def squared_loss(outputs: list[Tensor], targets: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     box = (outputs[0].mean((2, 3)) - targets.mean(0)).square().mean()
     obj = outputs[0].square().mean()
     return box + obj, {"box": box.detach(), "obj": obj.detach()}

@@ -52,3 +52,23 @@ def small_cfg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("cfg") / "small.yaml"
     file.write_text(yaml.safe_dump(description))
     return file
+
+
+@pytest.fixture(scope="session")
+def cut(sparse_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint cut to half of its MACs, gates kept."""
+    import prune
+
+    out = tmp_path_factory.mktemp("cut") / "cut.pt"
+    arguments = ["--weights", sparse_run / "weights" / "last.pt", "--img", 64, "--macs", 0.5, "--out", out]
+    assert prune.cli([*map(str, arguments), "--project", str(out.parent)]) == 0
+    return out
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings without their plots, which take longer than the training of a test."""
+    import train_sparse
+
+    for name in ("plot_labels", "plot_results", "plot_gates"):
+        monkeypatch.setattr(train_sparse, name, lambda *_: None)

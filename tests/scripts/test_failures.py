@@ -59,7 +59,7 @@ def other_classes(tiny: Path, tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", ["val", "prune", "iterate", "finetune", "train_sparse"])
+@pytest.mark.parametrize("name", ["val", "prune", "iterate"])
 def test_wrong_class_count(name: str, script: Runner, sparse_run: Path, tiny: Path, tmp_path: Path) -> None:
     fails(
         script(
@@ -165,6 +165,12 @@ def test_pruning_options_that_do_not_fit(script: Runner, tmp_path: Path, sparse_
         (("--epochs", 3, "--pull-from", 3), ("--pull-from 3", "--epochs 3")),
         (("--tie", "all"), ("tie", "all")),
         (("--lr", -1), ("lr=-1",)),
+        (("--label-smoothing", 2), ("label_smoothing is 2", "0 to 1")),
+        (("--freeze", 26), ("--freeze 26", "0 to 25")),
+        (("--freeze", 3, 25), ("--freeze 25", "0 to 24")),
+        (("--freeze", 25), ("leaves nothing to train",)),
+        (("--freeze", "model.2.cv9"), ("model.2.cv9", "near names", "model.2.cv1")),
+        (("--teacher", "gone.pt"), ("gone.pt", "no such file", "--teacher")),
         (("--device", "cuda:99"), ("cuda:99", "not available")),
         (("--resume", "--name", "never"), ("never", "no run")),
         (("--cfg", "models/none.yaml"), ("none.yaml",)),
