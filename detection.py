@@ -17,7 +17,7 @@ import slim
 from boxes import cxcywh_to_xyxy as cxcywh_to_xyxy
 from data import Augment, DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
 from data.download import download_data
-from engine import EngineError, Evaluation, evaluate
+from engine import EngineError, Evaluation, draw_detections, evaluate
 from engine.checkpoint import TRAINING_STATE_KEY
 from models import (
     LOWEST_RECALL,
@@ -264,6 +264,22 @@ class Evaluator:
     def postprocess(self, decoded: Tensor) -> list[Tensor]:
         """Multi-label detections as pycocotools wants them: low threshold, at most 300 an image."""
         return non_max_suppression(decoded, self.conf, self.iou, max_detections=300, multi_label=True)
+
+
+def draw_networks(
+    networks: Mapping[str, nn.Module], dataset: DetectionDataset, count: int = 4
+) -> dict[str, list[Tensor]]:
+    """The first images with each network's detections, uint8 [3, img, img] each; the networks are left on the CPU."""
+    images = real_images(dataset, count)
+    drawn = {}
+    for title, model in networks.items():
+        with slim.evaluation_mode(model.cpu()), torch.no_grad():
+            found = non_max_suppression(model(images)[0])
+        drawn[title] = [
+            draw_detections((image * 255).byte(), boxes, dataset.names)
+            for image, boxes in zip(images, found, strict=True)
+        ]
+    return drawn
 
 
 def real_images(dataset: DetectionDataset, count: int) -> Tensor:
