@@ -50,7 +50,7 @@ def measure(flags: BenchmarkFlags) -> list[dict[str, float | str]]:
 def main(flags: BenchmarkFlags) -> None:
     rows = measure(flags)
     run = RunFolder.create(flags.project, flags.name)
-    run.write_config(asdict(flags))
+    run.write_config(asdict(flags), "benchmark.py")
     slim.write_text_atomically(run.path / "benchmark.json", json.dumps(rows, indent=1))
     print(
         f"torch eager, float32, {flags.num_cores} CPU threads, one {flags.img}x{flags.img} image, medians of {flags.repeats}"

@@ -17,7 +17,7 @@ import slim
 from boxes import cxcywh_to_xyxy as cxcywh_to_xyxy
 from data import Augment, DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
 from data.download import download_data
-from engine import EngineError, Evaluation, Frozen, evaluate, freeze
+from engine import EngineError, Evaluation, Frozen, draw_detections, evaluate, freeze
 from engine.checkpoint import TRAINING_STATE_KEY
 from engine.command import existing_file
 from models import (
@@ -318,6 +318,22 @@ class Evaluator:
     def postprocess(self, decoded: Tensor) -> list[Tensor]:
         """Multi-label detections as pycocotools wants them: low threshold, at most 300 an image."""
         return non_max_suppression(decoded, self.conf, self.iou, max_detections=300, multi_label=True)
+
+
+def draw_networks(
+    networks: Mapping[str, nn.Module], dataset: DetectionDataset, count: int = 4
+) -> dict[str, list[Tensor]]:
+    """The first images with each network's detections, uint8 [3, img, img] each; the networks are left on the CPU."""
+    images = real_images(dataset, count)
+    drawn = {}
+    for title, model in networks.items():
+        with slim.evaluation_mode(model.cpu()), torch.no_grad():
+            found = non_max_suppression(model(images)[0])
+        drawn[title] = [
+            draw_detections((image * 255).byte(), boxes, dataset.names)
+            for image, boxes in zip(images, found, strict=True)
+        ]
+    return drawn
 
 
 def real_images(dataset: DetectionDataset, count: int) -> Tensor:

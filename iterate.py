@@ -28,8 +28,12 @@ from engine import (
     milliseconds_per_image,
     pack_carried_state,
     plot_widths,
+    read_png,
     read_state,
     recalibrate,
+    save_png,
+    side_by_side,
+    write_report,
 )
 from engine.command import RunFlags, choose_device, flag, further_flags, run_script
 from engine.journal import Journal, emptied
@@ -311,7 +315,7 @@ def iterate(flags: IterateFlags) -> Path:
     run, opening = open_loop(flags)
     with run.held():
         journal = Journal(run.path, opening)
-        run.write_config(asdict(flags))
+        run.write_config(asdict(flags), "iterate.py")
         try:
             return run_loop(Loop(flags, run, journal))
         except KeyboardInterrupt as stop:
@@ -378,8 +382,8 @@ def conclude(loop: Loop, best: Accepted, folded: Path, final: Candidate, baselin
     slim.write_text_atomically(run.path / "plan.json", functools.reduce(slim.Plan.then, best.plans).to_json())
     found = loop.journal.result("evaluation")
     assert found is not None
-    run.write_metrics({**found, "baseline": baseline, "baseline_ap": baseline["ap"]})
     board(loop, baseline)
+    show(loop, out, found, baseline)
     lines = ["| network | AP | M MACs | M parameters | ms | accepted |", "| --- | --- | --- | --- | --- | --- |"]
     for c in loop.candidates:
         name = (
@@ -395,6 +399,23 @@ def conclude(loop: Loop, best: Accepted, folded: Path, final: Candidate, baselin
         f"AP drop {drop:.4f}, {verdict} --max-drop {loop.flags.max_drop:g}"
     )
     return out
+
+
+def show(loop: Loop, out: Path, found: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
+    """Pictures, metrics and reports, the phases' too: those were written before the phases had their names."""
+    run, rounds = loop.run, len({c.round for c in loop.candidates}) - 1
+    networks = {"dense": loop.dense.model, "slim": detection.read_network(out).model}
+    picture = side_by_side(detection.draw_networks(networks, loop.val_set))
+    save_png(picture, run.path / "side_by_side.png")
+    run.log_picture("detections", picture, rounds)
+    widths = plot_widths(baseline["channels"], found["channels"], run.path / "widths.png")
+    run.log_picture("widths", read_png(widths), rounds)
+    dense = {**baseline, "ms": found["ms"]["dense"]}
+    run.write_metrics({**found, "ms": found["ms"]["candidate"], "baseline": dense, "baseline_ap": baseline["ap"]})
+    run.close()
+    for training in sorted(run.path.glob("*/results.csv")):
+        write_report(RunFolder(training.parent))
+    write_report(run)
 
 
 def board(loop: Loop, baseline: Mapping[str, Any]) -> None:

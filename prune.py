@@ -14,7 +14,17 @@ from torch import nn
 import detection
 import slim
 from data import DataConfig
-from engine import EngineError, Evaluation, RunFolder, plot_widths, recalibrate
+from engine import (
+    EngineError,
+    Evaluation,
+    RunFolder,
+    plot_widths,
+    read_png,
+    recalibrate,
+    save_png,
+    side_by_side,
+    write_report,
+)
 from engine.command import RunFlags, choose_device, flag, run_script
 
 TOLERANCE = 1e-4
@@ -97,10 +107,15 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
     print(plan)
     done = cut(flags, material, plan)
     run = RunFolder.create(flags.project, flags.name)
-    run.write_config(asdict(flags))
+    run.write_config(asdict(flags), "prune.py")
     slim.write_text_atomically(run.path / "plan.json", plan.to_json())
     out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
     detection.save_network(out, done.model, material.network.build)
+    if material.evaluator:
+        networks = {"before the cut": material.network.model, "after it": done.model}
+        picture = side_by_side(detection.draw_networks(networks, material.evaluator.dataset))
+        save_png(picture, run.path / "side_by_side.png")
+        run.log_picture("detections", picture, pruning_round)
     record(run, graph, material.network.model, done, flags.criterion, pruning_round)
     print(f"saved {out}")
     masked_ap, pruned_ap = (None if found is None else found.ap for found in (done.masked, done.pruned))
@@ -246,11 +261,14 @@ def record(
         },
         after_cut=True,
     )
-    plot_widths(before, after, run.path / "widths.png")
+    run.log_picture("widths", read_png(plot_widths(before, after, run.path / "widths.png")), pruning_round)
     for number, widths, costs in ((pruning_round - 1, before, graph), (pruning_round, after, cost)):
         run.log_channels(widths, number)
         run.log_scalars({"cost/macs": float(costs.macs), "cost/params": float(costs.params)}, number)
+    if done.pruned:
+        run.log_scalars({"metrics/ap": done.pruned.ap, "metrics/ap50": done.pruned.ap50}, pruning_round)
     run.close()
+    write_report(run)
 
 
 def example_like(graph: slim.ChannelGraph) -> torch.Tensor:

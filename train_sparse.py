@@ -31,9 +31,11 @@ from engine import (
     read_training_state,
     save_png,
     seed_generators,
+    summarise_gates,
+    write_report,
 )
 from engine.command import RunFlags, choose_device, flag, run_script
-from models import DistillGains, LossGains, non_max_suppression
+from models import DistillGains, LossGains
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,9 @@ def train(flags: TrainFlags, *, keep_gates: bool = True) -> TrainResult:
         except KeyboardInterrupt as stop:
             if not run.last.is_file():
                 raise KeyboardInterrupt(f"no step was saved in {run.path}") from stop
-            script = "train_sparse.py" if isinstance(flags, SparseFlags) else "finetune.py"
             where = f"--project {run.path.parent} --name {run.path.name}"
             raise KeyboardInterrupt(
-                f"{stop or 'left at once'}; continue with: python {script} --resume {where}"
+                f"{stop or 'left at once'}; continue with: python {script_of(flags)} --resume {where}"
             ) from stop
 
 
@@ -179,7 +180,7 @@ def train_in(
     val_set = detection.DetectionDataset(config, "val", flags.img)
     evaluator = detection.Evaluator(val_set, batch_size=flags.batch_size, workers=0, device=device)
     sparsity = make_sparsity(flags, network.model, len(loader))
-    run.write_config(asdict(flags))
+    run.write_config(asdict(flags), script_of(flags))
     for message in [*train_set.problems, *val_set.problems][:10]:
         print(f"left out: {message}")
     if resume_state is None:
@@ -206,6 +207,11 @@ def train_in(
         carried_state=carried_state,
     )
     return finish(run, flags, evaluator, result, device)
+
+
+def script_of(flags: TrainFlags) -> str:
+    """The script whose flags these are."""
+    return "train_sparse.py" if isinstance(flags, SparseFlags) else "finetune.py"
 
 
 def open_run(flags: TrainFlags) -> tuple[RunFolder, TrainFlags]:
@@ -297,36 +303,29 @@ def finish(
     evaluation = evaluator.last or evaluator(network.model)
     cost = slim.cost(network.model.cpu(), detection.example_image(flags.img))
     metrics = {**evaluation.metrics(), "params": cost.params, "macs": cost.macs, "seconds": result.seconds}
+    gates = slim.gate_vectors(network.model)
     run.write_metrics(
         {
             **metrics,
             "best_ap": result.best_ap,
             "best_epoch": result.best_epoch,
             "closed_share": result.closed_share,
+            "gates": summarise_gates(gates) if gates else None,
             "evaluation_seconds": evaluation.seconds,
         }
     )
     plot_results(run)
-    gates = slim.gate_vectors(network.model)
     if gates:
-        plot_gates({name: gate.detach() for name, gate in gates.items()}, run.path / "gates.png")
-    picture = detections_picture(network.model, evaluator.dataset)
+        plot_gates(gates, run.path / "gates.png")
+    (tiles,) = detection.draw_networks({"": network.model}, evaluator.dataset).values()
+    picture = torch.cat(tiles, 2)
     save_png(picture, run.path / "detections.png")
     run.log_picture("detections", picture, flags.epochs)
     run.close()
+    write_report(run)
     closed = "" if result.closed_share is None else f", {result.closed_share:.1%} of the gates closed"
     print(f"{run.path}: AP {evaluation.ap:.4f}, AP50 {evaluation.ap50:.4f} on {evaluation.images} val images{closed}")
     return TrainResult(run, result, evaluation)
-
-
-def detections_picture(model: torch.nn.Module, dataset: detection.DetectionDataset, count: int = 4) -> torch.Tensor:
-    """The first images with the network's detections side by side, uint8 [3, H, W]."""
-    images = detection.real_images(dataset, count)
-    model.eval()
-    with torch.no_grad():
-        found = non_max_suppression(model.cpu()(images)[0])
-    tiles = [draw_detections((x * 255).byte(), d, dataset.names) for x, d in zip(images, found, strict=True)]
-    return torch.cat(tiles, 2)
 
 
 def main(flags: SparseFlags) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass
 
+import torch
+
 import detection
 import slim
-from engine import Evaluation, RunFolder, save_coco_json, save_png
+from engine import Evaluation, RunFolder, save_coco_json, save_png, write_report
 from engine.command import RunFlags, choose_device, flag, run_script
-from train_sparse import detections_picture
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,14 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
     )
     evaluation = evaluator(network.model)
     run = RunFolder.create(flags.project, flags.name)
-    run.write_config(asdict(flags))
+    run.write_config(asdict(flags), "val.py")
     cost = slim.cost(network.model.cpu(), detection.example_image(flags.img))
     run.write_metrics({**evaluation.metrics(), "params": cost.params, "macs": cost.macs})
-    save_png(detections_picture(network.model, dataset), run.path / "detections.png")
+    (tiles,) = detection.draw_networks({"": network.model}, dataset).values()
+    save_png(torch.cat(tiles, 2), run.path / "detections.png")
+    run.log_picture("detections", torch.cat(tiles, 2))
+    run.close()
+    write_report(run)
     if flags.save_json:
         save_coco_json(evaluation.detections, run.path / "predictions.json")
     print(f"{flags.weights} on {flags.split}: {cost.macs / 1e6:.1f} M MACs, {cost.params / 1e6:.3f} M parameters")

@@ -31,15 +31,23 @@ from .plots import (
     plot_results,
     plot_trade_off,
     plot_widths,
+    read_png,
     save_png,
+    side_by_side,
 )
 from .precision import Precision
+from .report import (
+    COMPARISON_FILE,
+    summarise_gates,
+    write_report,
+)
 from .run_folder import CUT_METRIC_KEYS, METRIC_KEYS, RunFolder
 from .timing import milliseconds_per_image
 from .training import FitResult, LossFunction, Sparsity, TrainConfig, fit
 
 __all__ = [
     "CARRIED_STATE_KEY",
+    "COMPARISON_FILE",
     "CUT_METRIC_KEYS",
     "METRIC_KEYS",
     "TRAINING_STATE_KEY",
@@ -76,10 +84,14 @@ __all__ = [
     "plot_results",
     "plot_trade_off",
     "plot_widths",
+    "read_png",
     "read_state",
     "read_training_state",
     "recalibrate",
     "save_coco_json",
     "save_png",
     "seed_generators",
+    "side_by_side",
+    "summarise_gates",
+    "write_report",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from .run_folder import plain
 
 RESULT = "phase.json"
 OPENING = "journal.json"
+SECONDS = "seconds.txt"
+"""How long the last attempt at a phase took."""
 
 
 class Journal:
@@ -61,7 +64,9 @@ class Journal:
             return finished
         work = self.unfinished(name)
         work.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
         found = plain(act(work))
+        write_text_atomically(work / SECONDS, f"{time.perf_counter() - started:.3f}\n")
         write_text_atomically(work / RESULT, json.dumps(found, indent=2) + "\n")
         os.rename(work, self.folder / name)
         flush_folder(self.folder)

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import draw_bounding_boxes
 
 from slim import CLOSED, write_atomically
@@ -145,6 +147,20 @@ def draw_detections(image: Tensor, detections: Tensor, names: Sequence[str]) -> 
     return drawn
 
 
+def side_by_side(columns: Mapping[str, Sequence[Tensor]]) -> Tensor:
+    """Titled columns of pictures (uint8 [3, H, W], all of one size), a row for each place -> uint8 [3, H', W']."""
+    gap, bar = 6, 22
+    parts = []
+    for title, pictures in columns.items():
+        width = pictures[0].shape[2]
+        head = Image.new("RGB", (width, bar), "white")
+        ImageDraw.Draw(head).text((4, 3), title, fill="black", font=ImageFont.load_default(14))
+        white = torch.full((3, gap, width), 255, dtype=torch.uint8)
+        parts.append(torch.cat([pil_to_tensor(head), *(t for picture in pictures for t in (picture, white))], 1))
+        parts.append(torch.full((3, parts[-1].shape[1], gap), 255, dtype=torch.uint8))
+    return torch.cat(parts[:-1], 2)[:, :-gap]
+
+
 def save_png(image: Tensor, path: str | Path) -> Path:
     """uint8 [3, H, W] -> a PNG file."""
     path = Path(path)
@@ -153,10 +169,19 @@ def save_png(image: Tensor, path: str | Path) -> Path:
     return path
 
 
+def read_png(path: str | Path) -> Tensor:
+    """A picture's file -> uint8 [3, H, W], transparent parts on white."""
+    with Image.open(path) as image:
+        on_white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    found: Tensor = pil_to_tensor(on_white.convert("RGB"))
+    return found
+
+
 def _draw(path: str | Path, inches: tuple[float, float], draw: Callable[[Figure], None]) -> Path:
     path = Path(path)
-    figure = Figure(figsize=inches, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    with matplotlib.rc_context({"text.parse_math": False}):  # names of classes and layers are no formulae
+        figure = Figure(figsize=inches, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     return path

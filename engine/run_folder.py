@@ -19,11 +19,13 @@ from slim import write_text_atomically
 from slim.atomic import WRITING
 
 from .errors import EngineError
+from .hparams import log_hparams
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRIC_KEYS = ("ap", "ap50", "ap75", "per_class", "params", "macs", "images", "seconds")
+_MADE_BY = "# made by "
 CUT_METRIC_KEYS = ("masked_ap", "pruned_ap", "max_difference", "before", "after")
 
 
@@ -105,15 +107,26 @@ class RunFolder:
     def metrics_file(self) -> Path:
         return self.path / "metrics.json"
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        """The resolved configuration; dataclasses, paths and tuples become plain YAML."""
-        write_text_atomically(self.config_file, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    def write_config(self, config: Mapping[str, Any], script: str | None = None) -> None:
+        """The resolved configuration; dataclasses, paths and tuples become plain YAML.
+
+        ``script``, such as 'prune.py' or 'experiments.slimming', is noted in a comment on the first line, since the
+        file itself holds a script's flags and nothing else.
+        """
+        text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+        write_text_atomically(self.config_file, text if script is None else f"{_MADE_BY}{script}\n{text}")
 
     def read_config(self) -> dict[str, Any]:
         if not self.config_file.is_file():
             raise EngineError(f"{self.config_file}: no such file; this run cannot be resumed, start a new one")
         config: dict[str, Any] = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         return config
+
+    def read_script(self) -> str | None:
+        """The script that config.yaml is the configuration of; None when it does not say."""
+        with self.config_file.open(encoding="utf-8") as file:
+            first = file.readline().strip()
+        return first.removeprefix(_MADE_BY) if first.startswith(_MADE_BY) else None
 
     def read_rows(self) -> list[dict[str, str]]:
         """The rows of results.csv as text; none when there is no file yet."""
@@ -139,7 +152,10 @@ class RunFolder:
         self._purge_step = epoch
 
     def write_metrics(self, metrics: Mapping[str, Any], *, after_cut: bool = False) -> None:
-        """metrics.json; raises EngineError when a promised key is missing or a number is not finite."""
+        """metrics.json, and the run's row in TensorBoard's HPARAMS tab where it has a configuration.
+
+        Raises EngineError when a promised key is missing or a number is not finite.
+        """
         required = METRIC_KEYS + (CUT_METRIC_KEYS if after_cut else ())
         missing = [key for key in required if key not in metrics]
         if missing:
@@ -149,6 +165,8 @@ class RunFolder:
         except ValueError as error:
             raise EngineError(f"{self.metrics_file}: a metric is not finite: {dict(metrics)}") from error
         write_text_atomically(self.metrics_file, text + "\n")
+        if self.config_file.is_file():
+            log_hparams(self.writer, self.read_config(), json.loads(text))
 
     @property
     def writer(self) -> SummaryWriter:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import slim
-from engine import EngineError, RunFolder
+from engine import COMPARISON_FILE, EngineError, RunFolder, write_report
 from engine.command import RunFlags, as_arguments, flag, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,10 +78,11 @@ class Row:
     test_ap: float | None
     macs: int
     params: int
+    folder: str
     milliseconds: float | None = None
 
 
-ROWS = "rows.json"
+ROWS = COMPARISON_FILE
 """The table as data, in the comparison's run folder."""
 
 
@@ -164,7 +165,7 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 
 def row_of(step: str, folder: Path, test_ap: float | None) -> Row:
     found = metrics_of(folder)
-    return Row(step, found["ap"], found["ap50"], test_ap, found["macs"], found["params"])
+    return Row(step, found["ap"], found["ap50"], test_ap, found["macs"], found["params"], folder.name)
 
 
 def execute(command: list[str], environment: dict[str, str], log: Path | None, stop: threading.Event) -> int:
@@ -202,9 +203,8 @@ def slim_branch(work: Branch) -> Findings:
         cut = work.script("prune", f"cut-{macs:g}", *target, *work.data)
         found = metrics_of(cut)
         full = found["before"]
-        rows.append(
-            Row(f"masked to {label}", found["masked_ap"], found["masked_ap50"], None, full["macs"], full["params"])
-        )
+        costs = (full["macs"], full["params"])
+        rows.append(Row(f"masked to {label}", found["masked_ap"], found["masked_ap50"], None, *costs, cut.name))
         pruned = cut / "weights" / "pruned.pt"
         rows.append(row_of(f"cut to {label}", cut, work.test_ap(pruned, f"cut-{macs:g}")))
         tuned = work.training("finetune", f"finetune-{macs:g}", flags.finetune_epochs, str(pruned), flags.finetune)
@@ -244,6 +244,7 @@ def at_once(branches: list[Callable[[], Findings]], stop: threading.Event) -> li
 def compare(flags: SlimmingFlags) -> list[Row]:
     """All steps; the table's rows in order."""
     run = RunFolder.create(flags.project, flags.name, exist_ok=flags.resume)
+    run.write_config(asdict(flags), "experiments.slimming")
     stop = threading.Event()
     work = Branch(flags, run, stop)
     baseline = work if flags.in_turn else replace(work, log=run.path / "dense.log")
@@ -258,8 +259,8 @@ def compare(flags: SlimmingFlags) -> list[Row]:
     by_step = dict(zip(timed, (float(t["milliseconds"]) for t in times), strict=True))
     # A masked network has the size of the one that it masks, and so its run time.
     rows = [replace(row, milliseconds=by_step.get(row.step, by_step["sparse, not cut"])) for row in rows]
-    slim.write_text_atomically(run.path / "report.md", table(rows) + "\n")
     slim.write_text_atomically(run.path / ROWS, json.dumps([asdict(row) for row in rows], indent=1))
+    write_report(run)
     print(verdict(rows, metrics_of(run.path / "sparse")["closed_share"]))
     return rows
 

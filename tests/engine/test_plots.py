@@ -4,9 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from engine import (
     EngineError,
@@ -17,18 +14,15 @@ from engine import (
     plot_results,
     plot_trade_off,
     plot_widths,
+    read_png,
     save_png,
+    side_by_side,
 )
-
-
-def read(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB"))
 
 
 def assert_picture(path: Path) -> None:
     """A PNG that is not one flat colour."""
-    image = read(path)
+    image = read_png(path)
     assert min(image.shape[1:]) > 100
     assert len(image.flatten(1).unique(dim=1).T) > 10
 
@@ -70,4 +64,21 @@ def test_detections_are_drawn_where_they_are(tmp_path: Path) -> None:
     assert not drawn[:, :, 70:].any()
     assert not image.any()
     assert torch.equal(draw_detections(image, torch.zeros(0, 6), ["cat"]), image)
-    assert torch.equal(read(save_png(drawn, tmp_path / "d.png")), drawn)
+    assert torch.equal(read_png(save_png(drawn, tmp_path / "d.png")), drawn)
+
+
+def test_columns_of_pictures_stand_side_by_side_under_their_titles(tmp_path: Path) -> None:
+    red, blue = (torch.zeros(3, 40, 60, dtype=torch.uint8) for _ in range(2))
+    red[0], blue[2] = 255, 255
+    drawn = side_by_side({"dense": [red, red], "slim": [blue, blue]})
+    assert drawn.shape == (3, 22 + 40 + 6 + 40, 60 + 6 + 60)
+    assert drawn[:, 30, 30].tolist() == [255, 0, 0] and drawn[:, 30, 100].tolist() == [0, 0, 255]
+    assert drawn[:, 30, 63].tolist() == [255, 255, 255]
+    for left in (0, 66):
+        assert (drawn[:, :22, left : left + 60].amin(0) < 100).any(), "a title"
+    assert torch.equal(read_png(save_png(drawn, tmp_path / "s.png")), drawn)
+
+
+def test_names_are_no_formulae(tmp_path: Path) -> None:
+    ground_truth = {"images": [], "categories": [{"id": 0}], "annotations": []}
+    assert_picture(plot_labels(ground_truth, ["$\\broken$"], tmp_path / "labels.png"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from engine import METRIC_KEYS, EngineError, RunFolder, TrainConfig
 
@@ -86,3 +87,33 @@ def test_events_carry_the_tags(tmp_path: Path) -> None:
     assert events.Tags()["histograms"] == ["gates/model.0"]
     assert events.Tags()["images"] == ["detections"]
     assert [(event.step, event.value) for event in events.Scalars("channels/model.1.conv")] == [(1, 24)]
+
+
+def test_settings_stand_beside_final_metrics_in_the_runs_own_events(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "exp")
+    run.write_config({"project": "p", "lr": 0.5, "cos": True, "strength": "auto", "names": ["a", "b"], "none": None})
+    run.write_metrics(METRICS | {"ap": 0.25, "ms": 3.5, "ap75": None})
+    run.close()
+    assert [p.name for p in run.path.iterdir() if p.is_dir()] == ["weights"] and len(
+        list(run.path.glob("events*"))
+    ) == 1
+    events = EventAccumulator(str(run.path))
+    events.Reload()
+    tags = ["Final/ap", "Final/ap50", "Final/macs", "Final/ms", "Final/params"]
+    assert events.Tags()["scalars"] == tags and events.Scalars("Final/ap")[0].value == 0.25
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    found = metadata.parse_session_start_info_plugin_data(content).hparams
+    assert {name: found[name].number_value or found[name].string_value for name in found} == {
+        "lr": 0.5,
+        "cos": "True",
+        "strength": "auto",
+        "names": "a b",
+    }
+
+
+def test_config_says_which_script_it_is_of(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "exp")
+    run.write_config({"a": 1}, "prune.py")
+    assert run.read_script() == "prune.py" and run.read_config() == {"a": 1}
+    run.write_config({"a": 1})
+    assert run.read_script() is None

@@ -47,7 +47,8 @@ def test_table_is_made_of_the_scripts_own_metrics(
     out = capfd.readouterr().out
     assert code == 0, out
     run = tmp_path / "runs" / "x"
-    rows = [line.split(" | ") for line in (run / "report.md").read_text().splitlines()[2:]]
+    printed = out[out.index("| network |") :].splitlines()
+    rows = [line.split(" | ") for line in printed if line.startswith("| ")][2:]
     assert [row[0].removeprefix("| ") for row in rows] == STEPS
     tuned = json.loads((run / "finetune-0.5" / "metrics.json").read_text())
     assert rows[-1][1] == f"{tuned['ap']:.4f}" and rows[-1][4] == f"{tuned['macs'] / 1e6:.1f}"
@@ -55,6 +56,9 @@ def test_table_is_made_of_the_scripts_own_metrics(
     assert tuned["macs"] <= 0.5 * dense["macs"] and float(rows[-1][6].removesuffix(" |")) > 0
     test = json.loads((run / "dense-test" / "metrics.json").read_text())
     assert rows[0][3] == f"{test['ap']:.4f}" and test["images"] == 6
+    report = (run / "report.md").read_text()
+    assert f"| {tuned['ap']:.4f} |" in report and "[fine-tuned at 50%](finetune-0.5/report.html)" in report
+    assert (run / "report.html").read_text().count("<figcaption>The same images: ") == 3
     assert "$ python train_sparse.py" in out and "gates closed after sparse training: " in out
 
 

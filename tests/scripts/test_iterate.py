@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,22 @@ def test_the_board_shows_widths_over_rounds(loop: Path) -> None:
     board.Reload()
     assert [e.step for e in board.Scalars("channels/model.1.conv")] == [0, 1, 2]
     assert [e.step for e in board.Scalars("metrics/ap")] == [0, 1, 2]
+    assert {"detections", "widths"} <= set(board.Tags()["images"])
+    final = json.loads((loop / "metrics.json").read_text())
+    assert board.Scalars("Final/ap")[0].value == pytest.approx(final["ap"], abs=1e-7)
+    assert board.Scalars("Final/ms")[0].value == pytest.approx(final["ms"])
+
+
+def test_the_report_tells_of_candidates_phases_and_rounds(loop: Path) -> None:
+    page = (loop / "report.html").read_text()
+    titles = ["Summary", "Before and after", "Candidates", "Phases", "Widths", "Classes", "Pictures"]
+    assert re.findall("<h2>(.*)</h2>", page) == titles
+    assert [f"round {number}" in page for number in (1, 2, 3)] == [True, True, False]
+    assert 'href="round1-sparse/report.html"' in page and "unfinished" not in page
+    inner = (loop / "round1-sparse" / "report.html").read_text()
+    assert "train_sparse: round1-sparse" in inner and "unfinished" not in inner
+    seconds = [float((loop / name / "seconds.txt").read_text()) for name in ("baseline", "finetune")]
+    assert all(second > 0 for second in seconds)
 
 
 def test_optimiser_and_average_continue_across_cuts(loop: Path) -> None:

@@ -32,7 +32,16 @@ def events(folder: Path) -> EventAccumulator:
 def test_sparse_training_fills_its_run_folder(sparse_run: Path) -> None:
     files = {p.relative_to(sparse_run).as_posix() for p in sparse_run.rglob("*") if p.is_file()}
     pictures = {"labels.png", "train_batch.png", "results.png", "gates.png", "detections.png"}
-    expected = {"config.yaml", "results.csv", "metrics.json", "weights/last.pt", "weights/best.pt", *pictures}
+    expected = {
+        "config.yaml",
+        "results.csv",
+        "metrics.json",
+        "weights/last.pt",
+        "weights/best.pt",
+        "report.md",
+        "report.html",
+        *pictures,
+    }
     assert {f for f in files if not f.startswith("events.out")} == expected
     found = metrics(sparse_run)
     assert set(found) >= METRICS and found["images"] == 6

@@ -1,0 +1,314 @@
+"""Reports from hand-made run folders: what they say, that they are safe, and that nothing brings them down."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import METRIC_KEYS, EngineError, RunFolder, summarise_gates, write_report
+from engine.journal import Journal
+from engine.loop import Candidate, write_pareto
+from engine.report import read_report
+from engine.report.__main__ import cli
+from engine.report.blocks import Bar, Link, Report, Table
+from engine.report.rendering import escape
+
+NASTY = '<b>&"x"</b> |`$a$`'
+METRICS: dict[str, Any] = dict.fromkeys(METRIC_KEYS, 0.5) | {
+    "per_class": {NASTY: 0.25, "cat": 0.75},
+    "macs": 30_000_000,
+    "params": 1_500_000,
+    "images": 7,
+}
+
+
+class Page(HTMLParser):
+    """The text and the tags of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def made_run(path: Path, script: str | None = "finetune.py", **files: Any) -> RunFolder:
+    """A run folder of a configuration, metrics and further files by name (text, or a table's rows)."""
+    run = RunFolder.create(path.parent, path.name)
+    run.write_config({"img": 64, "data": "d.yaml", "weights": "", "epochs": 2, **files.pop("config", {})}, script)
+    run.metrics_file.write_text(json.dumps({**METRICS, **files.pop("metrics", {})}))
+    for name, content in files.items():
+        (run.path / name.replace("_csv", ".csv")).write_text(content if isinstance(content, str) else as_csv(content))
+    return run
+
+
+def as_csv(rows: list[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [",".join(columns)] + [",".join(str(row.get(column, "")) for column in columns) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def cut_metrics(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "before": {"params": 2_000_000, "macs": 60_000_000, "channels": dict(before)},
+        "after": {"params": 1_500_000, "macs": 30_000_000, "channels": dict(after)},
+    }
+
+
+def tables(report: Report, title: str) -> list[Table]:
+    return [
+        block
+        for section in report.sections
+        for block in section.blocks
+        if section.title == title and isinstance(block, Table)
+    ]
+
+
+def text_of(cell: object) -> str:
+    return cell.text if isinstance(cell, (Bar, Link)) else str(cell)
+
+
+EPOCHS = [
+    {"epoch": 0, "loss/box": 0.5, "lr": 0.01, "metrics/ap": "", "gates/closed_share": 0.0, "seconds": 2.0},
+    {"epoch": 1, "loss/box": 0.25, "lr": 0.005, "metrics/ap": 0.5, "gates/closed_share": 0.5, "seconds": 3.0},
+]
+
+
+def test_names_are_shown_as_they_are_and_never_as_markup(tmp_path: Path) -> None:
+    layers = {NASTY: 16, "model.1.conv": 32}
+    gates = summarise_gates({NASTY: torch.tensor([0.0, 1.0])})
+    metrics = {**cut_metrics(layers, {NASTY: 8, "model.1.conv": 24}), "gates": gates}
+    epochs = [{**EPOCHS[0], 'loss/"><script>$x$': 1.0}]
+    run = made_run(tmp_path / NASTY.replace("/", ""), "prune.py", metrics=metrics, results_csv=epochs)
+    html = write_report(run).read_text()
+    page = Page(html)
+    assert not {"b", "script", "x"} & {tag for tag, _ in page.tags}
+    assert page.texts.count(NASTY) == 3, "as a class, a layer and a group of gates"
+    assert any('loss/"><script>$x$' in text for text in page.texts)
+    markdown = re.sub("^```.*?^```", "", (run.path / "report.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert "<b>" not in markdown and "<script>" not in markdown
+    escaped = r'&lt;b&gt;&amp;"x"&lt;/b&gt; \|\`\$a\$\`'
+    assert f"| {escaped} | ███░░░ 50.0% | 16 | 8 |" in markdown
+    assert "| model.1.conv | █████████░░░ 75.0% | 32 | 24 |" in markdown
+
+
+def test_markdown_escapes_what_would_format() -> None:
+    assert escape("a_b _c_ *d* [e](f)\n# g") == r"a_b \_c\_ \*d\* \[e\](f) # g"
+
+
+def test_same_files_give_the_same_bytes_and_identifiers_are_unique(tmp_path: Path) -> None:
+    rows = [{"round": k, "attempt": 1, "macs": 10, "ap": 0.5, "ms": 3.0, "accepted": True} for k in (0, 1)]
+    gates = summarise_gates({"g": torch.linspace(0, 1, 50)})
+    run = made_run(tmp_path / "r", results_csv=EPOCHS, pareto_csv=rows, metrics={"gates": gates})
+    first = write_report(run).read_bytes(), (run.path / "report.md").read_bytes()
+    assert (write_report(run).read_bytes(), (run.path / "report.md").read_bytes()) == first
+    page = Page(first[0].decode())
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) > 20 and len(ids) == len(set(ids))
+    targets = re.findall(rb'(?:url\(|href=")#([^")]+)', first[0])
+    assert len(targets) > 20 and {t.decode() for t in targets} <= set(ids)
+
+
+def test_page_refers_to_nothing_outside(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "r", results_csv=EPOCHS)
+    Image.new("RGB", (30, 20), "red").save(run.path / "detections.png")
+    page = Page(write_report(run).read_text())
+    loads = [
+        a.get("src") or a.get("href") or "" for tag, a in page.tags if tag in ("img", "link", "script", "iframe", "use")
+    ]
+    assert len([src for src in loads if src.startswith("data:image/png;base64,")]) == 1
+    assert all(src.startswith(("data:", "#")) or not src for src in loads)
+    assert not re.search(r"url\((?!#)|@import", "".join(page.texts) + str(page.tags))
+
+
+def test_figures_of_a_cut(tmp_path: Path) -> None:
+    widths = cut_metrics({"a": 16, "b": 64}, {"a": 16, "b": 32})
+    metrics = {**widths, "masked_ap": 0.51, "masked_ap50": 0.6, "max_difference": 3e-7}
+    run = made_run(tmp_path / "cut", "prune.py", metrics=metrics, config={"criterion": "gate"})
+    report = read_report(run)
+    (layers,) = tables(report, "Widths")
+    assert [[text_of(cell) for cell in row] for row in layers.rows] == [
+        ["a", "100.0%", "16", "16"],
+        ["b", "50.0%", "64", "32"],
+        ["all layers", "60.0%", "80", "48"],
+    ]
+    assert [row[1].shares for row in layers.rows[:2] if isinstance(row[1], Bar)] == [(0.25, 0.25), (1.0, 0.5)]
+    (steps,) = tables(report, "Before and after")
+    assert [row[0] for row in steps.rows] == ["before", "masked", "this run (cut)"]
+    share = steps.titles.index("share")
+    assert [row[share - 1 : share + 1] for row in steps.rows] == [
+        ("60.0", "100.0%"),
+        ("60.0", "100.0%"),
+        ("30.0", "50.0%"),
+    ]
+    assert report.problems == ()
+
+
+def test_the_way_here_is_told_from_the_weights(tmp_path: Path) -> None:
+    dense = made_run(tmp_path / "dense", metrics={"ap": 0.6, "per_class": {"cat": 0.9}, "macs": 60_000_000})
+    cut = made_run(
+        tmp_path / "cut", "prune.py", metrics=cut_metrics({"a": 8}, {"a": 4}), config={"weights": str(dense.last)}
+    )
+    tuned = made_run(tmp_path / "tuned", config={"weights": str(cut.path / "weights" / "pruned.pt")})
+    report = read_report(tuned)
+    (steps,) = tables(report, "Before and after")
+    assert [row[0] for row in steps.rows] == ["dense (finetune)", "cut (prune)", "this run (tuned)"]
+    assert [row[2] for row in steps.rows] == ["", "-0.1000", "-0.1000"]
+    assert [row[2:] for row in tables(report, "Widths")[0].rows[:1]] == [("8", "4")]
+    (classes,) = tables(report, "Classes")
+    assert {text_of(row[0]): row[3] for row in classes.rows} == {NASTY: "", "cat": "-0.1500"}
+    elsewhere = made_run(tmp_path / "test", "val.py", config={"weights": str(tuned.last), "split": "test"})
+    (steps,) = tables(read_report(elsewhere), "Before and after")
+    assert "change" not in steps.titles, "APs of another split do not compare"
+    made_run(tmp_path / "a", config={"weights": str(tmp_path / "b" / "weights" / "last.pt")})
+    b = made_run(tmp_path / "b", config={"weights": str(tmp_path / "a" / "weights" / "last.pt")})
+    assert len(tables(read_report(b), "Before and after")[0].rows) == 2, "a circle is gone round once"
+
+
+def loop_run(path: Path) -> RunFolder:
+    """Two rounds; the second has a rejected attempt and an accepted one."""
+    rows = [
+        (0, 0, 1.0, 60_000_000, 2_000_000, 0.6, 0.8, "cat", 0.5, 10.0, True, "the dense network", "baseline"),
+        (1, 1, 0.7, 42_000_000, 1_500_000, 0.61, 0.8, "cat", 0.5, 8.0, True, "", "round1-try1-recovery"),
+        (2, 1, 0.3, 18_000_000, 900_000, 0.5, 0.7, "dog", 0.2, 5.0, False, f"{NASTY} lost", "round2-try1-cut"),
+        (2, 2, 0.5, 30_000_000, 1_000_000, 0.58, 0.8, "cat", 0.5, 6.0, True, "", "round2-try2-cut"),
+        (2, 0, 0.5, 30_000_000, 1_000_000, 0.59, 0.8, "cat", 0.5, 6.0, True, "", "fold"),
+    ]
+    dense = {"ap": 0.6, "macs": 60_000_000, "params": 2_000_000, "ms": 10.0, "channels": {"a": 16}}
+    metrics = {"ap": 0.59, "ms": 6.0, "baseline": dense}
+    run = made_run(path, "iterate.py", config={"macs": 0.5}, metrics=metrics)
+    write_pareto([Candidate(*row) for row in rows], run.path / "pareto.csv")
+    journal = Journal(run.path, {})
+    made_run(path / "round1-try1-recovery", metrics={"seconds": 100.0})
+    write_report(RunFolder.open(path / "round1-try1-recovery"))
+    found = {
+        "evaluation": {"channels": {"a": 8}},
+        "round2-try1-evaluation": {"channels": {"a": 4}},
+        "round2-try2-cut": {"pruned_ap": 0.55, "max_difference": 1e-7},
+        "round2-try2-evaluation": {"channels": {"a": 8}, "ap": 0.58},
+        "round1-try1-evaluation": {"channels": {"a": 12}, "ap": 0.61},
+        "round1-sparse": {"ap": 0.4, "closed_share": 0.5},
+        "baseline": dense,
+    }
+    for name, result in found.items():
+        journal.phase(name, lambda work, result=result: result)
+        (path / name / "seconds.txt").write_text("1.5\n")
+    return run
+
+
+def test_loop_shows_candidates_phases_and_channels_over_rounds(tmp_path: Path) -> None:
+    run = loop_run(tmp_path / "loop")
+    report = read_report(run)
+    assert report.problems == ()
+    (candidates,) = tables(report, "Candidates")
+    found = [(text_of(row[0]), row[1], text_of(row[-1])) for row in candidates.rows]
+    assert found == [
+        ("dense", "0.6000", "baseline"),
+        ("1.1", "0.6100", "accepted"),
+        ("2.1", "0.5000", f"rejected: {NASTY} lost"),
+        ("2.2", "0.5800", "accepted"),
+        ("final", "0.5900", "accepted"),
+    ]
+    assert candidates.rows[1][0] == Link("1.1", "round1-try1-recovery/report.html"), "where the run has a report"
+    (phases,) = tables(report, "Phases")
+    assert [(text_of(row[0]), row[1], row[-2], row[-1]) for row in phases.rows] == [
+        ("baseline", "0.6000", "–", "1.5"),
+        ("round1-sparse", "0.4000", "50.0%", "1.5"),
+        ("round1-try1-evaluation", "0.6100", "–", "1.5"),
+        ("round2-try1-evaluation", "–", "–", "1.5"),
+        ("round2-try2-cut", "0.5500", "–", "1.5"),
+        ("round2-try2-evaluation", "0.5800", "–", "1.5"),
+        ("evaluation", "–", "–", "1.5"),
+    ]
+    (widths,) = tables(report, "Widths")
+    assert widths.titles[2:] == ["before", "round 1", "round 2"] and widths.rows[0][2:] == ("16", "12", "8")
+    html = write_report(run).read_text()
+    chart = html[html.index('aria-label="AP of the candidates') :]
+    chart = chart[: chart.index("</figure>")]
+    assert [chart.count(f">{label}<") for label in ("M MACs", "ms an image", "2.1", "rejected")] == [1, 1, 2, 2]
+    (steps,) = tables(report, "Before and after")
+    assert [row[0] for row in steps.rows] == ["dense", "this run (loop)"] and steps.rows[1][2] == "-0.0100"
+    assert ">1.67 times as fast<" in html
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("metrics.json", "{", "metrics.json cannot be read"),
+        ("metrics.json", "[1]", "expected names with values"),
+        (
+            "metrics.json",
+            '{"per_class": 3, "gates": {"edges": 1}, "before": [], "ap": NaN, "macs": "x"}',
+            "Gates: KeyError",
+        ),
+        ("config.yaml", "a: [", "config.yaml cannot be read"),
+        ("config.yaml", "- 1\n", "expected names with values"),
+        ("results.csv", "a,b\n1,2\n", "no column 'epoch'"),
+        ("results.csv", b"\xff\xfe\x00", "results.csv cannot be read"),
+        ("pareto.csv", "round,ap\n0,0.5\n", "pareto.csv has no column macs, accepted"),
+        ("detections.png", b"\x89PNG\r\n\x1a\nbroken", "detections.png cannot be shown"),
+    ],
+)
+def test_damaged_parts_are_told_and_the_rest_is_shown(tmp_path: Path, name: str, content: Any, told: str) -> None:
+    run = made_run(tmp_path / "r")
+    Image.new("RGB", (30, 20), "red").save(run.path / "labels.png")
+    (run.path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    report = read_report(run)
+    assert len(report.problems) == 1 and told in report.problems[0], report.problems
+    assert {"Summary", "Pictures"} <= {section.title for section in report.sections}
+    assert escape(report.problems[0]) in (write_report(run).parent / "report.md").read_text()
+
+
+def test_empty_folder_and_odd_rows(tmp_path: Path) -> None:
+    assert read_report(RunFolder.create(tmp_path, "empty")).sections == ()
+    rows = "epoch,loss/box\n0,\n1,nan\nx,3\n2,0.5,surplus\n"
+    report = read_report(made_run(tmp_path / "odd", None, results_csv=rows))
+    assert {"Curves"} <= {s.title for s in report.sections} and report.problems == ()
+    assert "does not say which script" in str(report.sections[0])
+
+
+def test_big_runs_stay_small(tmp_path: Path) -> None:
+    epochs = [{"epoch": k, "loss/box": 1 / (k + 1), "metrics/ap": k % 7 / 7} for k in range(5000)]
+    run = made_run(tmp_path / "r", results_csv=epochs)
+    noise = np.random.default_rng(0).integers(0, 255, (1500, 3000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(run.path / "detections.png", compress_level=0)
+    assert (run.path / "detections.png").stat().st_size > 13e6
+    assert write_report(run).stat().st_size < 3e6
+
+
+def test_gates_are_summarised(tmp_path: Path) -> None:
+    gates = {"a": torch.tensor([0.0, -0.005, 1.0, 2.0], requires_grad=True), "b": torch.tensor([0.5])}
+    found = summarise_gates(gates)
+    assert found["groups"]["a"] == {"channels": 4, "closed": 2, "mean": pytest.approx(0.75125), "largest": 2.0}
+    assert sum(found["counts"]) == 5 and found["counts"][0] == 2 and found["edges"][-1] == 2.0
+    assert json.loads(json.dumps(found)) == found
+    with pytest.raises(EngineError, match="no gates"):
+        summarise_gates({})
+    report = read_report(made_run(tmp_path / "r", "train_sparse.py", metrics={"gates": found}))
+    (groups,) = tables(report, "Gates")
+    assert [text_of(cell) for cell in groups.rows[0]] == ["a", "4", "2", "50.0%", "0.751", "2.000"]
+    assert "2 of 5 gates are closed (40.0%)" in str(report)
+
+
+def test_command_writes_reports_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path / "r")
+    assert cli([str(run.path)]) == 0
+    assert capsys.readouterr().out == f"{run.path / 'report.html'}\n" and (run.path / "report.md").is_file()
+    assert cli([str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "name a run folder" in error and error.count("\n") == 1
