@@ -192,10 +192,7 @@ def open_data(
 
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be read ({error.strerror}); expected a checkpoint") from error
+    return hashlib.sha256(existing_file(str(path), "a checkpoint").read_bytes()).hexdigest()
 
 
 def data_digest(config: DataConfig, split: str, img: int) -> str:

@@ -40,6 +40,7 @@ from engine.journal import Journal, emptied
 from engine.loop import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
 from finetune import FinetuneFlags
 from prune import Cut, Material, PruneFlags, choose_plan, cut, open_material, output_widths, prove
+from slim.atomic import WRITING
 from train_sparse import SparseFlags, TrainFlags, train_in
 
 NOT_OF_THE_RUN = {"project", "name", "device", "workers", "debug", "data_root", "download"}
@@ -338,12 +339,17 @@ def open_loop(flags: IterateFlags) -> tuple[RunFolder, dict[str, Any]]:
     while True:
         path = Path(flags.project) / (flags.name if number == 1 else f"{flags.name}{number}")
         known = Journal.opening_of(path)
-        if not path.exists():
-            return RunFolder.create(flags.project, path.name), opening
+        if known is None and is_empty(path):
+            return RunFolder.create(flags.project, path.name, exist_ok=True), opening
         if known is not None and known["settings"] == settings:
             print(f"{path}: continued")
             return RunFolder.open(path), opening
         number += 1
+
+
+def is_empty(run: Path) -> bool:
+    """Whether there is no run yet: a process killed at its very start leaves a folder without a file of its own."""
+    return not any(p.is_file() and p.name != ".lock" and WRITING not in p.name for p in run.rglob("*"))
 
 
 def run_loop(loop: Loop) -> Path:
