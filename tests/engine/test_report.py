@@ -246,6 +246,46 @@ def test_loop_shows_candidates_phases_and_channels_over_rounds(tmp_path: Path) -
     assert ">1.67 times as fast<" in html
 
 
+def test_comparison_shows_its_networks_and_their_detections(tmp_path: Path) -> None:
+    rows = [
+        {
+            "step": "dense",
+            "ap": 0.6,
+            "test_ap": 0.5,
+            "macs": 60e6,
+            "params": 2e6,
+            "milliseconds": 9.0,
+            "folder": "dense",
+        },
+        {
+            "step": "cut",
+            "ap": 0.5,
+            "test_ap": None,
+            "macs": 30e6,
+            "params": 1e6,
+            "milliseconds": None,
+            "folder": "gone",
+        },
+    ]
+    run = made_run(tmp_path / "x", "experiments.slimming")
+    (run.path / "rows.json").write_text(json.dumps(rows))
+    dense = made_run(run.path / "dense")
+    Image.new("RGB", (30, 20), "red").save(dense.path / "detections.png")
+    write_report(dense)
+    report = read_report(run)
+    assert report.problems == ()
+    (networks,) = tables(report, "Networks")
+    assert [[text_of(cell) for cell in row] for row in networks.rows] == [
+        ["dense", "0.6000", "–", "0.5000", "60.0", "100.0%", "2.000", "9.0"],
+        ["cut", "0.5000", "–", "–", "30.0", "50.0%", "1.000", "–"],
+    ]
+    assert isinstance(networks.rows[0][0], Link) and networks.rows[1][0] == "cut"
+    page = write_report(run).read_text()
+    assert page.count("data:image/png;base64,") == 1 and "The same images: dense" in page
+    (run.path / "rows.json").write_text("{}")
+    assert "expected a list" in read_report(run).problems[0]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
