@@ -89,7 +89,7 @@ class TrainFlags(RunFlags):
     close_mosaic: int = flag(0, "last epochs without mosaic and mixup")
     multi_scale: bool = flag(False, "each training batch at another size, 0.5 to 1.5 times --img")
     image_weights: bool = flag(False, "draw training images with rare classes more often")
-    rect: bool = flag(False, "evaluate on rectangular batches with the least padding instead of squares")
+    rect: bool = flag(False, "evaluate on rectangular batches with little padding instead of squares")
     resume: bool = flag(False, "continue the newest run of this --project and --name with its own settings")
 
     def gains(self) -> LossGains:

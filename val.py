@@ -30,7 +30,7 @@ class ValFlags(RunFlags):
     workers: int = flag(0, "loader processes")
     conf: float = flag(0.001, "lowest score that counts, 0 to 1")
     iou: float = flag(0.65, "IoU above which NMS removes a box, 0 to 1")
-    rect: bool = flag(False, "rectangular batches with the least padding instead of squares: faster")
+    rect: bool = flag(False, "rectangular batches with little padding instead of squares: faster")
     save_json: bool = flag(False, "also write predictions.json (COCO results) to the run folder")
 
 
