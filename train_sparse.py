@@ -11,7 +11,7 @@ import torch
 
 import detection
 import slim
-from data import Augment, build_loader
+from data import Augment, build_loader, multi_scale_sizes
 from engine import (
     EngineError,
     Evaluation,
@@ -81,6 +81,15 @@ class TrainFlags(RunFlags):
     fliplr: float = flag(0.5, "probability of a left-right flip")
     flipud: float = flag(0.0, "probability of an upside-down flip")
     noautoanchor: bool = flag(False, "keep the anchors even where they fit the training boxes badly")
+    shear: float = flag(0.0, "training images are sheared by at most this many degrees")
+    hsv_h: float = flag(0.015, "the hue of training images turns by at most this share of the colour circle")
+    hsv_s: float = flag(0.7, "their saturation is multiplied by 1 - hsv_s to 1 + hsv_s")
+    hsv_v: float = flag(0.4, "their brightness is multiplied by 1 - hsv_v to 1 + hsv_v")
+    mixup: float = flag(0.0, "probability that a training sample is blended with a second one")
+    close_mosaic: int = flag(0, "last epochs without mosaic and mixup")
+    multi_scale: bool = flag(False, "each training batch at another size, 0.5 to 1.5 times --img")
+    image_weights: bool = flag(False, "draw training images with rare classes more often")
+    rect: bool = flag(False, "evaluate on rectangular batches with little padding instead of squares")
     resume: bool = flag(False, "continue the newest run of this --project and --name with its own settings")
 
     def gains(self) -> LossGains:
@@ -97,7 +106,18 @@ class TrainFlags(RunFlags):
             degrees=self.degrees,
             fliplr=self.fliplr,
             flipud=self.flipud,
+            shear=self.shear,
+            hsv_h=self.hsv_h,
+            hsv_s=self.hsv_s,
+            hsv_v=self.hsv_v,
+            mixup=self.mixup,
         )
+
+    def mosaic_epochs(self) -> int:
+        """The first epoch without mosaic and mixup."""
+        if not 0 <= self.close_mosaic <= self.epochs:
+            raise EngineError(f"--close-mosaic {self.close_mosaic}: expected 0 to --epochs, {self.epochs}")
+        return self.epochs - self.close_mosaic
 
     def optim(self) -> OptimConfig:
         return OptimConfig(
@@ -172,13 +192,26 @@ def train_in(
     frozen = detection.freeze_layers(network.model, flags.freeze)
     if frozen is not None:
         print(frozen)
-    train_set = detection.DetectionDataset(config, "train", flags.img, flags.augment(), flags.seed)
+    train_set = training_set(flags, config)
     if network.new_head and not flags.noautoanchor and not flags.teacher:  # a teacher's maps are for its anchors
         print(detection.fit_anchors(network, train_set, flags.gains().anchor_t, flags.seed))
     loss = make_loss(flags, network, device)
-    loader = build_loader(train_set, flags.batch_size, shuffle=True, workers=flags.workers, seed=flags.seed)
+    loader = build_loader(
+        train_set,
+        flags.batch_size,
+        shuffle=True,
+        workers=flags.workers,
+        seed=flags.seed,
+        sizes_px=multi_scale_sizes(flags.img, max(network.model.stride_px)) if flags.multi_scale else (),
+    )
     val_set = detection.DetectionDataset(config, "val", flags.img)
-    evaluator = detection.Evaluator(val_set, batch_size=flags.batch_size, workers=0, device=device)
+    evaluator = detection.Evaluator(
+        val_set,
+        batch_size=flags.batch_size,
+        workers=0,
+        device=device,
+        rect_stride_px=max(network.model.stride_px) if flags.rect else None,
+    )
     sparsity = make_sparsity(flags, network.model, len(loader))
     run.write_config(asdict(flags), script_of(flags))
     for message in [*train_set.problems, *val_set.problems][:10]:
@@ -207,6 +240,19 @@ def train_in(
         carried_state=carried_state,
     )
     return finish(run, flags, evaluator, result, device)
+
+
+def training_set(flags: TrainFlags, config: detection.DataConfig) -> detection.DetectionDataset:
+    """The training split, augmented."""
+    return detection.DetectionDataset(
+        config,
+        "train",
+        flags.img,
+        flags.augment(),
+        flags.seed,
+        mosaic_epochs=flags.mosaic_epochs(),
+        image_weights=flags.image_weights,
+    )
 
 
 def script_of(flags: TrainFlags) -> str:

@@ -30,6 +30,7 @@ class ValFlags(RunFlags):
     workers: int = flag(0, "loader processes")
     conf: float = flag(0.001, "lowest score that counts, 0 to 1")
     iou: float = flag(0.65, "IoU above which NMS removes a box, 0 to 1")
+    rect: bool = flag(False, "rectangular batches with little padding instead of squares: faster")
     save_json: bool = flag(False, "also write predictions.json (COCO results) to the run folder")
 
 
@@ -44,7 +45,13 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
     dataset = detection.DetectionDataset(config, flags.split, flags.img)
     device = choose_device(flags.device)
     evaluator = detection.Evaluator(
-        dataset, batch_size=flags.batch_size, workers=flags.workers, device=device, conf=flags.conf, iou=flags.iou
+        dataset,
+        batch_size=flags.batch_size,
+        workers=flags.workers,
+        device=device,
+        conf=flags.conf,
+        iou=flags.iou,
+        rect_stride_px=max(network.model.stride_px) if flags.rect else None,
     )
     evaluation = evaluator(network.model)
     run = RunFolder.create(flags.project, flags.name)

@@ -12,6 +12,7 @@ from .errors import DataError as DataError
 from .loading import Batch as Batch
 from .loading import build_loader as build_loader
 from .loading import collate as collate
+from .sampling import multi_scale_sizes as multi_scale_sizes
 from .shapes import make_shapes as make_shapes
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "find_root",
     "load_data_config",
     "make_shapes",
+    "multi_scale_sizes",
 ]

@@ -1,4 +1,4 @@
-"""Training augmentation: mosaic, random scale and shift (or a full affine map), colour jitter and flips.
+"""Training augmentation: mosaic, random scale and shift (or a full affine map), mixup, colour jitter and flips.
 
 The recipe is YOLOv5's (mosaic: Bochkovskiy et al., YOLOv4, 2020). Without rotation and shear each tile's visible part is
 resized straight into the output: the canvas of twice the size never exists and every pixel is resampled once.
@@ -17,12 +17,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .colour import jitter_hsv
 from .errors import DataError
-from .images import FILL, resize
+from .images import FILL, grey, resize
 
 MIN_SIDE_PX = 2.0
 MIN_VISIBLE = 0.1
 MAX_ASPECT = 100.0
+MIXUP_BETA = 32.0
+"""Both parameters of the Beta distribution: near halves, as detectors are trained (YOLOv5, YOLOX)."""
 
 Labels = NDArray[np.float32]
 
@@ -33,6 +36,8 @@ class Augment:
 
     mosaic: float = 1.0
     """Probability that four images make one sample."""
+    mixup: float = 0.0
+    """Probability that a sample is blended with a second one, in a share drawn from Beta(32, 32)."""
     scale: float = 0.5
     """The image is scaled by a factor drawn from 1 - scale to 1 + scale."""
     translate: float = 0.1
@@ -105,9 +110,12 @@ def mosaic_tiles(images: Sequence[tuple[Tensor, Labels]], size_px: int, rng: np.
     return tiles
 
 
-def random_view(augment: Augment, canvas_px: int, size_px: int, rng: np.random.Generator) -> View:
-    """Draw scale, rotation, shear and shift; nothing but the centre's position remains when all are 0."""
-    scale = rng.uniform(1 - augment.scale, 1 + augment.scale)
+def random_view(augment: Augment, canvas_px: int, size_px: int, rng: np.random.Generator, zoom: float = 1.0) -> View:
+    """Draw scale, rotation, shear and shift; nothing but the centre's position and ``zoom`` remain when all are 0.
+
+    ``zoom``: pixels of the output for a pixel of the canvas, before the random scale.
+    """
+    scale = zoom * rng.uniform(1 - augment.scale, 1 + augment.scale)
     angle = math.radians(rng.uniform(-augment.degrees, augment.degrees))
     shear_x, shear_y = np.tan(np.radians(rng.uniform(-augment.shear, augment.shear, size=2)))
     shift = size_px * rng.uniform(0.5 - augment.translate, 0.5 + augment.translate, size=2)
@@ -128,8 +136,8 @@ def _render_aligned(tiles: Sequence[Tile], view: View) -> tuple[Tensor, Labels]:
     stay exact. Neighbouring tiles share their seam because the seam is rounded once.
     """
     size = view.size_px
-    output = torch.full((3, size, size), FILL, dtype=torch.uint8)
-    kept = []
+    output = grey(size, size)
+    labels, fits = [np.zeros((0, 5), np.float32)], [(0.0,) * 8]
     for tile in tiles:
         height, width = tile.image.shape[1:]
         x, y = _visible_span(tile.x_px, width, view, axis=0), _visible_span(tile.y_px, height, view, axis=1)
@@ -138,12 +146,14 @@ def _render_aligned(tiles: Sequence[Tile], view: View) -> tuple[Tensor, Labels]:
         patch = resize(tile.image[:, y.crop[0] : y.crop[1], x.crop[0] : x.crop[1]], (y.length, x.length))
         x_lo, x_hi, y_lo, y_hi = max(x.start, 0), min(x.stop, size), max(y.start, 0), min(y.stop, size)
         output[:, y_lo:y_hi, x_lo:x_hi] = patch[:, y_lo - y.start : y_hi - y.start, x_lo - x.start : x_hi - x.start]
-        if len(tile.labels):
-            scale = np.array([x.ratio, y.ratio, x.ratio, y.ratio])
-            shift = np.array([x.start, y.start] * 2) - np.array([x.crop[0], y.crop[0]] * 2) * scale
-            whole = tile.labels[:, 1:] * scale + shift
-            kept.append(_clip_and_filter(tile.labels[:, :1], whole, _areas(whole), (x_lo, y_lo, x_hi, y_hi)))
-    return output, _stack(kept)
+        labels.append(tile.labels)
+        scale_x, scale_y = x.ratio, y.ratio
+        shift_x, shift_y = x.start - x.crop[0] * scale_x, y.start - y.crop[0] * scale_y
+        fits.append((scale_x, scale_y, shift_x, shift_y, x_lo, y_lo, x_hi, y_hi))
+    # All tiles' boxes at once: there are few, and what costs is the calls.
+    rows, fit = np.concatenate(labels), np.repeat(np.array(fits), [len(part) for part in labels], axis=0)
+    whole = rows[:, 1:] * fit[:, [0, 1, 0, 1]] + fit[:, [2, 3, 2, 3]]
+    return output, _clip_and_filter(rows[:, :1], whole, _areas(whole), fit[:, 4:])
 
 
 @dataclass(frozen=True)
@@ -194,7 +204,9 @@ def _render_affine(tiles: Sequence[Tile], view: View) -> tuple[Tensor, Labels]:
             mapped = _map_boxes(clipped - centre, view)
             # Visibility is judged against the whole object, wherever it was cut.
             whole = _areas(_map_boxes(on_canvas - centre, view))
-            kept.append(_clip_and_filter(tile.labels[:, :1], mapped, whole, (0, 0, view.size_px, view.size_px)))
+            kept.append(
+                _clip_and_filter(tile.labels[:, :1], mapped, whole, np.array([0, 0, view.size_px, view.size_px]))
+            )
     inverse = np.linalg.inv(view.matrix)
     half = view.size_px / 2
     # affine_grid maps the output's -1..1 to the canvas's -1..1.
@@ -217,11 +229,11 @@ def _clip_and_filter(
     classes: Labels,
     boxes_xyxy: NDArray[np.float64],
     whole_areas: NDArray[np.float64],
-    window_xyxy: tuple[int, int, int, int],
+    window_xyxy: NDArray[np.float64] | NDArray[np.int64],
 ) -> Labels:
-    """Clip to the window; keep what is wider and higher than 2 px, at least 10 % visible, and not a line."""
-    x1, y1, x2, y2 = window_xyxy
-    boxes = boxes_xyxy.clip([x1, y1, x1, y1], [x2, y2, x2, y2])
+    """Clip to the window, [4] or one for each box [n, 4]; keep what is wider and higher than 2 px, at least 10 % visible and
+    not a line."""
+    boxes = np.minimum(np.maximum(boxes_xyxy, window_xyxy[..., [0, 1, 0, 1]]), window_xyxy[..., [2, 3, 2, 3]])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     aspect = np.maximum(width / np.maximum(height, 1e-9), height / np.maximum(width, 1e-9))
     keep = (width > MIN_SIDE_PX) & (height > MIN_SIDE_PX) & (aspect < MAX_ASPECT)
@@ -233,46 +245,30 @@ def _stack(parts: Sequence[Labels]) -> Labels:
     return np.concatenate([*parts, np.zeros((0, 5), np.float32)])
 
 
-def jitter_hsv(image: Tensor, hue_turn: float, saturation: float, value: float) -> Tensor:
-    """Turn the hue by ``hue_turn`` circles, multiply saturation and value (both saturate at 1); uint8 [3, H, W] in and out.
-
-    Works on planes without going through 8-bit HSV: with V = max and chroma C = max - min, a channel of hue h (in
-    sixths) is V - C * clamp(min(k, 4 - k), 0, 1) for k = (n + h) mod 6 and n = 5, 3, 1 for R, G, B.
-    """
-    rgb = image.float()
-    red, green, blue = rgb[0], rgb[1], rgb[2]
-    top = torch.maximum(torch.maximum(red, green), blue)
-    chroma = top - torch.minimum(torch.minimum(red, green), blue)
-    if hue_turn:
-        safe = chroma.clamp(min=1e-6)
-        of_green = (blue - red).div_(safe).add_(2)
-        of_blue = (red - green).div_(safe).add_(4)
-        hue = (green - blue).div_(safe)
-        hue = torch.where(top == red, hue, torch.where(top == green, of_green, of_blue)).add_(6 * hue_turn)
-        offsets = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
-        k = (hue + offsets).remainder_(6)
-        depth = torch.minimum(k, 4 - k).clamp_(0, 1)
-    else:
-        depth = (top - rgb).div_(chroma.clamp(min=1e-6))
-    new_chroma = torch.minimum(chroma * saturation, top)
-    new_top = (top * value).clamp_(max=255)
-    gain = new_top / top.clamp(min=1e-6)
-    return (new_top - depth * (new_chroma * gain)).round_().clamp_(0, 255).to(torch.uint8)
+def mix(one: tuple[Tensor, Labels], other: tuple[Tensor, Labels], share: float) -> tuple[Tensor, Labels]:
+    """Mixup (Zhang et al., ICLR 2018) for detection: ``share * one + (1 - share) * other``, with the labels of both."""
+    blended = torch.lerp(other[0].float(), one[0].float(), share).round_().to(torch.uint8)
+    return blended, _stack([one[1], other[1]])
 
 
-def augment_sample(
-    tiles: Sequence[Tile], canvas_px: int, size_px: int, augment: Augment, rng: np.random.Generator
+def augmented_scene(
+    tiles: Sequence[Tile], canvas_px: int, size_px: int, augment: Augment, rng: np.random.Generator, zoom: float = 1.0
 ) -> tuple[Tensor, Labels]:
-    """Tiles on a canvas -> one augmented sample: uint8 [3, S, S] and labels [n, 5] (class, x1, y1, x2, y2 px)."""
-    image, labels = render(tiles, random_view(augment, canvas_px, size_px, rng))
+    """Tiles on a canvas under a random view: uint8 [3, S, S] and labels [n, 5] (class, x1, y1, x2, y2 px)."""
+    return render(tiles, random_view(augment, canvas_px, size_px, rng, zoom))
+
+
+def colour_and_flip(image: Tensor, labels: Labels, augment: Augment, rng: np.random.Generator) -> tuple[Tensor, Labels]:
+    """Colour jitter and mirrored sides; uint8 [3, S, S] and labels as ``augmented_scene`` gives them."""
     hue, saturation, value = rng.uniform(-1, 1, size=3) * (augment.hsv_h, augment.hsv_s, augment.hsv_v)
-    if augment.hsv_h or augment.hsv_s or augment.hsv_v:
-        image = jitter_hsv(image, float(hue), 1 + float(saturation), 1 + float(value))
     upside_down, mirrored = rng.random(2) < (augment.flipud, augment.fliplr)
+    size_px, labels = image.shape[-1], labels.copy()
     if upside_down:
         image = image.flip(1)
         labels[:, [2, 4]] = size_px - labels[:, [4, 2]]
     if mirrored:
         image = image.flip(2)
         labels[:, [1, 3]] = size_px - labels[:, [3, 1]]
+    if augment.hsv_h or augment.hsv_s or augment.hsv_v:
+        image = jitter_hsv(image, float(hue), 1 + float(saturation), 1 + float(value))
     return image, labels

@@ -6,7 +6,8 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,12 +20,13 @@ from torch.utils.data import Dataset
 from boxes import Letterbox
 
 from .annotations import Annotations, Entry, as_rows, check_usable
-from .augment import Augment, Labels, Tile, augment_sample, mosaic_tiles
+from .augment import MIXUP_BETA, Augment, Labels, Tile, augmented_scene, colour_and_flip, mix, mosaic_tiles
 from .cache import find_folder, name_of, read_annotations
 from .config import DataConfig
 from .errors import DataError
-from .images import IMAGE_SUFFIXES, letterbox, letterbox_of, read_image, read_size, resize
+from .images import IMAGE_SUFFIXES, grey, letterbox, letterbox_of, read_image, read_size, resize
 from .pixels import PixelFile, open_pixels
+from .sampling import Draw, weigh_images
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +38,9 @@ class Sample:
     """One image as the network sees it, before division by 255."""
 
     image: Tensor
-    """uint8 [3, S, S], RGB"""
+    """uint8 [3, H, W], RGB, channels last in memory"""
     targets: Tensor
-    """float32 [n, 5]: class, cx, cy, w, h normalised to the square"""
+    """float32 [n, 5]: class, cx, cy, w, h normalised to [0, 1] of that"""
     image_id: int
     """The index in the data set; of a mosaic, that of its first image."""
     letterbox: Letterbox | None
@@ -53,6 +55,9 @@ class DetectionDataset(Dataset[Sample]):
     Without ``augment``: each image letterboxed to a grey square of ``image_size_px``. With it: a random sample that
     depends only on (seed, epoch, index). Bad label lines and unreadable images are left out and listed in ``problems``;
     DataError if no image is left, or none of the labels that the files hold.
+
+    From epoch ``mosaic_epochs`` on neither mosaic nor mixup is applied. With ``image_weights`` shuffled epochs and the
+    other images of a mosaic are drawn with replacement by ``sampling.weigh_images``.
 
     ``cache`` keeps all images, resized, 3 * image_size_px**2 bytes each. ``ram``: in this process's memory, unless that
     would take more than half of what is available. ``disk``: with sizes and labels in a folder ``.slim-cache`` beside the
@@ -69,6 +74,9 @@ class DetectionDataset(Dataset[Sample]):
         augment: Augment | None = None,
         seed: int = 0,
         cache: Cache = "ram",
+        *,
+        mosaic_epochs: int | None = None,
+        image_weights: bool = False,
     ) -> None:
         if image_size_px < 1:
             raise DataError(f"image size {image_size_px}, expected a positive number of pixels")
@@ -81,6 +89,8 @@ class DetectionDataset(Dataset[Sample]):
         self.image_size_px = image_size_px
         self.augment = augment
         self.seed = seed
+        self.mosaic_epochs = mosaic_epochs
+        self.image_weights = image_weights
         # Shared memory: persistent workers see the epoch that the main process sets.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._base, self._sources = config.path, config.split(split)
@@ -96,24 +106,11 @@ class DetectionDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        if self.augment is None:
-            return self._plain(index)
-        rng = np.random.default_rng((self.seed, self.epoch, index))
-        size = self.image_size_px
-        if rng.random() < self.augment.mosaic:
-            members = [index, *(int(i) for i in rng.integers(0, len(self), size=3))]
-            order = rng.permutation(4)
-            canvas = 2 * size
-            tiles = mosaic_tiles([self._resized(members[i]) for i in order], size, rng)
-        else:
-            geometry, _ = letterbox_of(self._sizes[index], size)
-            canvas = size
-            tiles = [Tile(*self._resized(index), geometry.left_px, geometry.top_px)]
-        image, labels = augment_sample(tiles, canvas, size, self.augment, rng)
-        return Sample(image, _targets(labels, size), index, None, self._sizes[index])
+    def __getitem__(self, wanted: int | Draw) -> Sample:
+        draw = wanted if isinstance(wanted, Draw) else Draw(wanted)
+        if not 0 <= draw.index < len(self):
+            raise IndexError(f"sample {draw.index} of {len(self)}")
+        return self._plain(draw) if self.augment is None else self._augmented(draw, self.augment)
 
     @property
     def epoch(self) -> int:
@@ -145,19 +142,65 @@ class DetectionDataset(Dataset[Sample]):
         categories = [{"id": i, "name": name} for i, name in enumerate(self.names)]
         return {"info": {"description": ""}, "images": images, "annotations": annotations, "categories": categories}
 
-    def _plain(self, index: int) -> Sample:
-        geometry, _ = letterbox_of(self._sizes[index], self.image_size_px)
-        if self._cache is not None:
-            image = self._cache[index].clone()
+    def original_hw(self, index: int) -> tuple[int, int]:
+        """Height and width of an image file in pixels."""
+        return self._sizes[index]
+
+    def draw_indices(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """So many images with replacement: all alike, or by their weights."""
+        if not self.image_weights:
+            return rng.integers(0, len(self), size=count)
+        return np.searchsorted(self._cumulative_weights, rng.random(count), side="right")
+
+    @cached_property
+    def _cumulative_weights(self) -> NDArray[np.float64]:
+        cumulative = np.cumsum(weigh_images(self._labels))
+        return cumulative / cumulative[-1]
+
+    def _plain(self, draw: Draw) -> Sample:
+        size = self._sizes[draw.index]
+        canvas_hw = draw.canvas_hw or (self.image_size_px, self.image_size_px)
+        geometry, (height, width) = letterbox_of(size, self.image_size_px, canvas_hw)
+        top, left = geometry.top_px, geometry.left_px
+        part, labels = self._resized(draw.index)
+        image = grey(*canvas_hw)
+        image[:, top : top + height, left : left + width] = part
+        labels[:, 1:] += np.array([left, top] * 2, dtype=np.float32)
+        return Sample(image, _targets(labels, canvas_hw), draw.index, geometry, size)
+
+    def _augmented(self, draw: Draw, augment: Augment) -> Sample:
+        rng = np.random.default_rng((self.seed, self.epoch, draw.index, draw.turn))
+        if self.mosaic_epochs is not None and self.epoch >= self.mosaic_epochs:
+            augment = replace(augment, mosaic=0.0, mixup=0.0)
+        size_px, width = draw.canvas_hw or (self.image_size_px, self.image_size_px)
+        assert size_px == width, "augmented samples are square"
+        scene = self._scene(draw.index, size_px, augment, rng)
+        # Without mixup nothing is drawn for it.
+        if augment.mixup and rng.random() < augment.mixup:
+            share = rng.beta(MIXUP_BETA, MIXUP_BETA)
+            scene = mix(scene, self._scene(int(self.draw_indices(1, rng)[0]), size_px, augment, rng), share)
+        image, labels = colour_and_flip(*scene, augment, rng)
+        return Sample(image, _targets(labels, (size_px, size_px)), draw.index, None, self._sizes[draw.index])
+
+    def _scene(self, index: int, size_px: int, augment: Augment, rng: np.random.Generator) -> tuple[Tensor, Labels]:
+        """A mosaic that begins with the image, or the image alone, under a random view."""
+        size = self.image_size_px
+        if rng.random() < augment.mosaic:
+            members = [index, *(int(i) for i in self.draw_indices(3, rng))]
+            order = rng.permutation(4)
+            canvas_px = 2 * size
+            tiles = mosaic_tiles([self._resized(members[i]) for i in order], size, rng)
         else:
-            image, _ = letterbox(self._read(index), self.image_size_px)
-        height, width = self._sizes[index]
-        labels = _to_pixels(self._labels[index], width * geometry.ratio_x, height * geometry.ratio_y)
-        labels[:, 1:] += np.array([geometry.left_px, geometry.top_px] * 2, dtype=np.float32)
-        return Sample(image, _targets(labels, self.image_size_px), index, geometry, (height, width))
+            geometry, _ = letterbox_of(self._sizes[index], size)
+            canvas_px = size
+            tiles = [Tile(*self._resized(index), geometry.left_px, geometry.top_px)]
+        return augmented_scene(tiles, canvas_px, size_px, augment, rng, zoom=size_px / size)
 
     def _resized(self, index: int) -> tuple[Tensor, Labels]:
-        """The image with its longer side at image_size_px (without padding), and its labels in those pixels."""
+        """The image with its longer side at image_size_px (without padding), and its labels in those pixels.
+
+        The image may be a view into the cache, the labels are new.
+        """
         geometry, (height, width) = letterbox_of(self._sizes[index], self.image_size_px)
         if self._cache is None:
             image = resize(self._read(index), (height, width))
@@ -217,7 +260,9 @@ class DetectionDataset(Dataset[Sample]):
                 return opened
         size = self.image_size_px
         in_memory = cache != "none" and self._fits(len(files))
-        store = torch.empty(len(files), 3, size, size, dtype=torch.uint8) if in_memory else None
+        # Channels last, as the images are.
+        shape = (len(files), size, size, 3)
+        store = torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2) if in_memory else None
 
         def look(index: int) -> tuple[int, int] | str:
             try:
@@ -262,13 +307,16 @@ def available_bytes() -> int | None:
 
 def _to_pixels(labels: NDArray[np.float32], width: float, height: float) -> Labels:
     """class, cx, cy, w, h (normalised) -> class, x1, y1, x2, y2 in pixels of an image of that size; a new array."""
-    cls, cx, cy, w, h = labels.T
-    corners = [cls, (cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height]
-    return np.stack(corners, axis=1).astype(np.float32)
+    size, half, corners = np.array([width, height], dtype=np.float32), labels[:, 3:] / 2, labels.copy()
+    corners[:, 1:3] = (labels[:, 1:3] - half) * size
+    corners[:, 3:] = (labels[:, 1:3] + half) * size
+    return corners
 
 
-def _targets(labels: Labels, size_px: int) -> Tensor:
-    """class, x1, y1, x2, y2 in pixels of the square -> float32 [n, 5]: class, cx, cy, w, h normalised."""
+def _targets(labels: Labels, canvas_hw: tuple[int, int]) -> Tensor:
+    """class, x1, y1, x2, y2 in pixels of a canvas -> float32 [n, 5]: class, cx, cy, w, h normalised to it."""
     cls, x1, y1, x2, y2 = labels.T
-    boxes = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1) / np.float32(size_px)
+    height, width = canvas_hw
+    scale = np.array([width, height, width, height], dtype=np.float32)
+    boxes = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1) / scale
     return torch.from_numpy(np.concatenate([cls[:, None], boxes], axis=1))

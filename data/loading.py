@@ -1,13 +1,17 @@
-"""Batches: collation, epoch-dependent order and reproducible loading."""
+"""Batches: collation, epoch-dependent order and sizes, and reproducible loading."""
 
 from __future__ import annotations
 
+import math
+import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -15,6 +19,8 @@ from boxes import Letterbox
 
 from .dataset import DetectionDataset, Sample
 from .errors import DataError
+from .images import letterbox_of
+from .sampling import Draw
 
 
 @dataclass
@@ -22,7 +28,7 @@ class Batch:
     """Samples side by side."""
 
     images: Tensor
-    """uint8 [B, 3, S, S]"""
+    """uint8 [B, 3, H, W], channels last in memory"""
     targets: Tensor
     """float32 [M, 6]: position in the batch, class, cx, cy, w, h normalised"""
     image_ids: list[int]
@@ -34,32 +40,108 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one size."""
+    """Put samples of one size together."""
     positions = [sample.targets.new_full((len(sample.targets), 1), i) for i, sample in enumerate(samples)]
     targets = torch.cat([torch.cat([p, s.targets], dim=1) for p, s in zip(positions, samples, strict=True)])
-    images = torch.stack([sample.image for sample in samples])
+    # Not torch.stack: it would change the memory format, and the network's input would have to change it back.
+    shape = (len(samples), *samples[0].image.shape)
+    images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    for image, sample in zip(images, samples, strict=True):
+        image.copy_(sample.image)
     return Batch(images, targets, [s.image_id for s in samples], [s.letterbox for s in samples])
 
 
-class EpochSampler(Sampler[int]):
-    """Indices in an order that depends on (seed, the data set's epoch) alone; for ranks, equal disjoint shares of it.
+class EpochBatches(Sampler[list[Draw]]):
+    """What each batch holds, and in which size; depends on (seed, the data set's epoch) alone.
 
-    With several ranks the order is continued from its start until it divides evenly, so that all take equally many steps.
+    Ranks take equal disjoint shares of one order. It is continued from its start until it divides evenly, so that all
+    take equally many steps. A data set with image weights is shuffled by drawing as many images with replacement.
+
+    ``sizes_px``: each batch of augmented samples is drawn at one of these sizes, the same on all ranks.
+    ``rect_stride_px``: images in order of their shape, each batch on a canvas of multiples of this stride that leaves at
+    least half a stride of grey along both sides together, as in YOLOv5: detectors find cut objects better beside a border.
     """
 
     def __init__(
-        self, dataset: DetectionDataset, shuffle: bool, seed: int = 0, rank: int = 0, num_ranks: int = 1
+        self,
+        dataset: DetectionDataset,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        drop_last: bool = False,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        sizes_px: Sequence[int] = (),
+        rect_stride_px: int | None = None,
     ) -> None:
-        self.dataset, self.shuffle, self.seed, self.rank, self.num_ranks = dataset, shuffle, seed, rank, num_ranks
+        if batch_size < 1:
+            raise DataError(f"batch size {batch_size}: expected at least 1")
+        if not 0 <= rank < num_ranks or seed < 0:
+            raise DataError(
+                f"rank {rank} of {num_ranks}, seed {seed}: expected 0 <= rank < ranks and a seed of at least 0"
+            )
+        if sizes_px and (dataset.augment is None or min(sizes_px) < 1):
+            raise DataError(
+                f"sizes {list(sizes_px)}: expected positive numbers of pixels and a data set with augmentation"
+            )
+        if rect_stride_px is not None and (rect_stride_px < 1 or shuffle or dataset.augment is not None):
+            raise DataError(
+                f"rectangular batches of stride {rect_stride_px}: expected a positive stride, no shuffling and no augmentation"
+            )
+        self.dataset, self.batch_size, self.shuffle, self.seed, self.drop_last = (
+            dataset, batch_size, shuffle, seed, drop_last,
+        )  # fmt: skip
+        self.rank, self.num_ranks = rank, num_ranks
+        self.sizes_px, self.rect_stride_px = tuple(sizes_px), rect_stride_px
 
     def __len__(self) -> int:
+        share = self._share()
+        return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order = self._order().tolist()
+        seen: Counter[int] = Counter()
+        turns = []
+        for index in order:
+            turns.append(seen[index])
+            seen[index] += 1
+        mine = list(zip(order, turns, strict=True))[self.rank :: self.num_ranks]
+        for number in range(len(self)):
+            members = mine[number * self.batch_size : (number + 1) * self.batch_size]
+            canvas_hw = self._canvas(number, [index for index, _ in members])
+            yield [Draw(index, canvas_hw, turn) for index, turn in members]
+
+    def _share(self) -> int:
         return -(-len(self.dataset) // self.num_ranks)
 
-    def __iter__(self) -> Iterator[int]:
-        count = len(self.dataset)
-        rng = np.random.default_rng((self.seed, self.dataset.epoch))
-        order = rng.permutation(count) if self.shuffle else np.arange(count)
-        return iter(np.resize(order, len(self) * self.num_ranks)[self.rank :: self.num_ranks].tolist())
+    def _order(self) -> NDArray[np.int64]:
+        """Indices of all ranks."""
+        count, total = len(self.dataset), self._share() * self.num_ranks
+        if self.shuffle:
+            rng = np.random.default_rng((self.seed, self.dataset.epoch))
+            if self.dataset.image_weights:
+                return self.dataset.draw_indices(total, rng)
+            order = rng.permutation(count)
+        elif self.rect_stride_px is not None:
+            shapes = (self.dataset.original_hw(i) for i in range(count))
+            order = np.argsort([height / width for height, width in shapes], kind="stable")
+        else:
+            order = np.arange(count)
+        return np.resize(order, total)
+
+    def _canvas(self, number: int, indices: Sequence[int]) -> tuple[int, int] | None:
+        if self.sizes_px:
+            # The last word keeps this generator apart from those of the samples.
+            rng = np.random.default_rng((self.seed, self.dataset.epoch, number, 0, 1))
+            size_px = self.sizes_px[int(rng.integers(len(self.sizes_px)))]
+            return size_px, size_px
+        if self.rect_stride_px is not None:
+            stride = self.rect_stride_px
+            resized = [letterbox_of(self.dataset.original_hw(i), self.dataset.image_size_px)[1] for i in indices]
+            height, width = (math.ceil(max(sides) / stride + 0.5) * stride for sides in zip(*resized, strict=True))
+            return height, width
+        return None
 
 
 class BatchLoader(DataLoader[Sample]):
@@ -86,23 +168,39 @@ def build_loader(
     *,
     rank: int = 0,
     num_ranks: int = 1,
+    sizes_px: Sequence[int] = (),
+    rect_stride_px: int | None = None,
 ) -> DataLoader[Sample]:
-    """A loader of ``Batch`` whose content depends on (seed, epoch) and not on ``workers``.
+    """A loader of the ``Batch``es that ``EpochBatches`` says, whatever the number of ``workers``.
 
-    Call ``dataset.set_epoch`` before each pass. Workers (processes) stay alive between passes and use one thread each.
+    Call ``dataset.set_epoch`` before each pass. Workers (processes) stay alive between passes, use one thread each and
+    leave Ctrl-C to the main process, which ends them.
     """
-    if batch_size < 1 or workers < 0:
-        raise DataError(f"batch size {batch_size} and {workers} workers: expected at least 1 and at least 0")
-    if not 0 <= rank < num_ranks or seed < 0:
-        raise DataError(f"rank {rank} of {num_ranks}, seed {seed}: expected 0 <= rank < ranks and a seed of at least 0")
+    if workers < 0:
+        raise DataError(f"{workers} workers: expected at least 0")
+    batches = EpochBatches(
+        dataset,
+        batch_size,
+        shuffle,
+        seed,
+        drop_last,
+        rank=rank,
+        num_ranks=num_ranks,
+        sizes_px=sizes_px,
+        rect_stride_px=rect_stride_px,
+    )
     return BatchLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=EpochSampler(dataset, shuffle, seed, rank, num_ranks),
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        worker_init_fn=_ignore_interrupt,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal, and workers would fill it with their tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import data.colour
 from data import Augment, DataError
-from data.augment import Labels, Tile, View, augment_sample, jitter_hsv, mosaic_tiles, render
+from data.augment import Labels, Tile, View, augmented_scene, colour_and_flip, mix, mosaic_tiles, random_view, render
+from data.colour import jitter_hsv
 from data.images import FILL
 from tests.data.scenes import Box, rectangle, visible_box
 
@@ -31,6 +33,12 @@ SCENES: tuple[tuple[int, int, Box], ...] = (
 def scene(kind: int) -> tuple[Tensor, Labels]:
     height, width, box = SCENES[kind]
     return rectangle(height, width, box, kind), np.array([[kind, *box]], dtype=np.float32)
+
+
+def augment_sample(
+    tiles: list[Tile], canvas_px: int, size_px: int, augment: Augment, rng: np.random.Generator
+) -> tuple[Tensor, Labels]:
+    return colour_and_flip(*augmented_scene(tiles, canvas_px, size_px, augment, rng), augment, rng)
 
 
 def sample(augment: Augment, seed: int, mosaic: bool) -> tuple[Tensor, Labels]:
@@ -94,6 +102,14 @@ def test_what_leaves_the_canvas_leaves_the_box() -> None:
     image, labels = render([tile], view)
     assert len(misfits(image, labels, inner_only=True)) == 1
     assert misfits(image, labels, inner_only=True)[0] <= 1.5
+
+
+def test_an_upright_box_is_cut_where_the_canvas_ends() -> None:
+    """The rectangle's columns 20 to 60 lie at -20 to 20 of the canvas, which is shown at half of its size from x = 24 on."""
+    tile = Tile(rectangle(SIZE, SIZE, (20, 30, 60, 60)), np.array([[0, 20, 30, 60, 60]], np.float32), -40, 0)
+    image, labels = render([tile], View(0.5 * np.eye(2), np.array([SIZE / 2, SIZE / 2]), SIZE, SIZE))
+    assert labels.tolist() == [[0, 24, 39, 34, 54]]
+    assert misfits(image, labels, inner_only=False)[0] <= 0.5
 
 
 def test_no_label_is_lost_without_reason() -> None:
@@ -181,7 +197,7 @@ def test_mosaic_places_four_images_around_one_point() -> None:
         assert set(corners) == {(x, y)}
 
 
-@pytest.mark.parametrize("turn", [0.0, 0.2, -0.35])
+@pytest.mark.parametrize("turn", [0.0, 0.015, -0.06, 0.2, -0.35, 0.45, 0.5, -1.0])
 def test_hsv_jitter_is_that_of_colorsys(turn: float) -> None:
     image = torch.randint(0, 256, (3, 8, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image[:, 0, 0], image[:, 0, 1], image[:, 0, 2] = 0, 255, 77
@@ -202,6 +218,14 @@ def test_hsv_jitter_saturates_and_the_identity_changes_nothing() -> None:
     assert (jitter_hsv(image, 0.0, 0.0, 1.0).int() == brightest).all()
     assert torch.equal(jitter_hsv(image, 0.0, 1.0, 2.0).amax(dim=0).int(), (2 * brightest).clamp(max=255))
     assert jitter_hsv(image, 0.0, 9.0, 1.0).amin(dim=0).float().mean() < 2
+
+
+def test_an_image_larger_than_what_is_worked_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    whole = jitter_hsv(image, 0.1, 1.2, 0.9)
+    monkeypatch.setattr(data.colour, "_PIXELS_AT_ONCE", 77)
+    assert torch.equal(jitter_hsv(image, 0.1, 1.2, 0.9), whole)
+    assert whole.permute(1, 2, 0).is_contiguous()
 
 
 def test_colour_jitter_is_drawn_within_its_limits() -> None:
@@ -228,3 +252,54 @@ def test_values_out_of_range_are_refused(change: dict[str, float], message: str)
     with pytest.raises(DataError) as error:
         Augment(**change)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_mixup_blends_pixels_and_keeps_both_labels(share: float) -> None:
+    one, other = scene(0)[0][:, :50, :60], scene(3)[0][:, :50, :60]
+    labels = [scene(0)[1], scene(3)[1]]
+    image, both = mix((one, labels[0]), (other, labels[1]), share)
+    assert image.dtype == torch.uint8
+    assert torch.equal(image, (share * one.double() + (1 - share) * other.double()).round().byte())
+    assert both.tolist() == np.concatenate(labels).tolist() and both.dtype == np.float32
+
+
+@pytest.mark.parametrize("zoom", [0.5, 1.5])
+@pytest.mark.parametrize("shear", [0.0, 10.0])
+def test_a_zoomed_view_shows_the_same_part_in_more_or_fewer_pixels(zoom: float, shear: float) -> None:
+    augment = replace(STILL, scale=0.3, translate=0.1, shear=shear)
+    size_px = int(SIZE * zoom)
+    found = 0
+    for seed in range(12):
+        tiles = mosaic_tiles([scene(k) for k in range(4)], SIZE, np.random.default_rng(seed))
+        shown = []
+        for size, factor in ((SIZE, 1.0), (size_px, zoom)):
+            view = random_view(augment, 2 * SIZE, size, np.random.default_rng(seed), factor)
+            shown.append(render(tiles, view))
+        (_, base), (image, labels) = shown
+        assert image.shape == (3, size_px, size_px)
+        for kind, *box in labels.tolist():
+            seen = visible_box(image, int(kind))
+            assert seen is not None
+            if shear == 0 or (min(box) > 1.5 and max(box) < size_px - 1.5):
+                assert np.abs(seen - box).max() <= 1.5
+            same = base[base[:, 0] == kind]
+            if len(same):
+                assert np.abs(same[0, 1:] * zoom - box).max() <= 2
+                found += 1
+    assert found >= 10
+
+
+def test_boxes_stay_inside_whatever_the_augmentation() -> None:
+    rng = np.random.default_rng(0)
+    boxes = 0
+    for seed in range(60):
+        wild = Augment(
+            scale=rng.uniform(0, 0.9), translate=rng.uniform(0, 1), degrees=rng.choice([0.0, 90.0]),
+            shear=rng.choice([0.0, 20.0]), flipud=0.5, fliplr=0.5,
+        )  # fmt: skip
+        _, labels = sample(wild, seed, mosaic=bool(seed % 2))
+        assert (labels[:, 1:] >= 0).all() and (labels[:, 1:] <= SIZE).all()
+        assert (labels[:, 3:] - labels[:, 1:3] > 0).all()
+        boxes += len(labels)
+    assert boxes > 30

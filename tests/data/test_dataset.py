@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import data.dataset
 from boxes import Letterbox, cxcywh_to_xyxy
 from data import Augment, DataConfig, DataError, DetectionDataset, load_data_config
 from data.dataset import Cache
+from data.sampling import Draw
 from tests.data.scenes import BCCD, ROOT, label_line, rectangle, visible_box, write_rectangles, write_set
 
 SIZE = 64
@@ -85,6 +87,104 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(rectangles: DataConfig) 
     assert torch.equal(first, image(3, 5, 2, noise=4))
     for other in ((4, 5, 2), (3, 6, 2), (3, 5, 1)):
         assert not torch.equal(first, image(*other))
+
+
+def test_targets_fit_the_pixels_at_any_size(rectangles: DataConfig) -> None:
+    augment = Augment(mosaic=0, hsv_h=0, hsv_s=0, hsv_v=0)
+    dataset = DetectionDataset(rectangles, "train", SIZE, augment)
+    seen_targets = 0
+    for size_px in (32, 96):
+        for epoch in range(4):
+            dataset.set_epoch(epoch)
+            for index in range(len(dataset)):
+                sample = dataset[Draw(index, (size_px, size_px))]
+                assert sample.image.shape == (3, size_px, size_px)
+                for row in sample.targets:
+                    box = visible_box(sample.image, int(row[0]))
+                    assert box is not None
+                    assert np.abs(cxcywh_to_xyxy(row[1:]).numpy() * size_px - box).max() <= 1.5
+                    seen_targets += 1
+    assert seen_targets >= 30
+
+
+def test_a_rectangular_sample_maps_back_exactly(rectangles: DataConfig) -> None:
+    dataset = DetectionDataset(rectangles, "train", SIZE)
+    truth = dataset.ground_truth()["annotations"]
+    for index in range(len(dataset)):
+        square = dataset[index]
+        sample = dataset[Draw(index, (96, 80))]
+        assert sample.image.shape == (3, 96, 80) and sample.letterbox is not None and square.letterbox is not None
+        boxes = cxcywh_to_xyxy(sample.targets[:, 1:]) * torch.tensor([80.0, 96, 80, 96])
+        x, y, w, h = truth[index]["bbox"]
+        torch.testing.assert_close(
+            sample.letterbox.to_original(boxes)[0], torch.tensor([x, y, x + w, y + h]), atol=1e-3, rtol=0
+        )
+        seen = visible_box(sample.image, index % 4)
+        assert seen is not None and np.abs(seen - boxes[0].numpy()).max() <= 1
+        (one, one_box), (other, other_box) = (
+            (s.image[:, b.top_px :, b.left_px :], b)
+            for s, b in ((square, square.letterbox), (sample, sample.letterbox))
+        )
+        height, width = (
+            round(n * r) for n, r in zip(one_box.original_hw, (one_box.ratio_y, one_box.ratio_x), strict=True)
+        )
+        assert torch.equal(one[:, :height, :width], other[:, :height, :width])
+        assert one_box.ratio_x == other_box.ratio_x
+
+
+def test_mosaic_and_mixup_end_before_the_run_does(rectangles: DataConfig) -> None:
+    """From then on a sample is that of a data set which never had them."""
+    always, closing, never = (
+        DetectionDataset(rectangles, "train", SIZE, augment, seed=2, mosaic_epochs=epochs)
+        for augment, epochs in ((Augment(mixup=1), None), (Augment(mixup=1), 3), (Augment(mosaic=0, mixup=0), None))
+    )
+    for epoch in range(5):
+        for dataset in (always, closing, never):
+            dataset.set_epoch(epoch)
+        for index in range(len(closing)):
+            same_as = never if epoch >= 3 else always
+            assert torch.equal(closing[index].image, same_as[index].image)
+            assert torch.equal(closing[index].targets, same_as[index].targets)
+        assert not torch.equal(always[0].image, never[0].image)
+
+
+def test_mixup_shows_two_samples(rectangles: DataConfig) -> None:
+    """Without other changes a sample is the blend of two letterboxed images, with the labels of both."""
+    still = Augment(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    plain = DetectionDataset(rectangles, "train", SIZE, still)
+    images = [plain[i] for i in range(len(plain))]
+    mixed = DetectionDataset(rectangles, "train", SIZE, replace(still, mixup=1))
+    shares = []
+    for epoch in range(12):
+        mixed.set_epoch(epoch)
+        for index, sample in enumerate(mixed):
+            first, second = sample.targets[0], sample.targets[1]
+            assert len(sample.targets) == 2 and torch.equal(first, images[index].targets[0])
+            other = next(i for i, image in enumerate(images) if torch.equal(image.targets[0], second))
+            one, two = images[index].image.float(), images[other].image.float()
+            if other != index:
+                differs = (one - two).abs() > 100
+                share = ((sample.image - two) / (one - two))[differs]
+                assert share.std() < 0.01
+                shares.append(float(share.mean()))
+            else:
+                assert torch.equal(sample.image, images[index].image)
+    assert len(shares) > 40 and 0.45 < np.mean(shares) < 0.55 and 0.02 < np.std(shares) < 0.12
+
+
+def test_mixup_is_drawn_with_its_probability(rectangles: DataConfig) -> None:
+    half = DetectionDataset(rectangles, "train", SIZE, Augment(mosaic=0, scale=0, translate=0, mixup=0.5))
+    counts = []
+    for epoch in range(20):
+        half.set_epoch(epoch)
+        counts += [len(half[i].targets) for i in range(len(half))]
+    assert set(counts) == {1, 2} and 40 <= counts.count(2) <= 80
+
+
+def test_the_turns_of_an_image_differ(rectangles: DataConfig) -> None:
+    dataset = DetectionDataset(rectangles, "train", SIZE, Augment())
+    assert torch.equal(dataset[Draw(1)].image, dataset[1].image)
+    assert not torch.equal(dataset[Draw(1, turn=1)].image, dataset[1].image)
 
 
 def test_equal_images_are_augmented_differently(tmp_path: Path) -> None:

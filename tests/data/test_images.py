@@ -32,6 +32,22 @@ def test_letterbox_geometry(
     assert letterbox_of(original_hw, size_px) == (Letterbox(*expected, original_hw), resized_hw)
 
 
+def test_a_canvas_of_another_shape() -> None:
+    """320 x 213 pixels on 384 x 256: 64 columns and 43 rows are left."""
+    assert letterbox_of((333, 500), 320, (256, 384)) == (
+        Letterbox(0.64, 213 / 333, 32, 21, (333, 500)),
+        (213, 320),
+    )
+
+
+@pytest.mark.parametrize("size_hw", [(16, 20), (90, 61)])
+def test_memory_formats_give_the_same_pixels(size_hw: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    last = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert torch.equal(resize(image, size_hw), resize(last, size_hw))
+    assert torch.equal(resize(image[:, 3:30, 7:40], size_hw), resize(last[:, 3:30, 7:40], size_hw))
+
+
 def test_letterbox_pads_with_grey_and_keeps_the_image_in_between() -> None:
     square, geometry = letterbox(torch.full((3, 30, 50), 200, dtype=torch.uint8), 100)
     assert (geometry.left_px, geometry.top_px) == (0, 20)

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from boxes import Letterbox
-from data import Augment, Batch, DataConfig, DataError, DetectionDataset, Sample, build_loader, collate
-from data.loading import EpochSampler
-from tests.data.scenes import write_rectangles
+from boxes import Letterbox, cxcywh_to_xyxy
+from data import (
+    Augment,
+    Batch,
+    DataConfig,
+    DataError,
+    DetectionDataset,
+    Sample,
+    build_loader,
+    collate,
+    multi_scale_sizes,
+)
+from data.loading import EpochBatches
+from tests.data.scenes import ROOT, label_line, rectangle, write_rectangles, write_set
 
 
 @pytest.fixture
@@ -26,6 +42,10 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
         and a.letterboxes == b.letterboxes
         for a, b in zip(one, other, strict=True)
     )
+
+
+def indices(batches: EpochBatches) -> list[int]:
+    return [draw.index for batch in batches for draw in batch]
 
 
 def test_collate_by_hand() -> None:
@@ -83,15 +103,15 @@ def test_each_image_once_and_in_order_without_shuffling(rectangles: DataConfig) 
 
 def test_the_order_depends_on_the_seed(rectangles: DataConfig) -> None:
     dataset = DetectionDataset(rectangles, "train", 48)
-    orders = {tuple(EpochSampler(dataset, True, seed)) for seed in range(5)}
+    orders = {tuple(indices(EpochBatches(dataset, 3, True, seed))) for seed in range(5)}
     assert len(orders) == 5
 
 
 def test_ranks_share_the_epoch_evenly(rectangles: DataConfig) -> None:
     """7 images for 2 ranks: the first of the order is taken twice."""
     dataset = DetectionDataset(rectangles, "train", 48)
-    whole = list(EpochSampler(dataset, True, 3))
-    shares = [list(EpochSampler(dataset, True, 3, rank, 2)) for rank in range(2)]
+    whole = indices(EpochBatches(dataset, 2, True, 3))
+    shares = [indices(EpochBatches(dataset, 2, True, 3, rank=rank, num_ranks=2)) for rank in range(2)]
     assert [len(s) for s in shares] == [4, 4]
     assert shares[0] == whole[0::2] and shares[1] == [*whole[1::2], whole[0]]
     loaders = [build_loader(dataset, 2, shuffle=True, seed=3, rank=rank, num_ranks=2) for rank in range(2)]
@@ -101,8 +121,8 @@ def test_ranks_share_the_epoch_evenly(rectangles: DataConfig) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch size 0 and 0 workers"),
-        ({"workers": -1}, "batch size 1 and -1 workers"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"workers": -1}, "-1 workers"),
         ({"rank": 2, "num_ranks": 2}, "rank 2 of 2, seed 0"),
         ({"seed": -1}, "rank 0 of 1, seed -1"),
     ],
@@ -111,3 +131,169 @@ def test_wrong_arguments_are_named(rectangles: DataConfig, arguments: dict[str, 
     dataset = DetectionDataset(rectangles, "train", 48)
     with pytest.raises(DataError, match=f"^{message}: expected "):
         build_loader(dataset, **{"batch_size": 1, "shuffle": False, **arguments})
+
+
+def augmented(config: DataConfig, image_weights: bool = False) -> DetectionDataset:
+    return DetectionDataset(config, "train", 64, Augment(mixup=0.3), 5, mosaic_epochs=2, image_weights=image_weights)
+
+
+@pytest.mark.parametrize("image_weights", [False, True])
+def test_every_kind_of_batch_depends_on_the_epoch_alone(rectangles: DataConfig, image_weights: bool) -> None:
+    """Sizes, weights, mixup and the end of mosaic: with workers that live on, without, and in a run that was resumed."""
+    passes = []
+    for workers in (2, 0):
+        dataset = augmented(rectangles, image_weights)
+        loader = build_loader(dataset, 2, shuffle=True, workers=workers, seed=5, sizes_px=multi_scale_sizes(64, 16))
+        passes.append([])
+        for epoch in range(4) if workers else (3, 1):
+            dataset.set_epoch(epoch)
+            passes[-1].append(list(loader))
+    through, resumed = passes
+    assert same(through[3], resumed[0]) and same(through[1], resumed[1])
+    assert len({batch.images.shape[-1] for epoch in through for batch in epoch}) >= 4
+
+
+def test_sizes_are_drawn_alike_for_all_ranks(rectangles: DataConfig) -> None:
+    dataset = augmented(rectangles)
+    sizes = (48, 64, 80, 96)
+    epochs = []
+    for epoch in range(40):
+        dataset.set_epoch(epoch)
+        ranks = [
+            [{draw.canvas_hw for draw in batch} for batch in
+             EpochBatches(dataset, 2, True, 3, rank=rank, num_ranks=2, sizes_px=sizes)]
+            for rank in range(2)
+        ]  # fmt: skip
+        assert ranks[0] == ranks[1] and all(len(size) == 1 for size in ranks[0])
+        epochs.append([next(iter(size)) for size in ranks[0]])
+    drawn = [size for epoch in epochs for size in epoch]
+    assert set(drawn) == {(size, size) for size in sizes}
+    assert all(10 <= drawn.count((size, size)) <= 30 for size in sizes)
+    assert len({tuple(epoch) for epoch in epochs}) > 10
+
+
+def test_a_batch_holds_what_its_size_says(rectangles: DataConfig) -> None:
+    dataset = augmented(rectangles)
+    for batch in build_loader(dataset, 3, shuffle=True, seed=1, sizes_px=(32, 96)):
+        assert batch.images.shape[-2:] in {(32, 32), (96, 96)}
+        assert (batch.targets[:, 2:] >= 0).all() and (batch.targets[:, 2:] <= 1).all()
+
+
+def test_batches_are_channels_last(rectangles: DataConfig) -> None:
+    for dataset in (augmented(rectangles), DetectionDataset(rectangles, "train", 64)):
+        for workers in (0, 1):
+            images = next(iter(build_loader(dataset, 3, shuffle=False, workers=workers))).images
+            assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_rectangular_batches_by_hand(tmp_path: Path) -> None:
+    """Longer sides at 64: heights 32, 64, 16, 64 and widths 64, 48, 64, 32. Wide first; half a stride of 16 at least."""
+    shapes = {"a": (40, 80), "b": (80, 60), "c": (20, 80), "d": (80, 40)}
+    images = {stem: rectangle(h, w, (2, 2, 18, 18), 1) for stem, (h, w) in shapes.items()}
+    lines = {stem: [label_line(h, w, (2, 2, 18, 18), 1)] for stem, (h, w) in shapes.items()}
+    dataset = DetectionDataset(write_set(tmp_path, images, lines), "train", 64)
+    batches = list(build_loader(dataset, 2, shuffle=False, rect_stride_px=16))
+    assert [batch.image_ids for batch in batches] == [[2, 0], [1, 3]]
+    # 32 + 8 -> 48, 64 + 8 -> 80; 48 + 8 -> 64
+    assert [tuple(batch.images.shape[2:]) for batch in batches] == [(48, 80), (80, 64)]
+    assert batches[0].letterboxes == [Letterbox(0.8, 0.8, 8, 16, (20, 80)), Letterbox(0.8, 0.8, 8, 8, (40, 80))]
+    for batch in batches:
+        height, width = batch.images.shape[2:]
+        for row in batch.targets:
+            letterbox = batch.letterboxes[int(row[0])]
+            assert letterbox is not None
+            box = cxcywh_to_xyxy(row[2:]) * torch.tensor([width, height, width, height])
+            torch.testing.assert_close(
+                letterbox.to_original(box[None])[0], torch.tensor([2.0, 2, 18, 18]), atol=1e-3, rtol=0
+            )
+
+
+def test_rectangular_ranks_see_each_image(rectangles: DataConfig) -> None:
+    dataset = DetectionDataset(rectangles, "train", 64)
+    ranks = [indices(EpochBatches(dataset, 2, False, rank=rank, num_ranks=3, rect_stride_px=16)) for rank in range(3)]
+    assert [len(rank) for rank in ranks] == [3, 3, 3]
+    assert {i for rank in ranks for i in rank} == set(range(7))
+
+
+def test_weighted_epochs_draw_rare_classes_more_often(tmp_path: Path) -> None:
+    """Nine images of class 0 and one of class 1: weights 1/18 and 1/2."""
+    box = (4, 4, 24, 24)
+    kinds = {f"image{i}": int(i == 7) for i in range(10)}
+    images = {stem: rectangle(32, 32, box, kind) for stem, kind in kinds.items()}
+    lines = {stem: [label_line(32, 32, box, kind)] for stem, kind in kinds.items()}
+    dataset = DetectionDataset(write_set(tmp_path, images, lines), "train", 32, Augment(), image_weights=True)
+    drawn, mosaics = [], []
+    for epoch in range(60):
+        dataset.set_epoch(epoch)
+        batches = list(EpochBatches(dataset, 4, True, 3))
+        assert [len(batch) for batch in batches] == [4, 4, 2]
+        drawn += [draw.index for batch in batches for draw in batch]
+        shares = [indices(EpochBatches(dataset, 4, True, 3, rank=rank, num_ranks=2)) for rank in range(2)]
+        together = [i for pair in zip(*shares, strict=True) for i in pair]
+        assert together == drawn[-10:] and [len(share) for share in shares] == [5, 5]
+        turns = [(draw.index, draw.turn) for batch in batches for draw in batch]
+        assert len(set(turns)) == len(turns)
+        mosaics += [int(kind) for kind in dataset[0].targets[:, 0]]
+    assert 240 <= drawn.count(7) <= 360 and set(drawn) == set(range(10))
+    # Three of a mosaic's four images are drawn by weight.
+    assert 0.2 < np.mean(mosaics) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sizes_px": (32,)}, r"sizes \[32\]: expected positive numbers of pixels and a data set with augmentation"),
+        ({"rect_stride_px": 0}, "rectangular batches of stride 0: expected a positive stride, no shuffling"),
+        ({"rect_stride_px": 32, "shuffle": True}, "rectangular batches of stride 32: expected a positive stride, no"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(rectangles: DataConfig, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"^{message}"):
+        build_loader(DetectionDataset(rectangles, "train", 48), **{"batch_size": 1, "shuffle": False, **arguments})
+
+
+PATIENT = """
+import os, signal, sys
+from pathlib import Path
+from data import Augment, DataConfig, DetectionDataset, build_loader
+
+root = Path(sys.argv[1])
+config = DataConfig(names=tuple("abcd"), train=(root / "images" / "train",), path=root)
+loader = build_loader(DetectionDataset(config, "train", 48, Augment()), 2, shuffle=True, workers=2)
+for _ in loader:
+    pass
+asked = []
+signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+print("ready", flush=True)
+while not asked:
+    pass
+print(sum(len(list(loader)) for _ in range(3)))
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    for _ in loader:
+        os.killpg(0, signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups")
+def test_ctrl_c_reaches_the_main_process_alone(rectangles: DataConfig) -> None:
+    """As a terminal does, the signal goes to the whole group: a main process that wants to finish can go on loading."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PATIENT, str(rectangles.path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    # Three epochs of four batches, then an interrupt that ends the program.
+    assert (process.returncode, out.split(), err) == (0, ["12", "interrupted"], "")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
