@@ -43,7 +43,7 @@ from prune import Cut, Material, PruneFlags, choose_plan, cut, open_material, ou
 from slim.atomic import WRITING
 from train_sparse import SparseFlags, TrainFlags, train_in
 
-NOT_OF_THE_RUN = {"project", "name", "device", "workers", "debug", "data_root", "download"}
+NOT_OF_THE_RUN = {"project", "name", "device", "workers", "cache", "debug", "data_root", "download"}
 """Flags that may change when a loop continues: what it finds does not depend on them."""
 
 Kind = TypeVar("Kind")
@@ -71,6 +71,9 @@ class IterateFlags(RunFlags):
     recalibrate: int = flag(8, "training batches on which batch-norm statistics are re-estimated after a cut")
     batch_size: int = flag(16, "images a step")
     workers: int = flag(2, "loader processes")
+    cache: Literal["ram", "disk", "none"] = flag(
+        "ram", "decoded images stay in memory, in .slim-cache beside the data, or not"
+    )
     lr: float = flag(0.01, "learning rate after the warm-up, of every training")
     strength: float | Literal["auto"] = flag("auto", "pull a unit of learning rate; auto closes the pulled gates")
     fraction: float = flag(0.5, "part of each gate vector that is pulled: its smallest entries")

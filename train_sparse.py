@@ -53,6 +53,9 @@ class TrainFlags(RunFlags):
     epochs: int = flag(30, "epochs of the whole run")
     batch_size: int = flag(16, "images a step")
     workers: int = flag(2, "loader processes")
+    cache: Literal["ram", "disk", "none"] = flag(
+        "ram", "decoded images stay in memory, in .slim-cache beside the data, or not"
+    )
     optimizer: Literal["sgd", "adamw"] = flag("sgd", "SGD with Nesterov momentum, or AdamW")
     lr: float = flag(0.01, "learning rate after the warm-up")
     final_lr_ratio: float = flag(0.01, "last learning rate as a share of --lr")
@@ -204,7 +207,7 @@ def train_in(
         seed=flags.seed,
         sizes_px=multi_scale_sizes(flags.img, max(network.model.stride_px)) if flags.multi_scale else (),
     )
-    val_set = detection.DetectionDataset(config, "val", flags.img)
+    val_set = detection.DetectionDataset(config, "val", flags.img, cache=flags.cache)
     evaluator = detection.Evaluator(
         val_set,
         batch_size=flags.batch_size,
@@ -214,6 +217,8 @@ def train_in(
     )
     sparsity = make_sparsity(flags, network.model, len(loader))
     run.write_config(asdict(flags), script_of(flags))
+    for split in run.note_data({"train": train_set.digest(), "val": val_set.digest()}):
+        print(f"the labels of {split} are not those that the run began with; it goes on with what is there now")
     for message in [*train_set.problems, *val_set.problems][:10]:
         print(f"left out: {message}")
     if resume_state is None:
@@ -250,6 +255,7 @@ def training_set(flags: TrainFlags, config: detection.DataConfig) -> detection.D
         flags.img,
         flags.augment(),
         flags.seed,
+        flags.cache,
         mosaic_epochs=flags.mosaic_epochs(),
         image_weights=flags.image_weights,
     )

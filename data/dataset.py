@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -119,6 +121,14 @@ class DetectionDataset(Dataset[Sample]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that augmentation and order are drawn for; call it before iterating. Reaches all workers."""
         self._epoch.fill_(epoch)
+
+    def digest(self) -> str:
+        """SHA-256 of classes, file names, image sizes and labels; of pixels only their number counts."""
+        found = hashlib.sha256(json.dumps([self.names, [file.name for file in self.files]]).encode())
+        found.update(np.asarray(self._sizes, dtype=np.int64).tobytes())
+        for labels in (*self._labels, *self._ignored):
+            found.update(np.asarray(labels.shape, dtype=np.int64).tobytes() + np.ascontiguousarray(labels).tobytes())
+        return found.hexdigest()
 
     def ground_truth(self) -> dict[str, Any]:
         """The labels as a COCO dict: boxes in original pixels, image ids = indices, category ids = class indices.

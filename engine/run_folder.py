@@ -128,6 +128,15 @@ class RunFolder:
             first = file.readline().strip()
         return first.removeprefix(_MADE_BY) if first.startswith(_MADE_BY) else None
 
+    def note_data(self, digests: Mapping[str, str]) -> list[str]:
+        """Keep the digests of the run's data by split; those splits whose digest is another than when the run began."""
+        file = self.path / "data.json"
+        if not file.is_file():
+            write_text_atomically(file, json.dumps(dict(digests), indent=2) + "\n")
+            return []
+        known: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+        return [split for split, digest in digests.items() if known.get(split) != digest]
+
     def read_rows(self) -> list[dict[str, str]]:
         """The rows of results.csv as text; none when there is no file yet."""
         if not self.results_file.is_file():

@@ -34,6 +34,7 @@ def test_sparse_training_fills_its_run_folder(sparse_run: Path) -> None:
     pictures = {"labels.png", "train_batch.png", "results.png", "gates.png", "detections.png"}
     expected = {
         "config.yaml",
+        "data.json",
         "results.csv",
         "metrics.json",
         "weights/last.pt",
