@@ -59,6 +59,7 @@ def ending(run: Path) -> dict[str, Any]:
     for part in (metrics, metrics["baseline"]):
         part.pop("seconds")
     metrics.pop("ms")
+    metrics["baseline"].pop("ms")
     with (run / "pareto.csv").open(newline="") as file:
         rows = [{key: value for key, value in row.items() if key != "ms"} for row in csv.DictReader(file)]
     phases = sorted(p.name for p in run.iterdir() if (p / "phase.json").exists())
