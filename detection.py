@@ -16,7 +16,7 @@ import slim
 from boxes import cxcywh_to_xyxy as cxcywh_to_xyxy
 from data import Augment, DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
 from data.download import download_data
-from engine import EngineError, Evaluation, Frozen, draw_detections, evaluate, freeze
+from engine import EngineError, Evaluation, Frozen, World, draw_detections, evaluate, freeze
 from engine.checkpoint import TRAINING_STATE_KEY
 from engine.command import existing_file
 from models import (
@@ -226,9 +226,10 @@ def check_classes(network: Network, config: DataConfig, weights: str, data: str)
         )
 
 
-def make_loss(model: nn.Module, gains: LossGains, img: int) -> DetectionLoss:
-    """YOLOv5's loss with its gains scaled to the task."""
-    return DetectionLoss(model, gains.scaled(model.num_classes, img, len(model.stride_px)))
+def make_loss(model: nn.Module, gains: LossGains, img: int, world: World | None = None) -> DetectionLoss:
+    """YOLOv5's loss with its gains scaled to the task; for one rank of several its part of the whole batch's loss."""
+    reduce = None if world is None or world.size == 1 else world.sum
+    return DetectionLoss(model, gains.scaled(model.num_classes, img, len(model.stride_px)), reduce)
 
 
 def add_teacher(

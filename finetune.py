@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from engine.command import flag, run_script
+from engine import World
+from engine.command import flag, run_on_all_ranks
 from train_sparse import TrainFlags, train
 
 
@@ -17,13 +18,13 @@ class FinetuneFlags(TrainFlags):
     keep_gates: bool = flag(False, "train on with the gates of the checkpoint instead of folding them first")
 
 
-def main(flags: FinetuneFlags) -> None:
-    train(flags, keep_gates=flags.keep_gates)
+def main(flags: FinetuneFlags, world: World) -> None:
+    train(flags, keep_gates=flags.keep_gates, world=world)
 
 
 def cli(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    return run_script(FinetuneFlags, main, __doc__ or "", argv)
+    return run_on_all_ranks(FinetuneFlags, main, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from engine import (
     RunFolder,
     Sparsity,
     TrainConfig,
+    World,
     draw_detections,
     fit,
     learning_rate_sum,
@@ -34,7 +36,7 @@ from engine import (
     summarise_gates,
     write_report,
 )
-from engine.command import RunFlags, choose_device, flag, run_script
+from engine.command import RunFlags, choose_device, flag, run_on_all_ranks
 from models import DistillGains, LossGains
 
 
@@ -51,8 +53,8 @@ class TrainFlags(RunFlags):
     single_cls: bool = flag(False, "all classes as one, named object")
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
     epochs: int = flag(30, "epochs of the whole run")
-    batch_size: int = flag(16, "images a step")
-    workers: int = flag(2, "loader processes")
+    batch_size: int = flag(16, "images a step, of all ranks together")
+    workers: int = flag(2, "loader processes, of each rank")
     cache: Literal["ram", "disk", "none"] = flag(
         "ram", "decoded images stay in memory, in .slim-cache beside the data, or not"
     )
@@ -66,6 +68,7 @@ class TrainFlags(RunFlags):
     clip_norm: float = flag(10.0, "largest gradient norm")
     eval_every: int = flag(1, "epochs between evaluations on the val split")
     patience: int = flag(0, "stop after so many epochs without a better AP; 0 never does")
+    sync_bn: bool = flag(False, "under torchrun, batch norms see the whole batch (slower; for few images a rank)")
     precision: Precision = flag("auto", "float16 on a GPU and bfloat16 on a CPU that has it (auto), or the one named")  # noqa: RUF009
     box: float = flag(0.05, "weight of the box loss")
     obj: float = flag(1.0, "weight of the objectness loss at 640 pixels; scaled by (img / 640) squared")
@@ -159,19 +162,20 @@ class TrainResult:
     evaluation: Evaluation
 
 
-def train(flags: TrainFlags, *, keep_gates: bool = True) -> TrainResult:
+def train(flags: TrainFlags, *, keep_gates: bool = True, world: World | None = None) -> TrainResult:
     """Train in a new run folder, or with --resume in the newest of that name."""
-    run, flags = open_run(flags)
-    with run.held():
+    world = world or World()
+    run, flags = world.from_first(lambda: open_run(flags))
+    with run.held() if world.is_first else contextlib.nullcontext():
         resume_state = read_training_state(run.last) if flags.resume else None
         try:
-            return train_in(run, flags, keep_gates=keep_gates, resume_state=resume_state)
+            return train_in(run, flags, keep_gates=keep_gates, resume_state=resume_state, world=world)
         except KeyboardInterrupt as stop:
             if not run.last.is_file():
                 raise KeyboardInterrupt(f"no step was saved in {run.path}") from stop
             where = f"--project {run.path.parent} --name {run.path.name}"
             raise KeyboardInterrupt(
-                f"{stop or 'left at once'}; continue with: python {script_of(flags)} --resume {where}"
+                f"{stop or 'left at once'}; continue with: {world.launcher} {script_of(flags)} --resume {where}"
             ) from stop
 
 
@@ -182,12 +186,18 @@ def train_in(
     keep_gates: bool = True,
     resume_state: dict[str, Any] | None = None,
     carried_state: dict[str, Any] | None = None,
+    world: World | None = None,
 ) -> TrainResult:
-    """Sparse training for SparseFlags, plain training otherwise; prints a line an epoch and fills the run folder."""
-    device = choose_device(flags.device)
+    """Sparse training for SparseFlags, plain training otherwise; prints a line an epoch and fills the run folder.
+
+    Under torchrun all ranks call it; the run folder, a shared one, is rank 0's.
+    """
+    world = world or World()
+    device, batch_size = choose_device(flags.device, world), world.share(flags.batch_size)
     seed_generators(flags.seed)
-    config = detection.open_data(
-        flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls
+    chosen: dict[str, Any] = {"classes": flags.classes, "single_cls": flags.single_cls}
+    config = world.from_first(
+        lambda: detection.open_data(flags.data, flags.data_root, download=flags.download, **chosen)
     )
     network = starting_network(flags, run, resume_state, config.names, keep_gates)
     detection.check_image_size(network.model, flags.img)
@@ -195,19 +205,21 @@ def train_in(
     frozen = detection.freeze_layers(network.model, flags.freeze)
     if frozen is not None:
         print(frozen)
-    train_set = training_set(flags, config)
+    train_set = training_set(flags, config, world)
     if network.new_head and not flags.noautoanchor and not flags.teacher:  # a teacher's maps are for its anchors
         print(detection.fit_anchors(network, train_set, flags.gains().anchor_t, flags.seed))
-    loss = make_loss(flags, network, device)
+    loss = make_loss(flags, network, device, world)
     loader = build_loader(
         train_set,
-        flags.batch_size,
+        batch_size,
         shuffle=True,
         workers=flags.workers,
         seed=flags.seed,
+        rank=world.rank,
+        num_ranks=world.size,
         sizes_px=multi_scale_sizes(flags.img, max(network.model.stride_px)) if flags.multi_scale else (),
     )
-    val_set = detection.DetectionDataset(config, "val", flags.img, cache=flags.cache)
+    val_set = detection.DetectionDataset(config, "val", flags.img, cache=flags.cache if world.is_first else "none")
     evaluator = detection.Evaluator(
         val_set,
         batch_size=flags.batch_size,
@@ -216,12 +228,13 @@ def train_in(
         rect_stride_px=max(network.model.stride_px) if flags.rect else None,
     )
     sparsity = make_sparsity(flags, network.model, len(loader))
-    run.write_config(asdict(flags), script_of(flags))
-    for split in run.note_data({"train": train_set.digest(), "val": val_set.digest()}):
-        print(f"the labels of {split} are not those that the run began with; it goes on with what is there now")
+    if world.is_first:
+        run.write_config(asdict(flags), script_of(flags))
+        for split in run.note_data({"train": train_set.digest(), "val": val_set.digest()}):
+            print(f"the labels of {split} are not those that the run began with; it goes on with what is there now")
     for message in [*train_set.problems, *val_set.problems][:10]:
         print(f"left out: {message}")
-    if resume_state is None:
+    if resume_state is None and world.is_first:
         plot_labels(train_set.ground_truth(), train_set.names, run.path / "labels.png")
         log_start(run, network.model, train_set, flags)
     result = fit(
@@ -234,6 +247,7 @@ def train_in(
             precision=flags.precision,
             eval_every=flags.eval_every,
             patience=flags.patience,
+            sync_bn=flags.sync_bn,
             seed=flags.seed,
         ),
         run=run,
@@ -243,11 +257,15 @@ def train_in(
         sparsity=sparsity,
         resume_state=resume_state,
         carried_state=carried_state,
+        world=world,
     )
-    return finish(run, flags, evaluator, result, device)
+    evaluation = world.from_first(lambda: finish(run, flags, evaluator, result))
+    return TrainResult(run, result, evaluation)
 
 
-def training_set(flags: TrainFlags, config: detection.DataConfig) -> detection.DetectionDataset:
+def training_set(
+    flags: TrainFlags, config: detection.DataConfig, world: World | None = None
+) -> detection.DetectionDataset:
     """The training split, augmented."""
     return detection.DetectionDataset(
         config,
@@ -258,6 +276,7 @@ def training_set(flags: TrainFlags, config: detection.DataConfig) -> detection.D
         flags.cache,
         mosaic_epochs=flags.mosaic_epochs(),
         image_weights=flags.image_weights,
+        holders=1 if world is None else world.local_size,
     )
 
 
@@ -301,9 +320,11 @@ def starting_network(
     return network
 
 
-def make_loss(flags: TrainFlags, network: detection.Network, device: torch.device) -> LossFunction:
+def make_loss(
+    flags: TrainFlags, network: detection.Network, device: torch.device, world: World | None = None
+) -> LossFunction:
     """The labels' loss, with --teacher also the teacher's."""
-    loss = detection.make_loss(network.model, flags.gains(), flags.img)
+    loss = detection.make_loss(network.model, flags.gains(), flags.img, world)
     if not flags.teacher:
         return loss
     distilling = detection.add_teacher(loss, network, flags.teacher, flags.distill_gains(), device)
@@ -347,9 +368,7 @@ def log_start(run: RunFolder, model: torch.nn.Module, train_set: detection.Detec
     save_png(torch.cat(tiles, 2), run.path / "train_batch.png")
 
 
-def finish(
-    run: RunFolder, flags: TrainFlags, evaluator: detection.Evaluator, result: FitResult, device: torch.device
-) -> TrainResult:
+def finish(run: RunFolder, flags: TrainFlags, evaluator: detection.Evaluator, result: FitResult) -> Evaluation:
     """metrics.json and the plots, from the weights in last.pt."""
     network = detection.read_network(run.last)
     evaluation = evaluator.last or evaluator(network.model)
@@ -377,16 +396,16 @@ def finish(
     write_report(run)
     closed = "" if result.closed_share is None else f", {result.closed_share:.1%} of the gates closed"
     print(f"{run.path}: AP {evaluation.ap:.4f}, AP50 {evaluation.ap50:.4f} on {evaluation.images} val images{closed}")
-    return TrainResult(run, result, evaluation)
+    return evaluation
 
 
-def main(flags: SparseFlags) -> None:
-    train(flags)
+def main(flags: SparseFlags, world: World) -> None:
+    train(flags, world=world)
 
 
 def cli(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    return run_script(SparseFlags, main, __doc__ or "", argv)
+    return run_on_all_ranks(SparseFlags, main, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class DetectionDataset(Dataset[Sample]):
     would take more than half of what is available. ``disk``: with sizes and labels in a folder ``.slim-cache`` beside the
     data (else in the user's cache folder), from where all processes and later starts map them; where that cannot be, as
     ``ram``. What changed is read again (``data/cache.py``); the folder may be deleted at any time. ``none``: images are
-    decoded whenever they are needed.
+    decoded whenever they are needed. ``holders`` is how many processes of this machine keep their own.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class DetectionDataset(Dataset[Sample]):
         *,
         mosaic_epochs: int | None = None,
         image_weights: bool = False,
+        holders: int = 1,
     ) -> None:
         if image_size_px < 1:
             raise DataError(f"image size {image_size_px}, expected a positive number of pixels")
@@ -89,6 +90,7 @@ class DetectionDataset(Dataset[Sample]):
         self.names = config.names
         self.split = split
         self.image_size_px = image_size_px
+        self._holders = holders
         self.augment = augment
         self.seed = seed
         self.mosaic_epochs = mosaic_epochs
@@ -226,7 +228,7 @@ class DetectionDataset(Dataset[Sample]):
         return image
 
     def _fits(self, count: int) -> bool:
-        need, free = count * 3 * self.image_size_px**2, available_bytes()
+        need, free = self._holders * count * 3 * self.image_size_px**2, available_bytes()
         if free is None or need <= free / 2:
             return True
         message = "split %r: %.1f GiB for its %d images are more than half of the %.1f GiB available: not cached"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -174,7 +174,7 @@ def build_loader(
     """A loader of the ``Batch``es that ``EpochBatches`` says, whatever the number of ``workers``.
 
     Call ``dataset.set_epoch`` before each pass. Workers (processes) stay alive between passes, use one thread each and
-    leave Ctrl-C to the main process, which ends them.
+    leave signals to the main process, which ends them.
     """
     if workers < 0:
         raise DataError(f"{workers} workers: expected at least 0")
@@ -196,11 +196,11 @@ def build_loader(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_process_group,
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal, and workers would fill it with their tracebacks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_process_group(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM reach all processes of a group, and a run that ends politely needs its workers."""
+    os.setpgrp()

@@ -11,6 +11,7 @@ from .checkpoint import (
     read_training_state,
     seed_generators,
 )
+from .distributed import World
 from .errors import EngineError
 from .evaluation import Evaluation, coco_ap, evaluate, evaluating, save_coco_json
 from .freezing import Frozen, freeze
@@ -65,6 +66,7 @@ __all__ = [
     "TrainConfig",
     "Trainee",
     "WeightAverage",
+    "World",
     "build_optimizer",
     "build_scheduler",
     "coco_ap",

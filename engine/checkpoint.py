@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from .distributed import World
 from .errors import EngineError
 from .optimiser import WeightAverage
 
 TRAINING_STATE_KEY = "training_state"
 CARRIED_STATE_KEY = "carried_state"
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Mover(Protocol):
@@ -31,7 +32,10 @@ class Mover(Protocol):
 
 @dataclass
 class Trainee:
-    """Everything that a training step changes, and the number format (`dtype`) in which it computes."""
+    """Everything that a training step changes, and the number format (`dtype`) in which it computes.
+
+    `parallel` is what images are sent through where several ranks train one model.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -40,6 +44,7 @@ class Trainee:
     average: WeightAverage
     dtype: torch.dtype = torch.float32
     mover: Mover | None = None
+    parallel: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,11 @@ class Progress:
     so_far: EpochSums = field(default_factory=EpochSums)
 
 
-def pack_training_state(trainee: Trainee, progress: Progress) -> dict[str, Any]:
-    """The whole state between two steps; tensors are shared with `trainee`, so save before the next step."""
+def pack_training_state(trainee: Trainee, progress: Progress, world: World) -> dict[str, Any]:
+    """The whole state between two steps; tensors are shared with `trainee`, so save before the next step.
+
+    All ranks have to call it: only their random generators differ.
+    """
     return {
         "format": _FORMAT,
         "progress": {**vars(progress), "so_far": dict(vars(progress.so_far))},
@@ -90,12 +98,12 @@ def pack_training_state(trainee: Trainee, progress: Progress) -> dict[str, Any]:
         "scaler": trainee.scaler.state_dict(),
         "average": trainee.average.state_dict(),
         "pull": None if trainee.mover is None else trainee.mover.state(),
-        "rng": pack_rng(),
+        "rng": world.gather(pack_rng()),
     }
 
 
-def unpack_training_state(state: dict[str, Any], trainee: Trainee) -> Progress:
-    """Put `state` back into `trainee` and into the random generators.
+def unpack_training_state(state: dict[str, Any], trainee: Trainee, world: World) -> Progress:
+    """Put `state` back into `trainee` and into the random generators; with more ranks than before the further ones keep theirs.
 
     Raises EngineError when the state is of another format or of another network.
     """
@@ -112,7 +120,8 @@ def unpack_training_state(state: dict[str, Any], trainee: Trainee) -> Progress:
             trainee.scaler.load_state_dict(state["scaler"])
         if trainee.mover is not None:
             trainee.mover.restore(state["pull"])
-        unpack_rng(state["rng"])
+        if world.rank < len(state["rng"]):
+            unpack_rng(state["rng"][world.rank])
         progress = state["progress"]
         return Progress(**{**progress, "so_far": EpochSums(**progress["so_far"])})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

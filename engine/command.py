@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import sys
 import traceback
 import typing
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import torch
 
+from .distributed import INTERRUPTED, World
 from .errors import EngineError
 
 Flags = TypeVar("Flags")
@@ -86,21 +89,53 @@ def as_arguments(pairs: Sequence[str]) -> list[str]:
 def run_script(
     kind: type[Flags], action: Callable[[Flags], object], description: str, argv: Sequence[str] | None = None
 ) -> int:
-    """Parse, act, and turn failures into one line on standard error; the process's exit code."""
+    """Parse, act, and turn failures into one line on standard error; the process's exit code.
+
+    Under torchrun the first rank does all of it, and the others have nothing to do.
+    """
+    if World.of_environment().is_first:
+        code, _ = _outcome(lambda arguments: action(parse(kind, description, arguments)), argv, World())
+        return code
+    return 0
+
+
+def run_on_all_ranks(
+    kind: type[Flags], action: Callable[[Flags, World], object], description: str, argv: Sequence[str] | None = None
+) -> int:
+    """As `run_script`, on all ranks that torchrun starts: rank 0 prints, and of failures the first one is told."""
+    try:
+        world = World.join()
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    with contextlib.ExitStack() as silence:
+        if not world.is_first:
+            silence.enter_context(contextlib.redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
+        code, spoke = _outcome(lambda arguments: action(parse(kind, description, arguments), world), argv, world)
+    world.leave(code, spoke)
+    return code
+
+
+def _outcome(act: Callable[[list[str]], object], argv: Sequence[str] | None, world: World) -> tuple[int, bool]:
+    """The exit code, and whether it was this rank's to explain a bad one."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger(__package__).setLevel(logging.INFO)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        action(parse(kind, description, arguments))
+        act(arguments)
     except KeyboardInterrupt as stop:
-        print(f"interrupted: {stop or 'what is finished is in the run folder'}", file=sys.stderr)
-        return 130
+        if world.is_first:
+            print(f"interrupted: {stop or 'what is finished is in the run folder'}", file=sys.stderr, flush=True)
+        return INTERRUPTED, world.is_first
     except Exception as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+        is_cause = world.fails_first()
+        if is_cause:
+            if "--debug" in arguments:
+                traceback.print_exc()
+            where = f"rank {world.rank}: " if world.size > 1 else ""
+            print(f"error: {where}{one_line(error)}", file=sys.stderr, flush=True)
+        return 1, is_cause
+    return 0, True
 
 
 def one_line(error: Exception) -> str:
@@ -111,12 +146,14 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text} (--debug prints the traceback)"
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` or a torch device name; EngineError when it is not there."""
+def choose_device(name: str, world: World | None = None) -> torch.device:
+    """``auto`` or a torch device name, on several ranks a GPU for each; EngineError when it is not there."""
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if world is not None:
+            device = world.device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0]

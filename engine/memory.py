@@ -10,14 +10,12 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError, RuntimeError)
 _CPU_ALLOCATOR = "can't allocate memory"
 
 
-def batch_that_may_fit(error: BaseException, batch_size: int, size_hw: tuple[int, ...]) -> str | None:
-    """What to try after `error`; None when memory was not what failed."""
-    if type(error) is RuntimeError and _CPU_ALLOCATOR not in str(error):
-        return None
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError, RuntimeError)):
+def batch_that_may_fit(error: BaseException, batch_size: int, size_hw: tuple[int, ...], ranks: int = 1) -> str | None:
+    """What to try after `error` with `batch_size` images on each rank; None when memory was not what failed."""
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and _CPU_ALLOCATOR not in str(error):
         return None
     height, width = size_hw
-    found = f"out of memory with {batch_size} images of {width}x{height} pixels a step"
+    found = f"out of memory with {batch_size * ranks} images of {width}x{height} pixels a step"
     if batch_size == 1:
         return f"{found}; try a smaller --img"
-    return f"{found}; try --batch-size {batch_size // 2}"
+    return f"{found}; try --batch-size {batch_size // 2 * ranks}"

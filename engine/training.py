@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from slim import SmallestHalfL1, closed_gates_at_zero
 
 from .batch import Batch, network_input
+from .batch_norm import average_statistics, synchronised_norms
 from .checkpoint import (
     EpochSums,
     Progress,
@@ -26,6 +28,7 @@ from .checkpoint import (
     unpack_carried_state,
     unpack_training_state,
 )
+from .distributed import World
 from .errors import EngineError
 from .evaluation import Evaluation
 from .freezing import enter_training
@@ -94,6 +97,8 @@ class TrainConfig:
         channels_last: memory format of images and convolutions
         eval_every: epochs between evaluations; the last epoch is always evaluated
         patience: epochs without a better AP after which training stops; 0 never stops early
+        sync_bn: with several ranks, batch norms see the whole batch; otherwise each its rank's share, and their running
+            statistics are averaged
         seed: of all random generators at the start of the run
     """
 
@@ -103,6 +108,7 @@ class TrainConfig:
     channels_last: bool = True
     eval_every: int = 1
     patience: int = 0
+    sync_bn: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -140,6 +146,9 @@ class Epoch:
     interruption: Interruption
     so_far: EpochSums
     measure: Callable[[], float | None] = lambda: None
+    world: World = field(default_factory=World)
+    stopped: bool = False
+    started: float = field(default_factory=time.perf_counter)
 
 
 def fit(
@@ -155,6 +164,7 @@ def fit(
     sparsity: Sparsity | None = None,
     resume_state: dict[str, Any] | None = None,
     carried_state: dict[str, Any] | None = None,
+    world: World | None = None,
 ) -> FitResult:
     """Train `model` in place (it is moved to `device`); weights/last.pt is written at the end of each epoch.
 
@@ -168,53 +178,50 @@ def fit(
     A run that stopped continues bit for bit from `resume_state` (see `read_training_state`). A new run may take
     optimiser state and moving average over from an earlier one with `carried_state` (see `pack_carried_state`).
 
+    In a `world` of several ranks all call this with the same arguments, each with its share of the batches; `loss_fn`
+    gives a rank's part of the loss, of which the sum is minimised, and the parts' means are reported. Rank 0 alone
+    evaluates, writes and speaks, the others follow what it found: its AP is then that of one process to the last bit.
+    Interrupted on any rank, all stop after the same step.
+
     The first Ctrl-C or SIGTERM finishes the step, saves weights/last.pt there, in the middle of the epoch, and raises
     KeyboardInterrupt; a second one leaves at once. Raises EngineError when a loss or gradient is not finite, before the
     step that it would have spoiled, and when memory runs out; weights/last.pt then holds the last finished epoch.
     """
     started = time.perf_counter()
-    device = torch.device(device)
+    device, world = torch.device(device), world or World()
     if len(train_loader) == 0:
         raise EngineError("the training loader has no batch: check the data set's train split and --batch-size")
-    seed_generators(config.seed)
-    trainee = build_trainee(model, config, len(train_loader), device, sparsity)
+    seed_generators(config.seed + world.rank)
+    trainee = build_trainee(model, config, len(train_loader), device, sparsity, world)
     progress = Progress()
     if resume_state is not None:
-        progress = unpack_training_state(resume_state, trainee)
+        progress = unpack_training_state(resume_state, trainee, world)
     elif carried_state is not None:
         unpack_carried_state(carried_state, trainee)
-    run.drop_rows_from(progress.next_epoch)
+    if world.is_first:
+        run.drop_rows_from(progress.next_epoch)
     pull = None if sparsity is None else sparsity.pull
-    with Interruption() as interruption, contextlib.closing(run):
+    norms = synchronised_norms(model, world) if config.sync_bn else contextlib.nullcontext()
+    with Interruption() as interruption, norms, contextlib.closing(run):
         while progress.next_epoch < config.epochs and not _out_of_patience(progress, config):
             number = progress.next_epoch
-            epoch_started = time.perf_counter()
             announce_epoch(train_loader, number)
             caption = _caption(progress, pull)
             mover = _pull_of_epoch(sparsity, number)
             measure = _pull_over_gradient(sparsity, number)
-            epoch = Epoch(number, config, device, mover, caption, interruption, progress.so_far, measure)
-            losses: dict[str, float | None] = {}
-            losses |= train_one_epoch(trainee, loss_fn, train_loader, epoch)
-            if interruption.wanted:
-                middle = replace(progress, so_far=epoch.so_far)
-                _save(save, run.last, trainee.average.module, pack_training_state(trainee, middle))
+            epoch = Epoch(number, config, device, mover, caption, interruption, progress.so_far, measure, world)
+            losses = train_one_epoch(trainee, loss_fn, train_loader, epoch)
+            if epoch.stopped:
+                _save_state(save, run, trainee, replace(progress, so_far=epoch.so_far), world)
                 raise KeyboardInterrupt(
                     f"stopped after batch {epoch.so_far.batches} of epoch {number}; the state is in {run.last}"
                 )
-            evaluation = masked = None
-            if evaluate is not None and ((number + 1) % config.eval_every == 0 or number + 1 == config.epochs):
-                if sparsity is not None and sparsity.from_epoch is not None:
-                    masked = _masked_ap(trainee.average.module, evaluate)
-                evaluation = evaluate(trainee.average.module)
-            progress, is_best = _advance(progress, number, evaluation, pull)
-            extra = _sparsity_scalars(sparsity, number, epoch.so_far.measured, evaluation, masked)
-            _record(run, number, losses | extra, evaluation, pull, time.perf_counter() - epoch_started)
-            if is_best:
-                _save(save, run.best, trainee.average.module, None)
+            progress = world.from_first(
+                functools.partial(_conclude_epoch, trainee, losses, epoch, progress, run, save, evaluate, sparsity)
+            )
             # last.pt comes last: it is what declares the epoch finished.
-            _save(save, run.last, trainee.average.module, pack_training_state(trainee, progress))
-    if progress.next_epoch < config.epochs:
+            _save_state(save, run, trainee, progress, world)
+    if progress.next_epoch < config.epochs and world.is_first:
         LOGGER.info(
             "stopped after epoch %d: no better AP since epoch %s (patience %d)",
             *(progress.next_epoch - 1, progress.best_epoch, config.patience),
@@ -229,30 +236,63 @@ def fit(
     )
 
 
+def _conclude_epoch(
+    trainee: Trainee,
+    losses: Mapping[str, float | None],
+    epoch: Epoch,
+    progress: Progress,
+    run: RunFolder,
+    save: SaveFunction,
+    evaluate: Callable[[nn.Module], Evaluation] | None,
+    sparsity: Sparsity | None,
+) -> Progress:
+    """Evaluate what the epoch left, record it, and keep it where it is the best."""
+    model, config, number = trainee.average.module, epoch.config, epoch.number
+    pull = None if sparsity is None else sparsity.pull
+    evaluation = masked = None
+    if evaluate is not None and ((number + 1) % config.eval_every == 0 or number + 1 == config.epochs):
+        if sparsity is not None and sparsity.from_epoch is not None:
+            masked = _masked_ap(model, evaluate)
+        evaluation = evaluate(model)
+    progress, is_best = _advance(progress, number, evaluation, pull)
+    extra = _sparsity_scalars(sparsity, number, epoch.so_far.measured, evaluation, masked)
+    _record(run, number, {**losses, **extra}, evaluation, pull, time.perf_counter() - epoch.started)
+    if is_best:
+        _save(save, run.best, model, None)
+    return progress
+
+
 def train_one_epoch(trainee: Trainee, loss_fn: LossFunction, batches: Loader, epoch: Epoch) -> dict[str, float]:
     """One pass over `batches`, or what is left of it; returns the means of the loss parts as "loss/<part>" and the last "lr".
 
     After an interruption it returns early; `epoch.so_far` says how far it came.
     """
     model, optimizer, scaler, so_far = trainee.model, trainee.optimizer, trainee.scaler, epoch.so_far
+    forward, world = trainee.parallel or model, epoch.world
     enter_training(model)
     lr, skipped_in_a_row = so_far.lr, 0
-    with tqdm(batches, desc=epoch.caption, total=len(batches), leave=False, disable=None) as bar:
+    with tqdm(
+        batches, desc=epoch.caption, total=len(batches), leave=False, disable=None if world.is_first else True
+    ) as bar:
         for index, batch in enumerate(bar):
             if index < so_far.batches:  # done before an interruption
                 continue
             lr = float(optimizer.param_groups[0]["lr"])
             where = f"epoch {epoch.number}, batch {index}"
-            with _naming_the_batch_size(batch, where):
+            with _naming_the_batch_size(batch, where, world):
                 images, targets = _to_device(batch, epoch)
                 optimizer.zero_grad(set_to_none=True)
                 with torch.autocast(epoch.device.type, trainee.dtype, enabled=trainee.dtype != torch.float32):
-                    outputs = model(images)
+                    outputs = forward(images)
                     loss, parts = loss_fn(in_float32(outputs), targets, images)
                 values = {name: float(part) for name, part in parts.items()}
                 if not torch.isfinite(loss):
                     raise EngineError(_not_finite(where, f"loss is {float(loss.detach())}", values, lr))
+                # The mean of gradients over ranks, times their number, is the gradient of the sum of losses.
+                loss = loss if world.size == 1 else loss * world.size
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            if not epoch.config.sync_bn:
+                average_statistics(model, world)
             scaler.unscale_(optimizer)
             norm = clip_gradients(model, epoch.config.optim.clip_norm)
             if not torch.isfinite(norm):
@@ -269,21 +309,22 @@ def train_one_epoch(trainee: Trainee, loss_fn: LossFunction, batches: Loader, ep
             trainee.average.update_parameters(model)
 
             measured = epoch.measure() if index + 1 == len(batches) else None
+            values, epoch.stopped = world.agree(values, epoch.interruption.wanted)
             so_far = epoch.so_far = so_far.plus(values, index + 1, lr, measured)
             if not bar.disable:
                 bar.set_postfix(so_far.means() | {"lr": f"{lr:.5f}"}, refresh=False)
-            if epoch.interruption.wanted:
+            if epoch.stopped:
                 break
     return {f"loss/{name}": mean for name, mean in so_far.means().items()} | {"lr": lr}
 
 
 @contextlib.contextmanager
-def _naming_the_batch_size(batch: Batch, where: str) -> Iterator[None]:
+def _naming_the_batch_size(batch: Batch, where: str, world: World) -> Iterator[None]:
     """Out of memory, on a GPU or not, becomes one line that says what to try."""
     try:
         yield
     except OUT_OF_MEMORY as error:
-        remedy = batch_that_may_fit(error, len(batch.images), tuple(batch.images.shape[2:]))
+        remedy = batch_that_may_fit(error, len(batch.images), tuple(batch.images.shape[2:]), world.size)
         if remedy is None:
             raise
         raise EngineError(f"{where}: {remedy}; the last finished epoch is in weights/last.pt") from error
@@ -304,13 +345,19 @@ def _out_of_patience(progress: Progress, config: TrainConfig) -> bool:
 
 
 def build_trainee(
-    model: nn.Module, config: TrainConfig, steps_per_epoch: int, device: torch.device, sparsity: Sparsity | None
+    model: nn.Module,
+    config: TrainConfig,
+    steps_per_epoch: int,
+    device: torch.device,
+    sparsity: Sparsity | None,
+    world: World | None = None,
 ) -> Trainee:
     """The model on its device in its memory format, with optimiser, schedule and moving average."""
     dtype = compute_dtype(config.precision, device)
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
+    parallel = world.parallel(model) if world is not None and world.size > 1 else None
     optimizer = build_optimizer(model, config.optim)
     return Trainee(
         model=model,
@@ -320,6 +367,7 @@ def build_trainee(
         average=WeightAverage(model, config.optim),
         dtype=dtype,
         mover=None if sparsity is None else sparsity.mover,
+        parallel=parallel,
     )
 
 
@@ -442,6 +490,14 @@ def _caption(progress: Progress, pull: SmallestHalfL1 | None) -> str:
     if progress.best_ap is not None:
         caption += f", best AP {progress.best_ap:.3f}"
     return caption if pull is None else f"{caption}, closed {pull.closed_share():.1%}"
+
+
+def _save_state(save: SaveFunction, run: RunFolder, trainee: Trainee, progress: Progress, world: World) -> None:
+    """weights/last.pt, which is there on all ranks when this ends."""
+    state = pack_training_state(trainee, progress, world)
+    if world.is_first:
+        _save(save, run.last, trainee.average.module, state)
+    world.barrier()
 
 
 def _save(save: SaveFunction, path: Path, model: nn.Module, state: dict[str, Any] | None) -> None:

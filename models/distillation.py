@@ -53,7 +53,8 @@ class DistillationLoss:
 
     KL of two Bernoulli distributions is binary cross-entropy less the teacher's entropy: its gradient is the
     cross-entropy's. Means by objectness divide by its sum or by 1, whichever is more, so that a level without objects
-    teaches little. Each student's width is its own affair: only maps are compared.
+    teaches little. Each student's width is its own affair: only maps are compared. Where the labels' loss reduces over
+    processes, those sums are over all of them.
 
     ``teacher`` is changed: no gradients, evaluation mode. Keep it off the student, or it would be saved with it.
     """
@@ -79,8 +80,9 @@ class DistillationLoss:
         """Student's and teacher's maps, [B, A, h, w, 5 + classes] per level -> scalar, without ``weight``."""
         sums = raw[0].new_zeros(3, dtype=torch.float32)
         anchors = self.labels_loss.detect.anchors.float()
-        for level, teacher, level_anchors, weight in zip(raw, wanted, anchors, level_balance(len(raw)), strict=True):
-            box, obj, cls = self._level(level.float(), teacher.float(), level_anchors)
+        balance, divisors = level_balance(len(raw)), self._divisors(wanted)
+        for level, teacher, of_level, weight, divisor in zip(raw, wanted, anchors, balance, divisors, strict=True):
+            box, obj, cls = self._level(level.float(), teacher.float(), of_level, divisor)
             sums = sums + torch.stack((box, obj * weight, cls))
         ours, theirs = self.gains, self.labels_loss.gains
         distance: Tensor = (
@@ -88,12 +90,24 @@ class DistillationLoss:
         ).sum()
         return distance
 
-    def _level(self, raw: Tensor, wanted: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _divisors(self, wanted: Sequence[Tensor]) -> list[float | None]:
+        """What each level's sums weighted by objectness are divided by in a process of several; None where it is alone."""
+        if self.labels_loss.reduce is None:
+            return [None] * len(wanted)
+        objectness = [level[..., 4].float().sigmoid() for level in wanted]
+        masses = [float(seen[seen > self.gains.min_objectness].sum()) for seen in objectness]
+        images = len(wanted[0])
+        all_images, *totals = self.labels_loss.reduce(torch.tensor([images, *masses], dtype=torch.float64)).tolist()
+        return [max(total, 1.0) * images / all_images for total in totals]
+
+    def _level(
+        self, raw: Tensor, wanted: Tensor, anchors: Tensor, divisor: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         objectness = wanted[..., 4].sigmoid()
         obj = _kl(raw[..., 4], wanted[..., 4]).mean()
         cells = (objectness > self.gains.min_objectness).nonzero(as_tuple=True)
         share = objectness[cells]
-        share = share / share.sum().clamp(min=1)
+        share = share / (share.sum().clamp(min=1) if divisor is None else divisor)
         student, teacher, anchors = raw[cells], wanted[cells], anchors[cells[1]]
         iou = complete_iou(cell_boxes_xyxy(student[:, :4], anchors), cell_boxes_xyxy(teacher[:, :4], anchors))
         box = ((1 - iou) * share).sum()

@@ -6,7 +6,7 @@ of the object's, in the object's cell and the two cells nearest to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,14 +75,21 @@ class DetectionLoss:
     """Call with the raw maps of a model in training mode and the targets of its batch. Computed in FP32, under AMP too.
 
     ``gains`` are used as they are: see ``LossGains.scaled``.
+
+    Where several processes have a share of the batch each, ``reduce`` adds a tensor of counts up over all of them, on
+    the CPU and possibly in place. Box and class losses are then means over the matches of all processes: the sum of
+    their totals is the total of the whole batch, and the mean of a part (for equal shares) its part.
     """
 
-    def __init__(self, model_or_detect: nn.Module, gains: LossGains) -> None:
+    def __init__(
+        self, model_or_detect: nn.Module, gains: LossGains, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         detect = getattr(model_or_detect, "detect", model_or_detect)
         if not isinstance(detect, Detect):
             raise ModelError(f"{type(model_or_detect).__name__} has no detection head; pass a YOLO or its detect")
         self.detect = detect
         self.gains = gains
+        self.reduce = reduce
 
     def __call__(
         self, raw: Sequence[Tensor], targets: Tensor, images: Tensor | None = None
@@ -97,8 +104,13 @@ class DetectionLoss:
         self._check(raw, targets)
         targets = targets.to(raw[0].device, torch.float32)
         sums = raw[0].new_zeros(3, dtype=torch.float32)
-        for level, anchors, weight in zip(raw, self.detect.anchors.float(), level_balance(len(raw)), strict=True):
-            sums = sums + self._level(level.float(), anchors, targets, weight)
+        levels = [
+            self._level(level.float(), anchors, targets, weight)
+            for level, anchors, weight in zip(raw, self.detect.anchors.float(), level_balance(len(raw)), strict=True)
+        ]
+        shares = self._shares(raw[0].shape[0], [matches for _, matches in levels])
+        for (parts, _), share in zip(levels, shares, strict=True):
+            sums = sums + (parts if share == 1 else parts * parts.new_tensor((share, 1.0, share)))
         box, obj, cls = sums * sums.new_tensor((self.gains.box, self.gains.obj, self.gains.cls))
         total = (box + obj + cls) * raw[0].shape[0]
         return total, {"box": box.detach(), "obj": obj.detach(), "cls": cls.detach()}
@@ -114,8 +126,19 @@ class DetectionLoss:
             worst = int(targets[:, 1].abs().max())
             raise ModelError(f"loss: a target is of class {worst}, the model has {num_classes} classes")
 
-    def _level(self, raw: Tensor, anchors: Tensor, targets: Tensor, weight: float) -> Tensor:
-        """Unweighted box, balanced objectness and class loss of one level: [3]."""
+    def _shares(self, images: int, matches: Sequence[int]) -> list[float]:
+        """For each level what a mean over this process's matches has to be multiplied by.
+
+        A mean over all K matches, times all B images, is the sum over processes of their own b, times their own mean,
+        times (k / K) / (b / B).
+        """
+        if self.reduce is None:
+            return [1.0] * len(matches)
+        all_images, *totals = self.reduce(torch.tensor([images, *matches], dtype=torch.float64)).tolist()
+        return [own / max(total, 1.0) * all_images / images for own, total in zip(matches, totals, strict=True)]
+
+    def _level(self, raw: Tensor, anchors: Tensor, targets: Tensor, weight: float) -> tuple[Tensor, int]:
+        """Unweighted box, balanced objectness and class loss of one level: [3]; and the number of its matches."""
         gains = self.gains
         box = cls = raw.new_zeros(())
         objectness = raw[..., 4]
@@ -133,7 +156,8 @@ class DetectionLoss:
                 one_hot = torch.full_like(predicted[:, 5:], smooth)
                 one_hot.scatter_(1, matches.classes[:, None], 1 - smooth)
                 cls = _cross_entropy(predicted[:, 5:], one_hot, gains.cls_pw)
-        return torch.stack((box, _cross_entropy(objectness, wanted, gains.obj_pw) * weight, cls))
+        losses = torch.stack((box, _cross_entropy(objectness, wanted, gains.obj_pw) * weight, cls))
+        return losses, len(matches.image)
 
 
 def _match(size_hw: Sequence[int], anchors: Tensor, targets: Tensor, anchor_t: float) -> _Matches:
