@@ -24,6 +24,7 @@ from engine import (
     Evaluation,
     RunFolder,
     WeightAverage,
+    World,
     build_optimizer,
     milliseconds_per_image,
     pack_carried_state,
@@ -35,13 +36,13 @@ from engine import (
     side_by_side,
     write_report,
 )
-from engine.command import RunFlags, choose_device, flag, further_flags, run_script
+from engine.command import RunFlags, choose_device, flag, further_flags, run_on_all_ranks
 from engine.journal import Journal, emptied
 from engine.loop import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
 from finetune import FinetuneFlags
 from prune import Cut, Material, PruneFlags, choose_plan, cut, open_material, output_widths, prove
 from slim.atomic import WRITING
-from train_sparse import SparseFlags, TrainFlags, train_in
+from train_sparse import SparseFlags, TrainFlags, TrainResult, train_in
 
 NOT_OF_THE_RUN = {"project", "name", "device", "workers", "cache", "debug", "data_root", "download"}
 """Flags that may change when a loop continues: what it finds does not depend on them."""
@@ -111,9 +112,10 @@ class Accepted:
 class Loop:
     """One run: its journal, and what its phases need."""
 
-    def __init__(self, flags: IterateFlags, run: RunFolder, journal: Journal) -> None:
-        self.flags, self.run, self.journal = flags, run, journal
-        self.device = choose_device(flags.device)
+    def __init__(self, flags: IterateFlags, run: RunFolder, journal: Journal, world: World | None = None) -> None:
+        self.flags, self.run, self.journal, self.world = flags, run, journal, world or World()
+        self.world.share(flags.batch_size)
+        self.device = choose_device(flags.device, self.world)
         self.dense = detection.read_network(flags.weights)
         config = detection.open_data(flags.data, flags.data_root, classes=flags.classes, single_cls=flags.single_cls)
         detection.check_image_size(self.dense.model, flags.img)
@@ -154,8 +156,8 @@ class Loop:
                     print(f"{error}; the phase starts again")
             if state is None:
                 emptied(work)
-            taken_over = None if state is not None or carried is None else carried_state(carried)
-            done = train_in(run, flags, resume_state=state, carried_state=taken_over)
+            order = Order(work, flags, state is not None, carried)
+            done = self.world.from_first(lambda: order).carry_out(self.world)
             return {"ap": done.evaluation.ap, "closed_share": done.fit.closed_share}
 
         self.journal.phase(name, act)
@@ -315,7 +317,33 @@ def carried_state(weights: Path) -> dict[str, Any]:
     return {"model": state["model"], "average": state["average"], "optimizer": state["optimizer"]["state"]}
 
 
-def iterate(flags: IterateFlags) -> Path:
+@dataclass(frozen=True)
+class Order:
+    """A training in which all ranks take part, and what it starts from."""
+
+    work: Path
+    flags: TrainFlags
+    resumed: bool
+    carried: Path | None
+
+    def carry_out(self, world: World) -> TrainResult:
+        run = RunFolder(self.work)
+        state = read_state(run.last, TRAINING_STATE_KEY) if self.resumed else None
+        taken_over = None if self.resumed or self.carried is None else carried_state(self.carried)
+        return train_in(run, self.flags, resume_state=state, carried_state=taken_over, world=world)
+
+
+def follow(world: World) -> None:
+    """What the other ranks do: the trainings that rank 0 comes to, until it has no more."""
+    while (order := world.from_first(no_order)) is not None:
+        order.carry_out(world)
+
+
+def no_order() -> Order | None:
+    return None
+
+
+def iterate(flags: IterateFlags, world: World | None = None) -> Path:
     """Run the loop, or what is left of it; returns the file of the slim network."""
     flags.check()
     run, opening = open_loop(flags)
@@ -323,7 +351,7 @@ def iterate(flags: IterateFlags) -> Path:
         journal = Journal(run.path, opening)
         run.write_config(asdict(flags), "iterate.py")
         try:
-            return run_loop(Loop(flags, run, journal))
+            return run_loop(Loop(flags, run, journal, world))
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"{stop or 'left at once'}; the same command continues {run.path}") from stop
 
@@ -448,13 +476,17 @@ def board(loop: Loop, baseline: Mapping[str, Any]) -> None:
     run.close()
 
 
-def main(flags: IterateFlags) -> None:
-    iterate(flags)
+def main(flags: IterateFlags, world: World) -> None:
+    if world.is_first:
+        iterate(flags, world)
+        world.from_first(no_order)
+    else:
+        follow(world)
 
 
 def cli(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    return run_script(IterateFlags, main, __doc__ or "", argv)
+    return run_on_all_ranks(IterateFlags, main, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -124,11 +124,12 @@ def _outcome(act: Callable[[list[str]], object], argv: Sequence[str] | None, wor
     try:
         act(arguments)
     except KeyboardInterrupt as stop:
-        if world.is_first:
+        is_cause = world.ends_first()
+        if is_cause:
             print(f"interrupted: {stop or 'what is finished is in the run folder'}", file=sys.stderr, flush=True)
-        return INTERRUPTED, world.is_first
+        return INTERRUPTED, is_cause
     except Exception as error:
-        is_cause = world.fails_first()
+        is_cause = world.ends_first()
         if is_cause:
             if "--debug" in arguments:
                 traceback.print_exc()

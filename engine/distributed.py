@@ -95,10 +95,10 @@ class World:
             else:
                 self.store.wait(["spoken"], FAREWELL)
 
-    def fails_first(self) -> bool:
-        """Whether this rank, which is failing, is the cause, and not another one that it was waiting for; ask once."""
+    def ends_first(self) -> bool:
+        """Whether this rank, which failed or was stopped, is the cause: the others only miss it. To be asked once."""
         try:
-            return self.store is None or int(self.store.add("failures", 1)) == 1
+            return self.store is None or int(self.store.add("ended", 1)) == 1
         except RuntimeError:  # whoever kept the store is gone without a word
             return True
 

@@ -151,7 +151,7 @@ def test_a_world_of_one_sends_nothing_and_changes_nothing() -> None:
     world, tensor, model = World(), torch.tensor([0.1, 0.2]), nn.Sequential(nn.BatchNorm2d(2))
     assert world.sum(tensor) is tensor and world.gather(3) == [3] and world.from_first(lambda: "x") == "x"
     assert world.agree({"box": 0.1}, True) == ({"box": 0.1}, True)
-    assert world.share(7) == 7 and world.launcher == "python" and world.fails_first()
+    assert world.share(7) == 7 and world.launcher == "python" and world.ends_first()
     world.barrier()
     world.leave(1, True)
     with synchronised_norms(model, world):
