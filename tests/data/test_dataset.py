@@ -246,12 +246,12 @@ def test_a_cache_that_does_not_fit_is_not_made(
 ) -> None:
     need = 6 * 3 * SIZE**2
 
-    def cached(free: int | None) -> bool:
+    def cached(free: int | None, holders: int = 1) -> bool:
         monkeypatch.setattr(data.dataset, "available_bytes", lambda: free)
-        return DetectionDataset(rectangles, "train", SIZE)._cache is not None
+        return DetectionDataset(rectangles, "train", SIZE, holders=holders)._cache is not None
 
-    assert cached(2 * need) and cached(None) and not caplog.records
-    assert not cached(2 * need - 2)
+    assert cached(6 * need, holders=3) and cached(2 * need) and cached(None) and not caplog.records
+    assert not cached(2 * need - 2) and not cached(6 * need - 2, holders=3)
     assert "split 'train': 0.0 GiB for its 6 images are more than half of the 0.0 GiB available" in caplog.text
 
 

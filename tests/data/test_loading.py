@@ -297,3 +297,13 @@ def test_ctrl_c_reaches_the_main_process_alone(rectangles: DataConfig) -> None:
     assert (process.returncode, out.split(), err) == (0, ["12", "interrupted"], "")
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_workers_are_out_of_reach_of_signals_to_the_whole_process_group(rectangles: DataConfig) -> None:
+    """Ctrl-C in a terminal and torchrun's SIGTERM go to a group, and a worker that dies takes its run along."""
+    loader = build_loader(DetectionDataset(rectangles, "train", 48), 3, shuffle=False, workers=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = loader._iterator._workers
+    assert os.getpgid(worker.pid) == worker.pid != os.getpgid(0)
+    assert len(list(batches)) == 2

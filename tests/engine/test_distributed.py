@@ -217,6 +217,15 @@ def test_train_sparse_and_finetune_under_torchrun(tiny: Path, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s"]
 
     weights = tmp_path / "s" / "weights" / "last.pt"
+    loop_where = ("--project", tmp_path, "--name", "loop", "--recalibrate", 1, "--max-drop", 1)
+    rounds = ("--rounds", 1, "--macs", 0.6, "--sparse-epochs", 2, "--recovery-epochs", 1, "--finetune-epochs", 0)
+    process = start("iterate.py", "--weights", weights, *data[:2], *SMALL, *rounds, *loop_where)
+    said, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert said.count("accepted: AP") == 2 and (tmp_path / "loop" / "weights" / "slim.pt").is_file()
+    phases = {path.parent.name for path in (tmp_path / "loop").glob("*/phase.json")}
+    assert {"round1-sparse", "round1-try1-plan", "round1-try1-cut", "round1-try1-recovery", "evaluation"} <= phases
+
     process = start(
         "finetune.py", "--weights", weights, *data[:2], *SMALL, "--epochs", 1, "--project", tmp_path, "--name", "f"
     )

@@ -26,6 +26,7 @@ from engine import (
 )
 from engine.checkpoint import EpochSums
 from engine.interruption import Interruption
+from engine.memory import batch_that_may_fit
 from engine.training import Epoch, train_one_epoch
 from slim import SlimError
 from tests.engine.tiny_detector import (
@@ -377,11 +378,18 @@ def test_out_of_memory_names_the_batch_size_to_try(tmp_path: Path, error: Except
 
 
 def test_other_failures_of_a_step_are_not_called_out_of_memory(tmp_path: Path) -> None:
-    def loss_fn(outputs: Any, targets: Tensor, images: Tensor) -> Any:
-        raise RuntimeError("shapes cannot be multiplied")
+    for error in (RuntimeError("shapes cannot be multiplied"), NotImplementedError("shapes cannot")):
 
-    with pytest.raises(RuntimeError, match="shapes cannot"):
-        train(tiny(), RunFolder.create(tmp_path, "run"), loss_fn=loss_fn)
+        def loss_fn(outputs: Any, targets: Tensor, images: Tensor, error: Exception = error) -> Any:
+            raise error
+
+        with pytest.raises(type(error), match="shapes cannot"):
+            train(tiny(), RunFolder.create(tmp_path, "run"), loss_fn=loss_fn)
+
+
+def test_the_batch_size_to_try_is_that_of_all_ranks() -> None:
+    words = batch_that_may_fit(torch.OutOfMemoryError("CUDA"), 7, (8, 8), ranks=4)
+    assert words == "out of memory with 28 images of 8x8 pixels a step; try --batch-size 12"
 
 
 def test_the_loss_is_computed_in_float32_and_the_network_in_the_precision(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Distillation on hand-made maps and tiny networks."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import models
 from models import DetectionLoss, DistillationLoss, DistillGains, LossGains
+from tests.models.processes import over_processes
 
 GAINS = LossGains(box=0.05, obj=1.0, cls=0.5)
 TARGETS = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4], [1, 0, 0.3, 0.6, 0.3, 0.5]])
@@ -209,3 +211,25 @@ def test_heads_that_do_not_agree_are_refused(tiny):
 def test_gains_must_be_finite_and_not_negative(value):
     with pytest.raises(models.ModelError, match=r"cls is .*, expected a finite number of at least 0"):
         DistillGains(cls=value)
+
+
+def test_shares_of_a_batch_add_up_to_the_whole(tiny):
+    """Two processes of which one sees more objects than the other; their losses are the whole batch's."""
+    student, teacher = networks(tiny)
+    student.train()
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        whole = [level.detach() for level in student.eval()(images)[1]]
+    loss = distilling(student, teacher, weight=2.0)
+    total, parts = loss(whole, TARGETS, images)
+
+    def run(reduce, share):
+        own = TARGETS[TARGETS[:, 0].long() // 3 == share]  # both objects lie in the first three images
+        labels = DetectionLoss(student, GAINS, reduce)
+        part = slice(0, 3) if share == 0 else slice(3, 4)
+        return DistillationLoss(labels, teacher, DistillGains(weight=2.0))([x[part] for x in whole], own, images[part])
+
+    found = over_processes([functools.partial(run, share=share) for share in (0, 1)])
+    torch.testing.assert_close(sum(total for total, _ in found), total)
+    distill = (found[0][1]["distill"] * 3 + found[1][1]["distill"]) / 4
+    torch.testing.assert_close(distill, parts["distill"])

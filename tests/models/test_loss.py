@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import models
 from models.loss import _match, _Matches, _write_last
+from tests.models.processes import over_processes
 
 
 @pytest.fixture
@@ -171,3 +172,35 @@ def test_wrong_input(detect, raw, targets, message):
 def test_module_without_a_head():
     with pytest.raises(models.ModelError, match="no detection head"):
         models.DetectionLoss(torch.nn.Conv2d(1, 1, 1), models.LossGains())
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 3)], ids=["equal shares", "unequal shares"])
+@pytest.mark.parametrize("images_with_objects", [(0, 0, 1), (1, 1, 1, 0, 3), (3,), ()])
+def test_shares_of_a_batch_add_up_to_the_whole(detect, sizes, images_with_objects):
+    """Means over matches are over those of all processes, also where one of them has none."""
+    places = torch.rand(len(images_with_objects), 4, generator=torch.Generator().manual_seed(1)) * 0.4 + 0.2
+    columns = torch.tensor([[image, image % 2] for image in images_with_objects], dtype=torch.float32)
+    targets = torch.cat((columns.reshape(-1, 2), places), 1)
+    whole = [level.requires_grad_() for level in maps(batch=4)]
+    total, parts = models.DetectionLoss(detect, models.LossGains())(whole, targets)
+    wanted = torch.autograd.grad(total, whole)
+
+    shares = [level.detach().split(sizes) for level in whole]
+    runs = []
+    for number, first in enumerate((0, sizes[0])):
+        raw = [level[number].requires_grad_() for level in shares]
+        own = targets[(targets[:, 0] >= first) & (targets[:, 0] < first + sizes[number])].clone()
+        own[:, 0] -= first
+
+        def run(reduce, raw=raw, own=own):
+            total, parts = models.DetectionLoss(detect, models.LossGains(), reduce)(raw, own)
+            return total, parts, torch.autograd.grad(total, raw)
+
+        runs.append(run)
+    found = over_processes(runs)
+    torch.testing.assert_close(sum(total for total, _, _ in found), total)
+    for level, want in enumerate(wanted):
+        torch.testing.assert_close(torch.cat([slopes[level] for _, _, slopes in found]), want)
+    if sizes[0] == sizes[1]:
+        for name, part in parts.items():
+            torch.testing.assert_close(sum(parts[name] for _, parts, _ in found) / 2, part)
