@@ -26,7 +26,7 @@ from tests.engine.tiny_detector import squared_loss as whole_loss
 from tests.scripts.runs import ROOT
 
 IMAGES = 6
-CONFIG = TrainConfig(1, OptimConfig(lr=0.03, weight_decay=0.0), precision="float32", sync_bn=True)
+CONFIG = TrainConfig(1, OptimConfig(lr=0.001, weight_decay=0.0, clip_norm=1e9), precision="float32", sync_bn=True)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def test_a_step_on_two_halves_is_the_step_on_the_whole_batch(out: Path, name: st
     first, second = left_by(out, name)
     assert_same(first["shared"], second["shared"])
     moved = {key: (first["whole"][key] - first["start"][key]).double().abs().max() for key in first["whole"]}
-    assert max(value for key, value in moved.items() if "num_batches" not in key) > 0.02
+    assert max(value for key, value in moved.items() if "num_batches" not in key) > 0.01
     assert moved["model.0.bn.running_mean"] > 1e-4 and moved["model.0.bn.running_var"] > 1e-4
     for key, value in first["whole"].items():
         torch.testing.assert_close(
