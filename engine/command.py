@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import torch
 
-from .distributed import INTERRUPTED, World
+from .distributed import INTERRUPTED, RANK_VARIABLES, World
 from .errors import EngineError
 
 Flags = TypeVar("Flags")
@@ -94,6 +94,8 @@ def run_script(
     Under torchrun the first rank does all of it, and the others have nothing to do.
     """
     if World.of_environment().is_first:
+        for name in RANK_VARIABLES:  # nor is what it starts a rank
+            os.environ.pop(name, None)
         code, _ = _outcome(lambda arguments: action(parse(kind, description, arguments)), argv, World())
         return code
     return 0

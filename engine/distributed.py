@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import EngineError
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""What torchrun tells each process."""
 INTERRUPTED = 130
 """Exit code of a run that was interrupted."""
 PATIENCE = timedelta(hours=1)
@@ -48,14 +50,15 @@ class World:
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
         """What torchrun's variables say, without joining anybody; EngineError where they make no sense."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        found = {name: environment[name] for name in names if name in environment}
+        found = {name: environment[name] for name in RANK_VARIABLES if name in environment}
         if "WORLD_SIZE" not in found or found["WORLD_SIZE"] == "1":
             return cls()
         listed = ", ".join(f"{name}={value}" for name, value in found.items())
-        if len(found) < len(names) or not all(value.isdecimal() for value in found.values()):
-            raise EngineError(f"environment: found {listed}, expected {', '.join(names)}; start the run with torchrun")
-        rank, size, local_rank, local_size = (int(found[name]) for name in names)
+        if len(found) < len(RANK_VARIABLES) or not all(value.isdecimal() for value in found.values()):
+            raise EngineError(
+                f"environment: found {listed}, expected {', '.join(RANK_VARIABLES)}; start the run with torchrun"
+            )
+        rank, size, local_rank, local_size = (int(found[name]) for name in RANK_VARIABLES)
         if not (rank < size and local_rank < local_size <= size):
             raise EngineError(f"environment: {listed} contradict each other; start the run with torchrun")
         return cls(rank, size, local_rank, local_size)
@@ -183,6 +186,8 @@ class World:
         """What to send images through so that the gradients in `model` are means over all ranks.
 
         All ranks take over the first one's weights. Statistics are left to `synchronised_norms` or `average_statistics`.
+        With three ranks or more the first step after a resumption may round differently: torch lays its buckets out anew
+        after its first step.
         """
         parallel = DistributedDataParallel(model)
         parallel.broadcast_buffers = False  # torch 2.15 warns of this as an argument and older ones know no other

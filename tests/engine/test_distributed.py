@@ -17,7 +17,8 @@ from torch import nn
 
 from engine import EngineError, World
 from engine.batch_norm import _Normalise, average_statistics, synchronised_norms
-from engine.command import choose_device
+from engine.command import RunFlags, choose_device, run_script
+from engine.distributed import RANK_VARIABLES
 from tests.engine.test_training import assert_same
 from tests.scripts.runs import ROOT, SMALL
 
@@ -163,7 +164,7 @@ def test_a_world_of_one_sends_nothing_and_changes_nothing() -> None:
 
 
 def test_the_environment_says_which_rank_this_is() -> None:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    names = RANK_VARIABLES
     assert World.of_environment({}) == World.of_environment(dict(zip(names, "0101", strict=True))) == World()
     assert World.of_environment(dict(zip(names, "3412", strict=True))) == World(3, 4, 1, 2)
     with pytest.raises(
@@ -172,6 +173,19 @@ def test_the_environment_says_which_rank_this_is() -> None:
         World.of_environment({"WORLD_SIZE": "2"})
     with pytest.raises(EngineError, match=r"RANK=4, WORLD_SIZE=4.*contradict"):
         World.of_environment(dict(zip(names, "4412", strict=True)))
+
+
+def test_scripts_of_one_process_are_the_first_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+
+    def act(flags: RunFlags) -> None:
+        seen.append(os.environ.get("WORLD_SIZE"))
+
+    for rank in "10":
+        for name, value in zip(RANK_VARIABLES, (rank, "2", rank, "2"), strict=True):
+            monkeypatch.setenv(name, value)
+        assert run_script(RunFlags, act, "", []) == 0
+    assert seen == [None], "what it starts would wait for ranks that never come"
 
 
 def test_batches_and_gpus_are_shared_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
