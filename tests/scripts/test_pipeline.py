@@ -303,3 +303,26 @@ def test_threshold_cuts_closed_gates_alone(script: Runner, tmp_path: Path, spars
     assert done.code == 0, done.err
     plan = slim.Plan.from_json((tmp_path / "exp" / "plan.json").read_text())
     assert {g.name: len(g.removed) for g in plan.groups if g.removed} == {"model.1.conv": 9}
+
+
+class Shifted(torch.nn.Module):
+    """x, in steps whose rounding float32 shows and float64 does not; or a wrong x."""
+
+    def __init__(self, by: float, factor: float = 1.0) -> None:
+        super().__init__()
+        self.shift, self.factor = torch.nn.Parameter(torch.tensor(by)), factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.factor + self.shift) - self.shift
+
+
+def test_a_proof_tells_rounding_from_a_wrong_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    from engine import EngineError
+    from prune import prove
+
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert prove(Shifted(0.0), Shifted(0.0), images) == 0
+    assert prove(Shifted(0.0), Shifted(1e5), images) > 1e-4
+    assert "in float32 rounding alone makes" in capsys.readouterr().out
+    with pytest.raises(EngineError, match=r"the cut is wrong: .*in float64 1\.0e-03\); nothing was saved"):
+        prove(Shifted(0.0), Shifted(0.0, 1.001), images)
