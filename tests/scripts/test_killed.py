@@ -38,11 +38,12 @@ def seconds_of_work(process: subprocess.Popen[str]) -> float:
     """From the first line of a phase to the end of a process, which must succeed."""
     assert process.stdout is not None
     begun, lines = 0.0, []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("dense: AP"):
-            begun = time.monotonic()
-    assert process.wait() == 0, "".join(lines)
+    with process:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("dense: AP"):
+                begun = time.monotonic()
+    assert process.returncode == 0, "".join(lines)
     return time.monotonic() - begun
 
 
