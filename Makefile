@@ -20,7 +20,7 @@ demo: $(STAMP)
 # Two test processes on two cores: spinning OpenMP threads would take the cores from each other.
 test: export OMP_WAIT_POLICY = PASSIVE
 test: $(STAMP)
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist worksteal
 
 test-long: export OMP_WAIT_POLICY = PASSIVE
 test-long: $(STAMP)

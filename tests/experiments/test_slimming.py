@@ -132,7 +132,7 @@ def test_an_interrupt_ends_both_trainings(tiny: Path, tmp_path: Path) -> None:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert "interrupted; what is finished is in the run folder" in output.read_text()
+    assert "interrupted: what is finished is in the run folder" in output.read_text()
 
 
 def heed_interrupts() -> None:

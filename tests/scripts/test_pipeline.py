@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -303,6 +306,34 @@ def test_threshold_cuts_closed_gates_alone(script: Runner, tmp_path: Path, spars
     assert done.code == 0, done.err
     plan = slim.Plan.from_json((tmp_path / "exp" / "plan.json").read_text())
     assert {g.name: len(g.removed) for g in plan.groups if g.removed} == {"model.1.conv": 9}
+
+
+def test_a_controller_closes_the_share_that_is_asked_for(script: Runner, tiny: Path, tmp_path: Path) -> None:
+    common = ("--data", tiny, *SMALL, "--epochs", 4, "--pull-from", 1, "--eval-every", 9, "--project", tmp_path)
+    done = script("train_sparse", *common, "--closed-share", 0.3, "--name", "s")
+    assert done.code == 0, done.err
+    assert metrics(tmp_path / "s")["closed_share"] == pytest.approx(0.3, abs=0.01)
+    scalars = events(tmp_path / "s").Tags()["scalars"]
+    assert {"gates/strength", "gates/pull_over_gradient", "gates/closed_share", "metrics/masked_ap"} <= set(scalars)
+    for more, words in (
+        (("--closed-share", 0.7), "closed share 0.7: expected above 0 and at most the fraction that is pulled, 0.5"),
+        (("--closed-share", 0.3, "--strength", 2), "--strength 2 and --closed-share 0.3: give one of them"),
+    ):
+        done = script("train_sparse", *common, *more, "--name", "bad")
+        assert done.code == 1 and done.err.count("\n") == 1 and words in done.err
+
+
+def test_out_of_memory_names_the_batch_size_to_try(tiny: Path, tmp_path: Path) -> None:
+    """A real process whose memory ends in its first step."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+
+    arguments = ["--data", tiny, "--img", 2048, "--batch-size", 16, "--workers", 0, "--epochs", 1, "--cache", "none"]
+    command = [sys.executable, "finetune.py", *map(str, arguments), "--project", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "out of memory with 16 images of 2048x2048 pixels a step; try --batch-size 8" in done.stderr
 
 
 class Shifted(torch.nn.Module):
