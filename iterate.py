@@ -353,7 +353,7 @@ def iterate(flags: IterateFlags, world: World | None = None) -> Path:
         try:
             return run_loop(Loop(flags, run, journal, world))
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(f"{stop or 'left at once'}; the same command continues {run.path}") from stop
+            raise KeyboardInterrupt(f"{str(stop) or 'left at once'}; the same command continues {run.path}") from stop
 
 
 def open_loop(flags: IterateFlags) -> tuple[RunFolder, dict[str, Any]]:

@@ -175,7 +175,7 @@ def train(flags: TrainFlags, *, keep_gates: bool = True, world: World | None = N
                 raise KeyboardInterrupt(f"no step was saved in {run.path}") from stop
             where = f"--project {run.path.parent} --name {run.path.name}"
             raise KeyboardInterrupt(
-                f"{stop or 'left at once'}; continue with: {world.launcher} {script_of(flags)} --resume {where}"
+                f"{str(stop) or 'left at once'}; continue with: {world.launcher} {script_of(flags)} --resume {where}"
             ) from stop
 
 

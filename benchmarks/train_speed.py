@@ -39,9 +39,11 @@ from engine import (
 from engine.batch import network_input
 from engine.checkpoint import EpochSums, Trainee
 from engine.command import flag, run_script
+from engine.epoch import Epoch, clip_gradients, in_float32, train_one_epoch
 from engine.interruption import Interruption
 from engine.precision import compute_dtype
-from engine.training import Epoch, announce_epoch, build_trainee, clip_gradients, in_float32, train_one_epoch
+from engine.trainee import build_trainee
+from engine.training import announce_epoch
 from models import DetectionLoss, LossGains
 
 PARTS = ("forward", "loss", "backward", "clip and step", "pull", "moving average")
@@ -129,8 +131,7 @@ class Ours:
 
     def images_per_second(self) -> float:
         announce_epoch(self.bench.loader, self.turn)
-        pull = (lambda lr: None) if self.sparsity is None else self.sparsity.pull.step
-        epoch = Epoch(self.turn, self.config, torch.device("cpu"), pull, "", Interruption(), EpochSums())
+        epoch = Epoch(self.turn, self.config, torch.device("cpu"), "", Interruption(), EpochSums(), self.sparsity)
         started = perf_counter()
         train_one_epoch(self.trainee, self.loss_fn, self.bench.loader, epoch)
         self.turn += 1
@@ -174,7 +175,7 @@ def parts(bench: Bench, precision: Precision, gated: bool) -> Iterator[dict[str,
         optimizer.step()
         marks.append(perf_counter())
         if sparsity is not None:
-            sparsity.pull.step(1e-4)
+            sparsity.step(0, 1e-4)
         marks.append(perf_counter())
         average.update_parameters(model)
         marks.append(perf_counter())

@@ -12,6 +12,7 @@ from .checkpoint import (
     seed_generators,
 )
 from .distributed import World
+from .epoch import LossFunction
 from .errors import EngineError
 from .evaluation import Evaluation, coco_ap, evaluate, evaluating, save_coco_json
 from .freezing import Frozen, freeze
@@ -43,8 +44,10 @@ from .report import (
     write_report,
 )
 from .run_folder import CUT_METRIC_KEYS, METRIC_KEYS, RunFolder
+from .sparsity import Sparsity
 from .timing import milliseconds_per_image
-from .training import FitResult, LossFunction, Sparsity, TrainConfig, fit
+from .trainee import TrainConfig
+from .training import FitResult, fit
 
 __all__ = [
     "CARRIED_STATE_KEY",

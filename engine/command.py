@@ -128,7 +128,7 @@ def _outcome(act: Callable[[list[str]], object], argv: Sequence[str] | None, wor
     except KeyboardInterrupt as stop:
         is_cause = world.ends_first()
         if is_cause:
-            print(f"interrupted: {stop or 'what is finished is in the run folder'}", file=sys.stderr, flush=True)
+            print(f"interrupted: {str(stop) or 'what is finished is in the run folder'}", file=sys.stderr, flush=True)
         return INTERRUPTED, is_cause
     except Exception as error:
         is_cause = world.ends_first()

@@ -1,4 +1,4 @@
-"""The training loop: `fit` owns epochs, `train_one_epoch` owns batches."""
+"""The training loop: `fit` owns epochs, `train_one_epoch` (epoch.py) owns batches."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from slim import SmallestHalfL1, closed_gates_at_zero
+from slim import SmallestHalfL1
 
-from .batch import Batch, network_input
-from .batch_norm import average_statistics, synchronised_norms
+from .batch_norm import synchronised_norms
 from .checkpoint import (
     EpochSums,
     Progress,
@@ -29,94 +27,19 @@ from .checkpoint import (
     unpack_training_state,
 )
 from .distributed import World
+from .epoch import Epoch, Loader, LossFunction, train_one_epoch
 from .errors import EngineError
 from .evaluation import Evaluation
-from .freezing import enter_training
 from .interruption import Interruption
-from .memory import OUT_OF_MEMORY, batch_that_may_fit
-from .optimiser import OptimConfig, WeightAverage, build_optimizer, build_scheduler
-from .precision import Precision, compute_dtype
 from .run_folder import RunFolder
+from .sparsity import Sparsity
+from .trainee import TrainConfig, build_trainee
 
 LOGGER = logging.getLogger(__name__)
 
-MAX_SKIPPED_STEPS = 20  # in a row: halving the scale as often takes any start value below 1
 CLOSED_SHARE_TOLERANCE = 0.01
 
-LossFunction = Callable[[Any, Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
 SaveFunction = Callable[[Path, nn.Module, "dict[str, Any] | None"], None]
-
-
-class Pulling(Protocol):
-    """What sparse training does to the gates after a step: `slim.SmallestHalfL1` or `slim.ClosedShareController`."""
-
-    def step(self, lr: float) -> None: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """The sparse part of a training.
-
-    Args:
-        pull: measures the gates; with `by` absent it also moves them
-        by: what takes the step in the pull's place, such as a controller of its strength
-        from_epoch: first epoch in which gates are pulled; before it, and with None in all epochs, they are only kept at or
-            above 0
-    """
-
-    pull: SmallestHalfL1
-    by: Pulling | None = None
-    from_epoch: int | None = 0
-
-    @property
-    def mover(self) -> Pulling:
-        return self.by or self.pull
-
-    def pulls_in(self, epoch: int) -> bool:
-        return self.from_epoch is not None and epoch >= self.from_epoch
-
-
-class Loader(Protocol):
-    """A DataLoader or a list of batches."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Any]: ...
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long and how to train.
-
-    Args:
-        epochs: of the whole run, resumed epochs included
-        optim: optimiser, schedule and moving average
-        precision: of the forward pass and its gradients; weights, loss, statistics and gates are float32 throughout.
-            "auto" is float16 on a GPU, bfloat16 on a CPU that multiplies it natively, else float32
-        channels_last: memory format of images and convolutions
-        eval_every: epochs between evaluations; the last epoch is always evaluated
-        patience: epochs without a better AP after which training stops; 0 never stops early
-        sync_bn: with several ranks, batch norms see the whole batch; otherwise each its rank's share, and their running
-            statistics are averaged
-        seed: of all random generators at the start of the run
-    """
-
-    epochs: int = 30
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    precision: Precision = "auto"
-    channels_last: bool = True
-    eval_every: int = 1
-    patience: int = 0
-    sync_bn: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("eval_every", 1), ("patience", 0)):
-            if getattr(self, name) < least:
-                raise EngineError(f"{name}={getattr(self, name)}: expected at least {least}")
-        if self.precision not in get_args(Precision):
-            raise EngineError(f"precision={self.precision!r}: expected one of {', '.join(get_args(Precision))}")
 
 
 @dataclass(frozen=True)
@@ -132,23 +55,6 @@ class FitResult:
     epochs: int
     closed_share: float | None
     seconds: float
-
-
-@dataclass
-class Epoch:
-    """What train_one_epoch needs besides the trainee."""
-
-    number: int
-    config: TrainConfig
-    device: torch.device
-    pull: Callable[[float], None]
-    caption: str
-    interruption: Interruption
-    so_far: EpochSums
-    measure: Callable[[], float | None] = lambda: None
-    world: World = field(default_factory=World)
-    stopped: bool = False
-    started: float = field(default_factory=time.perf_counter)
 
 
 def fit(
@@ -207,9 +113,7 @@ def fit(
             number = progress.next_epoch
             announce_epoch(train_loader, number)
             caption = _caption(progress, pull)
-            mover = _pull_of_epoch(sparsity, number)
-            measure = _pull_over_gradient(sparsity, number)
-            epoch = Epoch(number, config, device, mover, caption, interruption, progress.so_far, measure, world)
+            epoch = Epoch(number, config, device, caption, interruption, progress.so_far, sparsity, world)
             losses = train_one_epoch(trainee, loss_fn, train_loader, epoch)
             if epoch.stopped:
                 _save_state(save, run, trainee, replace(progress, so_far=epoch.so_far), world)
@@ -251,124 +155,19 @@ def _conclude_epoch(
     pull = None if sparsity is None else sparsity.pull
     evaluation = masked = None
     if evaluate is not None and ((number + 1) % config.eval_every == 0 or number + 1 == config.epochs):
-        if sparsity is not None and sparsity.from_epoch is not None:
-            masked = _masked_ap(model, evaluate)
+        masked = None if sparsity is None else sparsity.masked_ap(model, evaluate)
         evaluation = evaluate(model)
     progress, is_best = _advance(progress, number, evaluation, pull)
-    extra = _sparsity_scalars(sparsity, number, epoch.so_far.measured, evaluation, masked)
+    extra = {} if sparsity is None else sparsity.scalars(number, epoch.so_far.measured, evaluation, masked)
     _record(run, number, {**losses, **extra}, evaluation, pull, time.perf_counter() - epoch.started)
     if is_best:
         _save(save, run.best, model, None)
     return progress
 
 
-def train_one_epoch(trainee: Trainee, loss_fn: LossFunction, batches: Loader, epoch: Epoch) -> dict[str, float]:
-    """One pass over `batches`, or what is left of it; returns the means of the loss parts as "loss/<part>" and the last "lr".
-
-    After an interruption it returns early; `epoch.so_far` says how far it came.
-    """
-    model, optimizer, scaler, so_far = trainee.model, trainee.optimizer, trainee.scaler, epoch.so_far
-    forward, world = trainee.parallel or model, epoch.world
-    enter_training(model)
-    lr, skipped_in_a_row = so_far.lr, 0
-    with tqdm(
-        batches, desc=epoch.caption, total=len(batches), leave=False, disable=None if world.is_first else True
-    ) as bar:
-        for index, batch in enumerate(bar):
-            if index < so_far.batches:  # done before an interruption
-                continue
-            lr = float(optimizer.param_groups[0]["lr"])
-            where = f"epoch {epoch.number}, batch {index}"
-            with _naming_the_batch_size(batch, where, world):
-                images, targets = _to_device(batch, epoch)
-                optimizer.zero_grad(set_to_none=True)
-                with torch.autocast(epoch.device.type, trainee.dtype, enabled=trainee.dtype != torch.float32):
-                    outputs = forward(images)
-                    loss, parts = loss_fn(in_float32(outputs), targets, images)
-                values = {name: float(part) for name, part in parts.items()}
-                if not torch.isfinite(loss):
-                    raise EngineError(_not_finite(where, f"loss is {float(loss.detach())}", values, lr))
-                # The mean of gradients over ranks, times their number, is the gradient of the sum of losses.
-                loss = loss if world.size == 1 else loss * world.size
-                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            if not epoch.config.sync_bn:
-                average_statistics(model, world)
-            scaler.unscale_(optimizer)
-            norm = clip_gradients(model, epoch.config.optim.clip_norm)
-            if not torch.isfinite(norm):
-                skipped_in_a_row += 1
-                if not scaler.is_enabled() or skipped_in_a_row > MAX_SKIPPED_STEPS:
-                    raise EngineError(_not_finite(where, f"gradient norm is {float(norm)}", values, lr))
-                scaler.update()  # half precision overflowed: a smaller scale, and nothing else moves
-                continue
-            skipped_in_a_row = 0
-            scaler.step(optimizer)
-            trainee.scheduler.step()
-            scaler.update()
-            epoch.pull(lr)
-            trainee.average.update_parameters(model)
-
-            measured = epoch.measure() if index + 1 == len(batches) else None
-            values, epoch.stopped = world.agree(values, epoch.interruption.wanted)
-            so_far = epoch.so_far = so_far.plus(values, index + 1, lr, measured)
-            if not bar.disable:
-                bar.set_postfix(so_far.means() | {"lr": f"{lr:.5f}"}, refresh=False)
-            if epoch.stopped:
-                break
-    return {f"loss/{name}": mean for name, mean in so_far.means().items()} | {"lr": lr}
-
-
-@contextlib.contextmanager
-def _naming_the_batch_size(batch: Batch, where: str, world: World) -> Iterator[None]:
-    """Out of memory, on a GPU or not, becomes one line that says what to try."""
-    try:
-        yield
-    except OUT_OF_MEMORY as error:
-        remedy = batch_that_may_fit(error, len(batch.images), tuple(batch.images.shape[2:]), world.size)
-        if remedy is None:
-            raise
-        raise EngineError(f"{where}: {remedy}; the last finished epoch is in weights/last.pt") from error
-
-
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """The norm of all gradients, which are scaled down where it is larger than `max_norm`."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
-    if norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / float(norm + 1e-6))
-    return norm
-
-
 def _out_of_patience(progress: Progress, config: TrainConfig) -> bool:
     since = progress.next_epoch - 1 - (progress.best_epoch if progress.best_epoch is not None else config.epochs)
     return 0 < config.patience <= since
-
-
-def build_trainee(
-    model: nn.Module,
-    config: TrainConfig,
-    steps_per_epoch: int,
-    device: torch.device,
-    sparsity: Sparsity | None,
-    world: World | None = None,
-) -> Trainee:
-    """The model on its device in its memory format, with optimiser, schedule and moving average."""
-    dtype = compute_dtype(config.precision, device)
-    model.to(device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    parallel = world.parallel(model) if world is not None and world.size > 1 else None
-    optimizer = build_optimizer(model, config.optim)
-    return Trainee(
-        model=model,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.optim, steps_per_epoch, config.epochs),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        average=WeightAverage(model, config.optim),
-        dtype=dtype,
-        mover=None if sparsity is None else sparsity.mover,
-        parallel=parallel,
-    )
 
 
 def announce_epoch(loader: Loader, number: int) -> None:
@@ -377,65 +176,6 @@ def announce_epoch(loader: Loader, number: int) -> None:
         set_epoch = getattr(holder, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(number)
-
-
-def _pull_of_epoch(sparsity: Sparsity | None, number: int) -> Callable[[float], None]:
-    if sparsity is None:
-        return lambda lr: None
-    return sparsity.mover.step if sparsity.pulls_in(number) else lambda lr: sparsity.pull.project()
-
-
-def _masked_ap(model: nn.Module, evaluate: Callable[[nn.Module], Evaluation]) -> float | None:
-    """AP with closed gates at exactly 0, which is what a cut of them leaves; None where they all are 0 already."""
-    with closed_gates_at_zero(model) as changed:
-        return evaluate(model).ap if changed else None
-
-
-def _pull_over_gradient(sparsity: Sparsity | None, number: int) -> Callable[[], float | None]:
-    if sparsity is None or not sparsity.pulls_in(number):
-        return lambda: None
-    return sparsity.pull.against_gradient
-
-
-def _sparsity_scalars(
-    sparsity: Sparsity | None,
-    number: int,
-    measured: float | None,
-    evaluation: Evaluation | None,
-    masked_ap: float | None,
-) -> dict[str, float | None]:
-    """Whether it is sparse enough, and whether the pull is strong enough: TensorBoard's scalars."""
-    if sparsity is None or sparsity.from_epoch is None:
-        return {}
-    plain = None if evaluation is None else evaluation.ap
-    return {
-        "loss/l1": sparsity.pull.penalty(),
-        "gates/strength": sparsity.pull.strength if sparsity.pulls_in(number) else 0.0,
-        "gates/pull_over_gradient": measured,
-        "metrics/masked_ap": plain if masked_ap is None else masked_ap,
-    }
-
-
-def _to_device(batch: Batch, epoch: Epoch) -> tuple[Tensor, Tensor]:
-    images = network_input(batch.images, epoch.device, channels_last=epoch.config.channels_last)
-    return images, batch.targets.to(epoch.device, non_blocking=True)
-
-
-def in_float32(outputs: Any) -> Any:
-    """A network's output, nested or not, for a loss in float32."""
-    if isinstance(outputs, Tensor):
-        return outputs.float()
-    if isinstance(outputs, (list, tuple)):
-        return [in_float32(output) for output in outputs]
-    return outputs
-
-
-def _not_finite(where: str, what: str, parts: Mapping[str, float], lr: float) -> str:
-    listed = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
-    return (
-        f"{where}: {what} (parts: {listed}; lr {lr:.3g}), expected a finite number; stopped before the step, the last "
-        "finished epoch is in weights/last.pt; lower --lr, train without half precision or check the labels"
-    )
 
 
 def _advance(

@@ -68,6 +68,10 @@ RESULTS = ("metrics.json", "benchmark.json")
 """What a script writes when it has done its work."""
 
 
+TRAININGS = ("finetune", "train_sparse")
+"""Scripts that continue what an interruption left."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of the table; what was not measured is None."""
@@ -121,7 +125,10 @@ class Branch:
         if any((made / result).is_file() for result in RESULTS):
             print(f"{made}: done before", flush=True)
             return made
-        shutil.rmtree(made, ignore_errors=True)
+        if name in TRAININGS and (made / "weights" / "last.pt").is_file():
+            arguments = ("--resume",)
+        else:
+            shutil.rmtree(made, ignore_errors=True)
         command = [f"{name}.py", *arguments, "--project", str(self.run.path), "--name", folder]
         shown = " ".join(a or "''" for a in command) + ("" if self.log is None else f" >> {self.log}")
         print(f"$ python {shown}", flush=True)

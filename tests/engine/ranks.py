@@ -142,13 +142,13 @@ def keep_average(saved: dict[str, Any]) -> None:
     """Catch the moving average that `fit` makes."""
     import engine.training
 
-    original = engine.training.WeightAverage
+    original = engine.trainee.WeightAverage
 
     def caught(*args: Any) -> Any:
         saved["average"] = original(*args)
         return saved["average"]
 
-    engine.training.WeightAverage = caught  # type: ignore[assignment,misc]
+    engine.trainee.WeightAverage = caught  # type: ignore[assignment,misc]
 
 
 class RankLoader(TinyLoader):

@@ -25,9 +25,9 @@ from engine import (
     read_training_state,
 )
 from engine.checkpoint import EpochSums
+from engine.epoch import Epoch, train_one_epoch
 from engine.interruption import Interruption
 from engine.memory import batch_that_may_fit
-from engine.training import Epoch, train_one_epoch
 from slim import SlimError
 from tests.engine.tiny_detector import (
     RecordingPull,
@@ -250,7 +250,7 @@ def half_precision_epoch(model: TinyDetector, batches: int, loss_fn: Any, pull: 
         scaler=torch.amp.GradScaler("cpu", init_scale=1024.0),
         average=WeightAverage(model, config.optim),
     )
-    epoch = Epoch(0, config, torch.device("cpu"), pull.step, "epoch 0", Interruption(), EpochSums())
+    epoch = Epoch(0, config, torch.device("cpu"), "epoch 0", Interruption(), EpochSums(), Sparsity(pull))
     return trainee, train_one_epoch(trainee, loss_fn, TinyLoader(batches), epoch)
 
 

@@ -36,7 +36,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_table_is_made_of_the_scripts_own_metrics(
-    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = {
         "data": tiny, "img": 64, "batch-size": 8, "workers": 0,
@@ -60,6 +60,21 @@ def test_table_is_made_of_the_scripts_own_metrics(
     assert f"| {tuned['ap']:.4f} |" in report and "[fine-tuned at 50%](finetune-0.5/report.html)" in report
     assert (run / "report.html").read_text().count("<figcaption>The same images: ") == 3
     assert "$ python train_sparse.py" in out and "gates closed after sparse training: " in out
+
+    # Once more: nothing is run again but the one step that is missing, which continues from its own checkpoint.
+    report, ran = (run / "report.md").read_text(), []
+    (run / "finetune-0.5" / "metrics.json").unlink()
+    original = slimming.execute
+
+    def listed(command: list[str], *more: Any) -> int:
+        ran.append([Path(command[1]).stem, "--resume" in command])
+        return original(command, *more)
+
+    monkeypatch.setattr(slimming, "execute", listed)
+    again = [*(str(a) for k, v in arguments.items() for a in (f"--{k}", v)), "--test", "--in-turn", "--resume"]
+    assert slimming.cli(again) == 0
+    assert ran == [["finetune", True]]
+    assert (run / "report.md").read_text() == report
 
 
 @pytest.mark.usefixtures("in_this_process")
