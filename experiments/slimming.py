@@ -33,7 +33,7 @@ SHAPES = [
     *("mosaic=0", "scale=0.1", "translate=0.05"),
 ]
 # Late, when the features are there, and just long enough to close: every epoch with closed gates must be regained.
-PULL = ["pull-from=27", "travel=1.3", "final-lr-ratio=0.5"]
+PULL = ["pull-from=29", "travel=1.3", "final-lr-ratio=0.5"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class SlimmingFlags(RunFlags):
     img: int = flag(128, "image size in pixels")
     batch_size: int = flag(8, "images a step")
     workers: int = flag(0, "loader processes")
-    dense_epochs: int = flag(50, "epochs of the dense baseline")
-    sparse_epochs: int = flag(30, "epochs of sparse training")
-    finetune_epochs: int = flag(20, "epochs of fine-tuning after each cut")
+    dense_epochs: int = flag(60, "epochs of the dense baseline")
+    sparse_epochs: int = flag(32, "epochs of sparse training")
+    finetune_epochs: int = flag(28, "epochs of fine-tuning after each cut")
     macs: list[float] = flag([0.5], "shares of the MACs to keep, one cut each")  # noqa: RUF009
     eval_every: int = flag(25, "epochs between evaluations")
     train: list[str] = flag(SHAPES, "further flags of every training, as name=value")  # noqa: RUF009

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import data.dataset
+import engine.epoch
 import engine.training
 from data import Augment
 from tests.scripts.runs import SMALL, Runner
@@ -51,7 +52,7 @@ def test_everything_at_once_and_resumed(
             return entry(images, *rest, **named)
 
         entry: Callable[..., torch.Tensor] = engine.batch.network_input
-        monkeypatch.setattr(engine.training, "network_input", network_input)
+        monkeypatch.setattr(engine.epoch, "network_input", network_input)
         return original(trainee, loss_fn, batches, epoch)
 
     arguments = (
