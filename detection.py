@@ -18,7 +18,7 @@ from data import Augment, DataConfig, DetectionDataset, build_loader, find_root,
 from data.download import download_data
 from engine import EngineError, Evaluation, Frozen, World, draw_detections, evaluate, freeze
 from engine.checkpoint import TRAINING_STATE_KEY
-from engine.command import existing_file
+from engine.command import RunFlags, existing_file, flag
 from models import (
     LOWEST_RECALL,
     Detect,
@@ -38,6 +38,23 @@ from models import (
 )
 
 SHAPES = {"train": 400, "val": 120, "test": 120, "image_size_px": 160, "seed": 0}
+
+
+@dataclass(frozen=True)
+class DataFlags(RunFlags):
+    """What every script takes that reads a data set."""
+
+    data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
+    download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
+    data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
+    classes: list[int | str] = flag([], "names or numbers of the classes to look at, in their new order; else all")  # noqa: RUF009
+    single_cls: bool = flag(False, "all classes as one, named object")
+
+    def open_data(self) -> DataConfig:
+        """The data set that the flags describe."""
+        return open_data(
+            self.data, self.data_root, download=self.download, classes=self.classes, single_cls=self.single_cls
+        )
 
 
 @dataclass

@@ -36,7 +36,7 @@ from engine import (
     side_by_side,
     write_report,
 )
-from engine.command import RunFlags, choose_device, flag, further_flags, run_on_all_ranks
+from engine.command import choose_device, flag, further_flags, run_on_all_ranks
 from engine.journal import Journal, emptied
 from engine.loop import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
 from finetune import FinetuneFlags
@@ -51,16 +51,11 @@ Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
-class IterateFlags(RunFlags):
+class IterateFlags(detection.DataFlags):
     """The loop."""
 
     project: str = flag("runs/iterate", "folder that holds the run folders")
     weights: str = flag("", "trained checkpoint to slim; its AP is the baseline")
-    data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
-    download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
-    data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
-    classes: list[int | str] = flag([], "names or numbers of the classes to look at, in their new order; else all")  # noqa: RUF009
-    single_cls: bool = flag(False, "all classes as one, named object")
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
     rounds: int = flag(3, "how many times to train sparsely and cut")
     macs: float = flag(0.4, "share of the MACs of --weights to keep in the end, above 0 to 1")
@@ -112,12 +107,18 @@ class Accepted:
 class Loop:
     """One run: its journal, and what its phases need."""
 
-    def __init__(self, flags: IterateFlags, run: RunFolder, journal: Journal, world: World | None = None) -> None:
+    def __init__(
+        self,
+        flags: IterateFlags,
+        config: detection.DataConfig,
+        run: RunFolder,
+        journal: Journal,
+        world: World | None = None,
+    ) -> None:
         self.flags, self.run, self.journal, self.world = flags, run, journal, world or World()
         self.world.share(flags.batch_size)
         self.device = choose_device(flags.device, self.world)
         self.dense = detection.read_network(flags.weights)
-        config = detection.open_data(flags.data, flags.data_root, classes=flags.classes, single_cls=flags.single_cls)
         detection.check_image_size(self.dense.model, flags.img)
         detection.check_classes(self.dense, config, flags.weights, flags.data)
         self.config = config
@@ -346,22 +347,20 @@ def no_order() -> Order | None:
 def iterate(flags: IterateFlags, world: World | None = None) -> Path:
     """Run the loop, or what is left of it; returns the file of the slim network."""
     flags.check()
-    run, opening = open_loop(flags)
+    config = flags.open_data()
+    run, opening = open_loop(flags, config)
     with run.held():
         journal = Journal(run.path, opening)
         run.write_config(asdict(flags), "iterate.py")
         try:
-            return run_loop(Loop(flags, run, journal, world))
+            return run_loop(Loop(flags, config, run, journal, world))
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"{str(stop) or 'left at once'}; the same command continues {run.path}") from stop
 
 
-def open_loop(flags: IterateFlags) -> tuple[RunFolder, dict[str, Any]]:
+def open_loop(flags: IterateFlags, config: detection.DataConfig) -> tuple[RunFolder, dict[str, Any]]:
     """The folder of a loop with these very settings, else a new one; and what its journal begins with."""
     settings = {name: value for name, value in asdict(flags).items() if name not in NOT_OF_THE_RUN}
-    config = detection.open_data(
-        flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls
-    )
     opening = {
         "settings": settings,
         "weights": detection.file_digest(flags.weights),

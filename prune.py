@@ -26,7 +26,7 @@ from engine import (
     side_by_side,
     write_report,
 )
-from engine.command import RunFlags, choose_device, flag, run_script
+from engine.command import choose_device, flag, run_script
 
 TOLERANCE = 1e-4
 EXACT_TOLERANCE = 1e-5  # folded weights are themselves rounded to float32
@@ -34,7 +34,7 @@ PROOF_IMAGES = 4
 
 
 @dataclass(frozen=True)
-class PruneFlags(RunFlags):
+class PruneFlags(detection.DataFlags):
     """A cut."""
 
     project: str = flag("runs/prune", "folder that holds the run folders")
@@ -58,10 +58,6 @@ class PruneFlags(RunFlags):
     overrides: list[str] = flag([], "PATTERN=WIDTH, layers of a set width: a share (0.5) or a count (32)")  # noqa: RUF009
     ignore: list[str] = flag([], "patterns of layers that stay whole, such as 'model.24.*'")  # noqa: RUF009
     data: str | None = flag(None, "data set: prove on its val images and evaluate masked and pruned")
-    download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
-    data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
-    classes: list[int | str] = flag([], "names or numbers of the classes to look at, in their new order; else all")  # noqa: RUF009
-    single_cls: bool = flag(False, "all classes as one, named object")
     recalibrate: int = flag(
         0, "training batches on which batch-norm statistics are re-estimated after the cut; 0 keeps them"
     )
@@ -132,9 +128,7 @@ def open_material(flags: PruneFlags) -> Material:
     if flags.data is None:
         images = torch.rand(2, 3, flags.img, flags.img, generator=torch.Generator().manual_seed(flags.seed))
         return Material(network, device, images, None, None)
-    config = detection.open_data(
-        flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls
-    )
+    config = flags.open_data()
     detection.check_classes(network, config, flags.weights, flags.data)
     dataset = detection.DetectionDataset(config, "val", flags.img)
     evaluator = detection.Evaluator(dataset, batch_size=flags.batch_size, workers=0, device=device)

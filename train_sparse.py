@@ -36,21 +36,16 @@ from engine import (
     summarise_gates,
     write_report,
 )
-from engine.command import RunFlags, choose_device, flag, run_on_all_ranks
+from engine.command import choose_device, flag, run_on_all_ranks
 from models import DistillGains, LossGains
 
 
 @dataclass(frozen=True)
-class TrainFlags(RunFlags):
+class TrainFlags(detection.DataFlags):
     """What every training takes."""
 
     weights: str = flag("", "checkpoint to start from (ours or a published YOLOv5 .pt); '' trains --cfg from scratch")
     cfg: str = flag("models/yolov5n.yaml", "model description, used without --weights")
-    data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
-    download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
-    data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
-    classes: list[int | str] = flag([], "names or numbers of the classes to look at, in their new order; else all")  # noqa: RUF009
-    single_cls: bool = flag(False, "all classes as one, named object")
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
     epochs: int = flag(30, "epochs of the whole run")
     batch_size: int = flag(16, "images a step, of all ranks together")
@@ -195,10 +190,7 @@ def train_in(
     world = world or World()
     device, batch_size = choose_device(flags.device, world), world.share(flags.batch_size)
     seed_generators(flags.seed)
-    chosen: dict[str, Any] = {"classes": flags.classes, "single_cls": flags.single_cls}
-    config = world.from_first(
-        lambda: detection.open_data(flags.data, flags.data_root, download=flags.download, **chosen)
-    )
+    config = world.from_first(flags.open_data)
     network = starting_network(flags, run, resume_state, config.names, keep_gates)
     detection.check_image_size(network.model, flags.img)
     print(network.note or f"weights {flags.weights}")

@@ -10,20 +10,15 @@ import torch
 import detection
 import slim
 from engine import Evaluation, RunFolder, save_coco_json, save_png, write_report
-from engine.command import RunFlags, choose_device, flag, run_script
+from engine.command import choose_device, flag, run_script
 
 
 @dataclass(frozen=True)
-class ValFlags(RunFlags):
+class ValFlags(detection.DataFlags):
     """Evaluation."""
 
     project: str = flag("runs/val", "folder that holds the run folders")
     weights: str = flag("", "checkpoint (ours or a published YOLOv5 .pt)")
-    data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
-    download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
-    data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
-    classes: list[int | str] = flag([], "names or numbers of the classes to look at, in their new order; else all")  # noqa: RUF009
-    single_cls: bool = flag(False, "all classes as one, named object")
     split: str = flag("val", "train, val or test")
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
     batch_size: int = flag(16, "images at once")
@@ -38,9 +33,7 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
     """AP of --weights on --split; fills the run folder."""
     network = detection.read_network(flags.weights)
     detection.check_image_size(network.model, flags.img)
-    config = detection.open_data(
-        flags.data, flags.data_root, download=flags.download, classes=flags.classes, single_cls=flags.single_cls
-    )
+    config = flags.open_data()
     detection.check_classes(network, config, flags.weights, flags.data)
     dataset = detection.DetectionDataset(config, flags.split, flags.img)
     device = choose_device(flags.device)
