@@ -1,4 +1,4 @@
-"""The slimming loop as a journal: rounds of sparse training, cut and recovery, then fine-tuning and folding.
+"""The slimming loop as a journal: rounds of sparse training, cut and recovery, then fine-tuning, folding and export.
 
 The same command continues a loop that was interrupted or killed, whatever it was doing.
 """
@@ -39,6 +39,7 @@ from engine import (
 from engine.command import choose_device, flag, further_flags, run_on_all_ranks
 from engine.journal import Journal, emptied
 from engine.loop import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
+from export import write_onnx
 from finetune import FinetuneFlags
 from prune import Cut, Material, PruneFlags, choose_plan, cut, open_material, output_widths, prove
 from slim.atomic import WRITING
@@ -81,6 +82,7 @@ class IterateFlags(detection.DataFlags):
     distill_weight: float = flag(1.0, "with --teacher: weight of its outputs beside the labels")
     round_to: int = flag(8, "kept widths are multiples of this many channels")
     min_channels: int = flag(8, "every group keeps at least this many channels")
+    export: Literal["onnx", "none"] = flag("onnx", "also leave the slim network as weights/slim.onnx, or not")
     train: list[str] = flag([], "further flags of every training, as name=value")  # noqa: RUF009
     sparse: list[str] = flag([], "further flags of the sparse trainings, as name=value")  # noqa: RUF009
     finetune: list[str] = flag([], "further flags of recovery and fine-tuning, as name=value")  # noqa: RUF009
@@ -300,12 +302,23 @@ class Loop:
             network = detection.read_network(weights)
             images = detection.real_images(self.val_set, 4)
             folded = slim.fold_gates(network.model)
-            difference = prove(network.model, folded, images)
+            difference = prove(network.model, folded, images, slim.fold_gates)
             detection.save_network(work / "slim.pt", folded, network.build)
             return {"max_difference": difference, "gates_left": len(slim.gate_vectors(folded))}
 
         self.journal.phase("fold", act)
         return self.journal.folder / "fold" / "slim.pt"
+
+    def export(self, folded: Path) -> Path:
+        """The network for other runtimes, one image at a time, proven equal to torch."""
+
+        def act(work: Path) -> dict[str, Any]:
+            images = detection.real_images(self.val_set, 1)
+            difference = write_onnx(detection.read_network(folded), work / "slim.onnx", images)
+            return {"max_difference": difference, "bytes": (work / "slim.onnx").stat().st_size}
+
+        self.journal.phase("export", act)
+        return self.journal.folder / "export" / "slim.onnx"
 
 
 def carried_state(weights: Path) -> dict[str, Any]:
@@ -409,14 +422,16 @@ def run_loop(loop: Loop) -> Path:
         )
         tuned = RunFolder(loop.training("finetune", tuning_flags, best.carried)).last
     folded = loop.fold(tuned)
+    exported = [loop.export(folded)] if flags.export == "onnx" else []
     final = loop.judge("evaluation", folded, baseline, (len(best.plans), 0))
-    return conclude(loop, best, folded, final, baseline)
+    return conclude(loop, best, [folded, *exported], final, baseline)
 
 
-def conclude(loop: Loop, best: Accepted, folded: Path, final: Candidate, baseline: Mapping[str, Any]) -> Path:
-    """The slim network's file, plan, metrics, board and table; made anew from the journal each time."""
+def conclude(loop: Loop, best: Accepted, networks: list[Path], final: Candidate, baseline: Mapping[str, Any]) -> Path:
+    """The slim network's files, plan, metrics, board and table; made anew from the journal each time."""
     run, out = loop.run, loop.run.path / "weights" / "slim.pt"
-    slim.write_atomically(out, lambda temporary: shutil.copyfile(folded, temporary))
+    for made in networks:
+        slim.write_atomically(out.parent / made.name, functools.partial(shutil.copyfile, made))
     slim.write_text_atomically(run.path / "plan.json", functools.reduce(slim.Plan.then, best.plans).to_json())
     found = loop.journal.result("evaluation")
     assert found is not None

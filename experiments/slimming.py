@@ -64,7 +64,7 @@ class SlimmingFlags(RunFlags):
     )
 
 
-RESULTS = ("metrics.json", "benchmark.json")
+RESULTS = ("metrics.json", "benchmark.json", "export.json")
 """What a script writes when it has done its work."""
 
 
@@ -262,6 +262,9 @@ def compare(flags: SlimmingFlags) -> list[Row]:
         last = taught(work)
         rows, timed = [*rows, *last.rows], {**timed, **last.weights}
     bench = work.script("benchmark", "benchmark", "--weights", *map(str, timed.values()), "--img", str(flags.img))
+    step, smallest = list(timed.items())[-1]
+    exported = work.script("export", "export", "--weights", str(smallest), "--img", str(flags.img), *work.data)
+    print(f"{step}, for other runtimes: {exported / 'weights' / smallest.with_suffix('.onnx').name}")
     times = json.loads((bench / "benchmark.json").read_text(encoding="utf-8"))
     by_step = dict(zip(timed, (float(t["milliseconds"]) for t in times), strict=True))
     # A masked network has the size of the one that it masks, and so its run time.

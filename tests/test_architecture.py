@@ -49,7 +49,17 @@ def test_slim_needs_torch_and_the_standard_library_alone() -> None:
 
 def test_importing_anything_has_no_effect() -> None:
     """No thread count, no seed, no output, no argument parsing."""
-    names = [*SCRIPTS, "slim", "models", "data", "engine", "boxes", "experiments.slimming", "benchmarks.slim_speed"]
+    names = [
+        *SCRIPTS,
+        "slim",
+        "models",
+        "data",
+        "engine",
+        "deploy",
+        "boxes",
+        "experiments.slimming",
+        "benchmarks.slim_speed",
+    ]
     code = (
         "import os, torch, torchvision  # which set variables of their own\n"
         "before = torch.get_num_threads(), torch.get_rng_state().sum(), dict(os.environ)\n"

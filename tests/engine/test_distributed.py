@@ -232,7 +232,20 @@ def test_train_sparse_and_finetune_under_torchrun(tiny: Path, tmp_path: Path) ->
 
     weights = tmp_path / "s" / "weights" / "last.pt"
     loop_where = ("--project", tmp_path, "--name", "loop", "--recalibrate", 1, "--max-drop", 1)
-    rounds = ("--rounds", 1, "--macs", 0.6, "--sparse-epochs", 2, "--recovery-epochs", 1, "--finetune-epochs", 0)
+    rounds = (
+        "--rounds",
+        1,
+        "--macs",
+        0.6,
+        "--sparse-epochs",
+        2,
+        "--recovery-epochs",
+        1,
+        "--finetune-epochs",
+        0,
+        "--export",
+        "none",
+    )
     process = start("iterate.py", "--weights", weights, *data[:2], *SMALL, *rounds, *loop_where)
     said, err = process.communicate(timeout=400)
     assert process.returncode == 0, err

@@ -11,8 +11,8 @@ import torch
 
 from tests.scripts.runs import NAMES, ROOT, SMALL, Runner
 
-SCRIPTS = ("train_sparse", "finetune", "val", "prune", "iterate", "benchmark")
-NEEDS = {"train_sparse": (), "finetune": (), "val": (), "prune": ("--macs", "0.5"), "iterate": (), "benchmark": ()}
+SCRIPTS = ("train_sparse", "finetune", "val", "prune", "iterate", "benchmark", "export")
+NEEDS = dict.fromkeys(SCRIPTS, ()) | {"prune": ("--macs", "0.5")}
 
 
 def fails(done: tuple[int, str, str], *parts: str) -> None:

@@ -15,10 +15,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import iterate
 import slim
+from deploy import OnnxNetwork
 from detection import build_network, read_network
 from tests.scripts.runs import SMALL, Runner
 
-ONE_ROUND = ("--rounds", 1, "--macs", 0.6, "--sparse-epochs", 2, "--recovery-epochs", 0, "--finetune-epochs", 0)
+ONE_ROUND = (
+    "--rounds",
+    1,
+    "--macs",
+    0.6,
+    "--sparse-epochs",
+    2,
+    "--recovery-epochs",
+    0,
+    "--finetune-epochs",
+    0,
+    "--export",
+    "none",
+)
 
 
 def arguments(weights: Path, data: Path, project: Path, *more: Any) -> list[Any]:
@@ -51,12 +65,16 @@ def test_the_loop_ends_at_the_target_with_gates_folded(loop: Path, sparse_run: P
     whole = slim.Plan.from_json((loop / "plan.json").read_text())
     from_dense = slim.apply_plan(read_network(sparse_run / "weights" / "best.pt").model, whole)
     assert slim.widths_of(from_dense) == slim.widths_of(network.model), "the rounds' plans make one plan"
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = network.model.eval()(images)[0]
+    assert torch.allclose(OnnxNetwork(loop / "weights" / "slim.onnx")(images), wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_every_phase_is_a_folder_and_every_candidate_a_row(loop: Path) -> None:
     per_round = ["sparse", "try1-plan", "try1-cut", "try1-recovery", "try1-evaluation"]
     phases = {f"round{number}-{phase}" for number in (1, 2) for phase in per_round}
-    phases |= {"baseline", "finetune", "fold", "evaluation"}
+    phases |= {"baseline", "finetune", "fold", "export", "evaluation"}
     assert {p.name for p in loop.iterdir() if (p / "phase.json").is_file()} == phases
     assert not list(loop.glob(".*.unfinished"))
     assert [(row["round"], row["attempt"]) for row in rows(loop)] == [("0", "0"), ("1", "1"), ("2", "1"), ("2", "0")]

@@ -355,5 +355,6 @@ def test_a_proof_tells_rounding_from_a_wrong_cut(capsys: pytest.CaptureFixture[s
     assert prove(Shifted(0.0), Shifted(0.0), images) == 0
     assert prove(Shifted(0.0), Shifted(1e5), images) > 1e-4
     assert "in float32 rounding alone makes" in capsys.readouterr().out
+    assert prove(Shifted(0.0), Shifted(1.0, 1.001), images, lambda first: first) > 1e-4, "made anew in float64"
     with pytest.raises(EngineError, match=r"the cut is wrong: .*in float64 1\.0e-03\); nothing was saved"):
         prove(Shifted(0.0), Shifted(0.0, 1.001), images)

@@ -75,7 +75,20 @@ def test_the_loop_has_a_teacher(sparse_run: Path, tiny: Path, script: Runner, tm
     weights = sparse_run / "weights" / "best.pt"
     teacher = tmp_path / "teacher.pt"
     teacher.write_bytes(weights.read_bytes())
-    steps = ("--rounds", 1, "--macs", 0.6, "--sparse-epochs", 2, "--recovery-epochs", 0, "--finetune-epochs", 1)
+    steps = (
+        "--rounds",
+        1,
+        "--macs",
+        0.6,
+        "--sparse-epochs",
+        2,
+        "--recovery-epochs",
+        0,
+        "--finetune-epochs",
+        1,
+        "--export",
+        "none",
+    )
     common = ("--weights", weights, "--data", tiny, *SMALL, "--recalibrate", 0, *steps, "--max-drop", 1)
     given = (*common, "--teacher", teacher, "--project", tmp_path, "--name", "loop")
     done = script("iterate", *given)
