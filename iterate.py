@@ -300,9 +300,7 @@ class Loop:
 
         def act(work: Path) -> dict[str, Any]:
             network = detection.read_network(weights)
-            images = detection.real_images(self.val_set, 4)
-            folded = slim.fold_gates(network.model)
-            difference = prove(network.model, folded, images, slim.fold_gates)
+            folded, difference = proven_fold(network.model, detection.real_images(self.val_set, 4))
             detection.save_network(work / "slim.pt", folded, network.build)
             return {"max_difference": difference, "gates_left": len(slim.gate_vectors(folded))}
 
@@ -319,6 +317,12 @@ class Loop:
 
         self.journal.phase("export", act)
         return self.journal.folder / "export" / "slim.onnx"
+
+
+def proven_fold(model: torch.nn.Module, images: torch.Tensor) -> tuple[torch.nn.Module, float]:
+    """The model without gates, and its largest relative difference from the one with them on ``images``."""
+    folded = slim.fold_gates(model, images)
+    return folded, prove(model, folded, images, lambda first: slim.fold_gates(first, images.double()))
 
 
 def carried_state(weights: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import iterate
+import prune
 import slim
 from deploy import OnnxNetwork
 from detection import build_network, read_network
@@ -69,6 +70,16 @@ def test_the_loop_ends_at_the_target_with_gates_folded(loop: Path, sparse_run: P
     with torch.no_grad():
         wanted = network.model.eval()(images)[0]
     assert torch.allclose(OnnxNetwork(loop / "weights" / "slim.onnx")(images), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_rounding_of_folded_weights_is_no_wrong_fold(
+    sparse_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stored in float32, folded weights are rounded; in float64 they are folded anew."""
+    model = read_network(sparse_run / "weights" / "best.pt").model
+    monkeypatch.setattr(prune, "TOLERANCE", -1)
+    folded, _ = iterate.proven_fold(model, torch.rand(1, 3, 64, 64))
+    assert not slim.gate_vectors(folded) and "in float64 they differ by" in capsys.readouterr().out
 
 
 def test_every_phase_is_a_folder_and_every_candidate_a_row(loop: Path) -> None:
