@@ -84,7 +84,7 @@ def export_onnx(
         dynamic: the number, height and width of the images are free
         metadata: written into the file
     """
-    folded = slim.fold_gates(model.cpu(), (images,)).eval()
+    folded = slim.fold_gates(copy.deepcopy(model).cpu(), (images,)).eval()
     proto = onnxslim.slim(_converted(folded, images, stride_px if dynamic else None))
     assert proto is not None
     onnx.helper.set_model_props(proto, dict(metadata or {}))

@@ -125,6 +125,8 @@ def fit(
             )
             # last.pt comes last: it is what declares the epoch finished.
             _save_state(save, run, trainee, progress, world)
+        if world.agree({}, interruption.wanted)[1]:  # while the last epoch was evaluated
+            raise KeyboardInterrupt(f"stopped after the last epoch; the state is in {run.last}")
     if progress.next_epoch < config.epochs and world.is_first:
         LOGGER.info(
             "stopped after epoch %d: no better AP since epoch %s (patience %d)",

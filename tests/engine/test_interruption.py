@@ -24,7 +24,7 @@ def sparse(model: TinyDetector) -> Sparsity:
 
 def train(model: TinyDetector, run: RunFolder, loss_fn: Any = squared_loss, **options: Any) -> Any:
     common: dict[str, Any] = {"config": TrainConfig(epochs=3), "evaluate": weight_sum, "save": save, "device": "cpu"}
-    return fit(model, loss_fn, TinyLoader(4), run=run, sparsity=sparse(model), **common, **options)
+    return fit(model, loss_fn, TinyLoader(4), run=run, sparsity=sparse(model), **{**common, **options})
 
 
 @pytest.mark.parametrize(("signal_number", "at_step"), [(signal.SIGINT, 6), (signal.SIGTERM, 2), (signal.SIGINT, 12)])
@@ -59,6 +59,21 @@ def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_run_continues_bit_for_
     assert_same(read_training_state(run.last), read_training_state(whole_run.last))
     rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.read_rows()] for r in (run, whole_run)]
     assert rows[0] == rows[1]
+
+
+def test_a_signal_during_the_last_evaluation_is_not_lost(tmp_path: Path) -> None:
+    whole, run = tiny(), RunFolder.create(tmp_path, "run")
+
+    def signalled(model: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return weight_sum(model)
+
+    config = TrainConfig(epochs=2, eval_every=9)
+    with pytest.raises(KeyboardInterrupt, match="stopped after the last epoch; the state is in"):
+        train(whole, run, config=config, evaluate=signalled)
+    state, resumed = read_training_state(run.last), tiny(seed=9)
+    assert train(resumed, run, config=config, resume_state=state).epochs == 2
+    assert_same(resumed.state_dict(), whole.state_dict())
 
 
 def test_the_second_signal_leaves_at_once() -> None:
