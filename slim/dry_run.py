@@ -74,15 +74,15 @@ def dry_width(size: int, number: int) -> int:
     return min(size - 1, half + max(1, size // 4)) if number % 2 else half
 
 
-def dry_keep(size: int, width: int) -> tuple[int, ...]:
+def dry_keep(size: int, width: int, mirrored: bool = False) -> tuple[int, ...]:
     """That many channels: not the first one, so that constant offsets show; not in step with what takes every second to fourth
-    channel."""
+    channel. ``mirrored``: counted from the other end, so that offsets from the last one show, as a roll has."""
     keep: list[int] = list(range(1, size))
     for seed in range(8 if width < size - 1 else 0):
         keep = sorted(random.Random(size + seed).sample(range(1, size), width))
         if not any(all(k % step == place % step for place, k in enumerate(keep)) for step in (2, 3, 4)):
             break
-    return tuple(keep)
+    return tuple(sorted(size - 1 - k for k in keep)) if mirrored else tuple(keep)
 
 
 def culprits(
@@ -106,12 +106,24 @@ def attempt(keeps: Keeps, graph: ChannelGraph, run: ChannelPropagation, example_
     # Labels are followed again only where something arranges the channels that go; else it does not matter which go.
     runs = {g.name: tuple(range(g.size - width, g.size)) for g, width in keeps}
     keep, gone = kept_and_gone(keeps, runs, run)
-    followed = any(bool(gone[labels].any()) for labels in run.arranged)
-    if followed:
-        keep, gone = kept_and_gone(keeps, {g.name: dry_keep(g.size, width) for g, width in keeps}, run)
+    if not any(bool(gone[labels].any()) for labels in run.arranged):
+        return attempt_with(keep, None, keeps, graph, run, example_inputs)
+    for mirrored in (False, True):
+        channels = {g.name: dry_keep(g.size, width, mirrored) for g, width in keeps}
+        keep, gone = kept_and_gone(keeps, channels, run)
+        failure = attempt_with(keep, gone, keeps, graph, run, example_inputs)
+        if failure is not None:
+            return failure
+    return None
+
+
+def attempt_with(
+    keep: Keep, gone: Tensor | None, keeps: Keeps, graph: ChannelGraph, run: ChannelPropagation, example_inputs: Any
+) -> Failure | None:
+    """As ``attempt``, of these channels; labels are followed where it is said which ones go."""
     with narrowed(run.model, keep):
         again = type(run)(
-            run.model, allow_inexact=run.allow_inexact, depthwise=frozenset(run.depthwise), muted=not followed
+            run.model, allow_inexact=run.allow_inexact, depthwise=frozenset(run.depthwise), muted=gone is None
         )
         try:
             with transparent_gates(run.model):
@@ -126,7 +138,7 @@ def attempt(keeps: Keeps, graph: ChannelGraph, run: ChannelPropagation, example_
                 f"{where} does not run with fewer channels ({type(cause).__name__}: {text}): a channel count is a constant there",
                 names,
             )
-    return compare(run, again, keep, gone, graph) if followed else compare_operators(run, again)
+    return compare_operators(run, again) if gone is None else compare(run, again, keep, gone, graph)
 
 
 def kept_and_gone(keeps: Keeps, channels: dict[str, tuple[int, ...]], run: ChannelPropagation) -> tuple[Keep, Tensor]:

@@ -179,6 +179,14 @@ def test_channel_counts_held_as_constants_are_found_frozen_and_reported(name: st
     assert any(key.startswith("a.0") for key in prunable(slim.trace(model, X, dry_run=False)))
 
 
+@pytest.mark.parametrize("width", range(3, 13))
+@pytest.mark.parametrize("by", [1, 2, 3, -1, -2])
+def test_channels_that_are_rolled_by_a_constant_stay(width: int, by: int) -> None:
+    """Which of them a cut keeps decides whether the roll still brings each to its reader."""
+    model = Net(lambda m, x: m.head(m.a(x).roll(by, 1)), a=nn.Conv2d(3, width, 1), head=nn.Conv2d(width, 2, 1))
+    assert not prunable(slim.trace(model, X))
+
+
 def test_reused_module_keeps_its_input_and_output_alike() -> None:
     torch.manual_seed(0)
     shared = conv(6, 6, 3)
