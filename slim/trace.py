@@ -30,6 +30,9 @@ from slim.propagate import Call, Propagation, transparent_gates
 from slim.rules import arranges, rule_for, unknown
 from slim.sites import ACTIVATIONS, SCALABLE, Flow
 
+HANDS_ON = {"alias", "clone", "contiguous", "detach", "empty_like", "lift_fresh"}
+"""Operators that compute nothing with the numbers of their argument, which may not be filled yet."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -241,7 +244,8 @@ class ChannelPropagation(Propagation):
             self.freeze(self.get(target), f"{self.here()} writes it in place into a part of another tensor")
 
     def note(self, call: Call) -> None:
-        numbers = self.numbers(call) if KINDS.get(call.name) == "elementwise" else ()
+        computes = KINDS.get(call.name) == "elementwise" and call.name not in HANDS_ON
+        numbers = self.numbers(call) if computes else ()
         self.called.append((call.name, self.here(), numbers))
 
     def numbers(self, call: Call) -> tuple[float, ...]:

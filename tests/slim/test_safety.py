@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -185,6 +186,19 @@ def test_channels_that_are_rolled_by_a_constant_stay(width: int, by: int) -> Non
     """Which of them a cut keeps decides whether the roll still brings each to its reader."""
     model = Net(lambda m, x: m.head(m.a(x).roll(by, 1)), a=nn.Conv2d(3, width, 1), head=nn.Conv2d(width, 2, 1))
     assert not prunable(slim.trace(model, X))
+
+
+def test_a_number_that_is_not_filled_yet_is_no_channel_count() -> None:
+    """As torch.empty leaves it: whatever was in memory, another one at each run."""
+    garbage = itertools.count()
+
+    def filled(m: Net, x: Tensor) -> Tensor:
+        factor = torch.tensor(float(next(garbage)))
+        factor.detach().fill_(2.0)
+        return m.head(m.a(x) * factor)
+
+    graph = slim.trace(Net(filled, a=conv(3, 8), head=nn.Conv2d(8, 2, 1)), X)
+    assert list(prunable(graph)) == ["a.0"], graph.report()
 
 
 def test_reused_module_keeps_its_input_and_output_alike() -> None:
