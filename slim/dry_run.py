@@ -138,7 +138,8 @@ def attempt_with(
                 f"{where} does not run with fewer channels ({type(cause).__name__}: {text}): a channel count is a constant there",
                 names,
             )
-    return compare_operators(run, again) if gone is None else compare(run, again, keep, gone, graph)
+    path = shared_path(run, again, graph)
+    return compare_operators(run, again, path) if gone is None else compare(run, again, keep, gone, graph, path)
 
 
 def kept_and_gone(keeps: Keeps, channels: dict[str, tuple[int, ...]], run: ChannelPropagation) -> tuple[Keep, Tensor]:
@@ -148,35 +149,60 @@ def kept_and_gone(keeps: Keeps, channels: dict[str, tuple[int, ...]], run: Chann
     return keep, removed_labels(run, run.classes.roots(), keep)
 
 
-def compare_operators(run: ChannelPropagation, again: ChannelPropagation) -> Failure | None:
-    """Both runs must call the same operators with the same numbers."""
-    for (name, where, numbers), (other, _, others) in zip(run.called, again.called, strict=False):
+SIZED_BY_DATA = {"nonzero", "masked_select", "nms", "_unique2", "unique_dim"}
+"""Operators whose results are as long as the data make them."""
+
+
+def shared_path(run: ChannelPropagation, again: ChannelPropagation, graph: ChannelGraph) -> int:
+    """How many operators must be the same: all, or those up to where the data, not the width, chose others.
+
+    Behind an operator of ``SIZED_BY_DATA``, as a detector's choice of boxes has one, a narrow network's other numbers may lead
+    elsewhere. Where no channel that could go is met any more, that says nothing of the code.
+    """
+    names, others = [name for name, *_ in run.called], [name for name, *_ in again.called]
+    whole = max(len(names), len(others))
+    same = next(
+        (i for i, pair in enumerate(zip(names, others, strict=False)) if pair[0] != pair[1]),
+        min(len(names), len(others)),
+    )
+    chosen = next((i for i, name in enumerate(names[:same]) if name in SIZED_BY_DATA), None)
+    if same == whole or chosen is None or 0 < len(again.records) != len(run.records):
+        return whole
+    met = [labels.flatten() for step in run.steps[chosen:] for labels in step.labels if labels is not None]
+    roots = run.classes.roots()[torch.cat([torch.zeros(1, dtype=torch.int64), *met]).unique()]
+    return whole if any(graph.by_name[name].prunable for name in group_names(roots[roots > 0], run, graph)) else same
+
+
+def compare_operators(run: ChannelPropagation, again: ChannelPropagation, path: int) -> Failure | None:
+    """Both runs must call the same operators with the same numbers, of the first ``path`` ones."""
+    for (name, where, numbers), (other, _, others) in zip(run.called[:path], again.called[:path], strict=False):
         if name != other:
             return Failure(
                 f"{name} in {where} is another operator after a cut: the code depends on the number of channels", ()
             )
         if numbers != others:
             return Failure(f"{name} in {where} computes with a channel count as a number", ())
-    if len(run.called) != len(again.called):
+    if len(run.called[:path]) != len(again.called[:path]):
         return Failure("the model runs other operators after a cut: its code depends on the number of channels", ())
     return None
 
 
 def compare(
-    run: ChannelPropagation, again: ChannelPropagation, keep: Keep, gone: Tensor, graph: ChannelGraph
+    run: ChannelPropagation, again: ChannelPropagation, keep: Keep, gone: Tensor, graph: ChannelGraph, path: int
 ) -> Failure | None:
-    """Both runs must do the same to the same channels: operator by operator, weight by weight, and unite the same ones."""
+    """Both runs must do the same to the same channels: operator by operator of the first ``path`` ones, weight by weight, and
+    unite the same ones."""
     before, after = run.classes.roots(), again.classes.roots()
     old: list[Tensor] = []
     new: list[Tensor] = []
     reasons: list[str] = []
-    for reason, labels, found in facing(run, again, keep, gone):
+    for reason, labels, found in facing(run, again, keep, gone, path):
         if found is None or len(labels) != len(found):
             return Failure(reason, group_names(before[labels], run, graph))
         old.append(labels)
         new.append(found)
         reasons.append(reason)
-    if len(run.steps) != len(again.steps) or len(run.records) != len(again.records):
+    if len(run.steps[:path]) != len(again.steps[:path]) or len(run.records) != len(again.records):
         return Failure("the model runs other operators after a cut: its code depends on the number of channels", ())
     where = torch.arange(len(old)).repeat_interleave(torch.tensor([len(x) for x in old], dtype=torch.int64))
     first, second = (torch.cat([torch.zeros(1, dtype=torch.int64), *found]) for found in (old, new))
@@ -203,7 +229,7 @@ def removed_labels(run: ChannelPropagation, roots: Tensor, keep: Keep) -> Tensor
 
 
 def facing(
-    run: ChannelPropagation, again: ChannelPropagation, keep: Keep, gone: Tensor
+    run: ChannelPropagation, again: ChannelPropagation, keep: Keep, gone: Tensor, path: int
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """What is said of the place if it is wrong, the labels there without those that went, and the cut model's."""
     nothing = torch.zeros(0, dtype=torch.int64)
@@ -212,7 +238,7 @@ def facing(
             f"{record.param} meets other channels after a cut: the code holds a channel count or an index as a constant"
         )
         yield reason, record.labels if labels is None else labels, None if labels is None else found.labels
-    for step, twin in zip(run.steps, again.steps, strict=False):
+    for step, twin in zip(run.steps[:path], again.steps[:path], strict=False):
         there = f"{step.op} in {step.where}"
         flat = [nothing if x is None else x.flatten() for x in step.labels]
         if step.op != twin.op or len(step.labels) != len(twin.labels):

@@ -188,6 +188,25 @@ def test_channels_that_are_rolled_by_a_constant_stay(width: int, by: int) -> Non
     assert not prunable(slim.trace(model, X))
 
 
+@pytest.mark.parametrize("behind", ["output", "channels"])
+def test_what_the_data_choose_behind_the_head_is_no_channel_count(behind: str) -> None:
+    """A narrow network finds no box where the whole one does; that freezes only what is met behind the choice."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        maps = m.a(x)
+        boxes = m.head(maps)
+        if len((boxes > 6.5).nonzero()):
+            return boxes.exp() if behind == "output" else m.head(maps.exp())
+        return boxes.sin() if behind == "output" else m.head(maps.sin())
+
+    model = Net(forward, a=nn.Conv2d(3, 8, 1, bias=False), head=nn.Conv2d(8, 2, 1, bias=False))
+    with torch.no_grad():
+        model.a.weight.fill_(1 / 3)
+        model.head.weight.fill_(1.0)
+    graph = slim.trace(model, torch.ones(1, 3, 4, 4))
+    assert list(prunable(graph)) == (["a"] if behind == "output" else []), graph.report()
+
+
 def test_a_number_that_is_not_filled_yet_is_no_channel_count() -> None:
     """As torch.empty leaves it: whatever was in memory, another one at each run."""
     garbage = itertools.count()
