@@ -339,9 +339,8 @@ ORDERLY = ("cat", "permute", "transpose", "t", "unsqueeze", "stack")
 def arranges(run: ChannelPropagation, call: Call) -> bool:
     """Whether an operator takes channels by position or by number, so that a constant in the code could decide which."""
     kind = KINDS.get(call.name)
-    if (
-        call.name in REGISTERED or call.name in VIEW or call.name == "roll"
-    ):  # all round, it changes nothing at this width
+    # A roll all round changes nothing at this width, and does at others.
+    if call.name in REGISTERED or call.name in VIEW or call.name == "roll":
         return True
     if kind == "group_norm":
         return not isinstance(run.module(), nn.GroupNorm)

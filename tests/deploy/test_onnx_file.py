@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import slim
 from deploy import DeployError, OnnxNetwork, export_onnx, onnx_file
+from tests.slim.networks import Shifted
 
 META = {"names": "{0: 'cell'}", "stride": "2"}
 
@@ -83,17 +84,6 @@ def test_a_file_that_differs_from_torch_does_not_appear(tmp_path: Path, monkeypa
         export_onnx(gated_network(), tmp_path / "net.onnx", torch.rand(1, 3, 8, 8))
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
     assert (tmp_path / "net.onnx").read_text() == "the one before"
-
-
-class Shifted(nn.Module):
-    """x, in steps whose rounding float32 shows and float64 does not."""
-
-    def __init__(self, by: float) -> None:
-        super().__init__()
-        self.shift = nn.Parameter(torch.tensor(by))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x + self.shift) - self.shift
 
 
 def test_a_network_that_magnifies_rounding_is_not_refused_for_it() -> None:

@@ -140,7 +140,7 @@ def gated_steps(out: Path, world: World) -> None:
 
 def keep_average(saved: dict[str, Any]) -> None:
     """Catch the moving average that `fit` makes."""
-    import engine.training
+    import engine.trainee
 
     original = engine.trainee.WeightAverage
 

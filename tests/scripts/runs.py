@@ -13,6 +13,12 @@ SMALL_ANCHORS = [[6, 6, 9, 9], [14, 14, 20, 20]]
 """Pixels, level by level; they suit the tiny set's boxes."""
 
 
+def one_round(recovery_epochs: int = 0, finetune_epochs: int = 0) -> tuple[str | int | float, ...]:
+    """iterate.py's flags for its shortest loop, without export."""
+    epochs = ("--sparse-epochs", 2, "--recovery-epochs", recovery_epochs, "--finetune-epochs", finetune_epochs)
+    return ("--rounds", 1, "--macs", 0.6, *epochs, "--export", "none")
+
+
 class Done(NamedTuple):
     """How a script ended."""
 

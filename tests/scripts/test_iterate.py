@@ -18,22 +18,9 @@ import prune
 import slim
 from deploy import OnnxNetwork
 from detection import build_network, read_network
-from tests.scripts.runs import SMALL, Runner
+from tests.scripts.runs import SMALL, Runner, one_round
 
-ONE_ROUND = (
-    "--rounds",
-    1,
-    "--macs",
-    0.6,
-    "--sparse-epochs",
-    2,
-    "--recovery-epochs",
-    0,
-    "--finetune-epochs",
-    0,
-    "--export",
-    "none",
-)
+ONE_ROUND = one_round()
 
 
 def arguments(weights: Path, data: Path, project: Path, *more: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import slim
 from detection import build_network, read_network, save_network
 from tests.scripts.runs import NAMES, ROOT, SMALL, Runner
+from tests.slim.networks import Shifted
 
 METRICS = {"ap", "ap50", "ap75", "per_class", "params", "macs", "images", "seconds"}
 
@@ -334,17 +335,6 @@ def test_out_of_memory_names_the_batch_size_to_try(tiny: Path, tmp_path: Path) -
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "out of memory with 16 images of 2048x2048 pixels a step; try --batch-size 8" in done.stderr
-
-
-class Shifted(torch.nn.Module):
-    """x, in steps whose rounding float32 shows and float64 does not; or a wrong x."""
-
-    def __init__(self, by: float, factor: float = 1.0) -> None:
-        super().__init__()
-        self.shift, self.factor = torch.nn.Parameter(torch.tensor(by)), factor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x * self.factor + self.shift) - self.shift
 
 
 def test_a_proof_tells_rounding_from_a_wrong_cut(capsys: pytest.CaptureFixture[str]) -> None:

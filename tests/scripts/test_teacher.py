@@ -12,7 +12,7 @@ import yaml
 from detection import add_teacher, make_loss, read_network, save_network
 from engine import EngineError
 from models import DistillGains, LossGains
-from tests.scripts.runs import SMALL, Runner
+from tests.scripts.runs import SMALL, Runner, one_round
 from tests.scripts.test_failures import fails
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -75,20 +75,7 @@ def test_the_loop_has_a_teacher(sparse_run: Path, tiny: Path, script: Runner, tm
     weights = sparse_run / "weights" / "best.pt"
     teacher = tmp_path / "teacher.pt"
     teacher.write_bytes(weights.read_bytes())
-    steps = (
-        "--rounds",
-        1,
-        "--macs",
-        0.6,
-        "--sparse-epochs",
-        2,
-        "--recovery-epochs",
-        0,
-        "--finetune-epochs",
-        1,
-        "--export",
-        "none",
-    )
+    steps = one_round(finetune_epochs=1)
     common = ("--weights", weights, "--data", tiny, *SMALL, "--recalibrate", 0, *steps, "--max-drop", 1)
     given = (*common, "--teacher", teacher, "--project", tmp_path, "--name", "loop")
     done = script("iterate", *given)

@@ -18,6 +18,17 @@ def conv(inputs: int, outputs: int, kernel: int = 1, **kwargs: int) -> nn.Sequen
     )
 
 
+class Shifted(nn.Module):
+    """x, in steps whose rounding float32 shows and float64 does not; or a wrong x."""
+
+    def __init__(self, by: float, factor: float = 1.0) -> None:
+        super().__init__()
+        self.shift, self.factor = nn.Parameter(torch.tensor(by)), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.factor + self.shift) - self.shift
+
+
 class Chain(nn.Module):
     """Two gateable groups of 4 and 6 channels and a frozen head."""
 
