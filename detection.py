@@ -29,11 +29,13 @@ from models import (
     ModelError,
     anchor_fit,
     build_model,
+    has_activation,
     import_checkpoint,
     load_description,
     non_max_suppression,
     refit_anchors,
     renew_head,
+    swap_activations,
     transfer_weights,
 )
 
@@ -176,6 +178,16 @@ def with_classes(network: Network, names: Sequence[str]) -> Network:
     what = f"kept are the rows of {', '.join(kept)}" if kept else "no class in common, so it starts anew"
     note = f"{network.note}\nhead: {len(network.names)} classes before, {len(names)} now; {what}"
     return Network(network.model, make_build(network.model, names), note.strip(), new_head=not kept)
+
+
+def with_activation(network: Network, act: str) -> Network:
+    """The network with another activation in all of its blocks, and with its gates folded where that changes anything."""
+    if has_activation(network.model, act):
+        return network
+    model = slim.fold_gates(network.model)
+    count = swap_activations(model, act)
+    note = f"{network.note}\nactivations: {act} in {count} places".strip()
+    return Network(model, {**network.build, "description": model.description}, note, new_head=network.new_head)
 
 
 def save_network(

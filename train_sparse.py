@@ -46,6 +46,9 @@ class TrainFlags(detection.DataFlags):
 
     weights: str = flag("", "checkpoint to start from (ours or a published YOLOv5 .pt); '' trains --cfg from scratch")
     cfg: str = flag("models/yolov5n.yaml", "model description, used without --weights")
+    act: Literal["keep", "silu", "hardswish", "relu"] = flag(
+        "keep", "activation of all blocks; swapped where --weights have another, which costs AP until trained on"
+    )
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
     epochs: int = flag(30, "epochs of the whole run")
     batch_size: int = flag(16, "images a step, of all ranks together")
@@ -304,6 +307,8 @@ def starting_network(
         return detection.read_network(run.last)
     network = detection.start_network(flags.weights, flags.cfg, names)
     detection.check_image_size(network.model, flags.img)
+    if flags.act != "keep":
+        network = detection.with_activation(network, flags.act)
     if isinstance(flags, SparseFlags):
         graph = slim.trace(network.model, detection.example_image(flags.img))
         slim.add_gates(network.model, graph, tie=flags.tie)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,49 +17,69 @@ from torch import Tensor, nn
 import slim
 
 from .errors import DeployError
+from .graph_ends import WRAPPED, FromBytes
+from .network import INPUT, OUTPUT, ExportedNetwork, existing, threads_of
+from .proof import prove_equal
 
-INPUT = "images"
-OUTPUT = "output0"
-LARGEST_DIFFERENCE = 1e-4
-"""Of the output's largest magnitude, between torch and an exported float32 network."""
-LARGEST_ROUNDING = 10
-"""Times torch's own distance from float64, where that is larger."""
+NEWEST_OPSET = 23
+"""Of the operators that ONNX Runtime and OpenVINO run as of today."""
+Proof = Callable[[nn.Module, nn.Module, Tensor], float]
 
 
-class OnnxNetwork(nn.Module):
-    """An ONNX file with one input and one output, as a module: float32 tensors in, float32 tensors out, on the CPU.
+class OnnxNetwork(ExportedNetwork):
+    """An ONNX file under ONNX Runtime. ``num_cores``: threads of the network, 0 for all."""
 
-    ``metadata`` is what the file says of itself. ``num_cores``: threads of the network, 0 for all.
-    """
+    engine = "onnxruntime"
 
     def __init__(self, path: str | Path, num_cores: int = 0) -> None:
-        super().__init__()
+        path = existing(path, "an ONNX network")
+        proto = read_onnx(path)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_cores
-        if not Path(path).is_file():
-            raise DeployError(f"{path}: no such file; expected an ONNX network, such as export.py writes")
+        options.intra_op_num_threads = threads_of(num_cores)
+        options.log_severity_level = 3
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's errors have no common class but this
             first = str(error).strip().splitlines()[0]
             raise DeployError(
                 f"{path}: not an ONNX network that ONNX Runtime can run ({first}); export it anew"
             ) from error
-        self.path = Path(path)
-        self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
-
-    def forward(self, images: Tensor) -> Tensor:
-        entry = self.session.get_inputs()[0]
-        fits = len(entry.shape) == images.ndim and all(
-            not isinstance(size, int) or size == given for size, given in zip(entry.shape, images.shape, strict=True)
-        )
-        if not fits:
+        if len(session.get_inputs()) != 1 or len(session.get_outputs()) != 1:
             raise DeployError(
-                f"{self.path}: the input is {list(images.shape)}, expected {entry.shape}; export with that size, or with "
-                "--dynamic"
+                f"{path}: it has {len(session.get_inputs())} inputs and {len(session.get_outputs())} outputs, "
+                "expected one of each, as export.py writes"
             )
-        (output,) = self.session.run(None, {entry.name: images.numpy()})
+        entry = session.get_inputs()[0]
+        quantised = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
+        super().__init__(
+            path,
+            session.get_modelmeta().custom_metadata_map,
+            tuple(size if isinstance(size, int) else None for size in entry.shape),
+            takes_bytes=entry.type == "tensor(uint8)",
+            precision="int8" if quantised else "float32",
+        )
+        self.session, self.entry = session, entry.name
+
+    def run(self, images: Tensor) -> Tensor:
+        (output,) = self.session.run(None, {self.entry: images.numpy()})
         return torch.from_numpy(output)
+
+
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """The graph of a file; DeployError where it is none, or one of operators that are not known here."""
+    try:
+        proto = onnx.load(path)
+        opset = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    except Exception as error:  # protobuf's errors have no common class but this
+        raise DeployError(f"{path}: not an ONNX network ({' '.join(str(error).split())}); export it anew") from error
+    if not opset or not proto.graph.node:
+        raise DeployError(f"{path}: not an ONNX network (it has no operators); export it anew")
+    if opset > NEWEST_OPSET:
+        raise DeployError(
+            f"{path}: its operators are those of ONNX opset {opset}, expected at most {NEWEST_OPSET}; export it anew with "
+            "export.py, or with a lower opset"
+        )
+    return proto
 
 
 def export_onnx(
@@ -68,12 +89,15 @@ def export_onnx(
     *,
     stride_px: int = 1,
     dynamic: bool = False,
+    free_batch: bool = True,
+    uint8_input: bool = False,
     metadata: Mapping[str, str] | None = None,
+    prove: Proof = prove_equal,
 ) -> float:
-    """Write a network of one input and one output; returns its largest difference from torch on ``images``.
+    """Write a network of one input and one output; returns its largest relative difference from torch on ``images``.
 
-    Gates are folded and batch norms fused. The file is checked by ``onnx.checker``, run, and appears only if the outputs
-    differ by at most ``LARGEST_DIFFERENCE`` of torch's largest magnitude; DeployError otherwise.
+    Gates are folded and batch norms fused; operators are named after their modules (``model.0.conv/Conv``). The file is
+    checked by ``onnx.checker``, run, and appears only if its outputs are torch's (``prove_equal``); DeployError otherwise.
 
     Args:
         model: a copy of it is exported, in evaluation mode, on the CPU
@@ -81,34 +105,49 @@ def export_onnx(
         images: [B, 3, H, W] float 0..1, on which torch and the file are compared; without ``dynamic`` also the size of
             the input
         stride_px: with ``dynamic``: height and width are multiples of it
-        dynamic: the number, height and width of the images are free
+        dynamic: height and width of the images are free, and with ``free_batch`` their number
+        uint8_input: the file takes bytes 0..255 and scales them itself
         metadata: written into the file
+        prove: the difference between two networks on images, or an error
     """
     folded = slim.fold_gates(copy.deepcopy(model).cpu(), (images,)).eval()
-    proto = onnxslim.slim(_converted(folded, images, stride_px if dynamic else None))
-    assert proto is not None
+    proto = onnx_proto(folded, images, stride_px if dynamic else None, free_batch, uint8_input)
     onnx.helper.set_model_props(proto, dict(metadata or {}))
     differences: list[float] = []
 
     def write(temporary: Path) -> None:
         onnx.save(proto, temporary)
         onnx.checker.check_model(str(temporary), full_check=True)
-        differences.append(_difference(folded, OnnxNetwork(temporary), images))
+        differences.append(prove(folded, OnnxNetwork(temporary), images))
 
     slim.write_atomically(Path(path), write)
     return differences[0]
 
 
-def _converted(model: nn.Module, images: Tensor, dynamic_stride_px: int | None) -> onnx.ModelProto:
-    """As torch's exporter writes it, which optimises what it wrote."""
+def onnx_proto(
+    model: nn.Module, images: Tensor, dynamic_stride_px: int | None, free_batch: bool, uint8_input: bool
+) -> onnx.ModelProto:
+    """The simplified graph of a network without gates."""
     shapes = None
     if dynamic_stride_px is not None:
         sides = {
             axis: dynamic_stride_px * torch.export.Dim(name, min=2) for axis, name in ((2, "rows"), (3, "columns"))
         }
-        shapes = ({0: torch.export.Dim("batch", min=1), **sides},)
+        shapes = ({0: torch.export.Dim("batch", min=1), **sides} if free_batch else sides,)
         # Sizes of 1, and sizes that are equal by chance, would be taken for constants.
-        images = torch.zeros(2, images.shape[1], 6 * dynamic_stride_px, 8 * dynamic_stride_px)
+        count = 2 if free_batch else len(images)
+        images = torch.zeros(count, images.shape[1], 6 * dynamic_stride_px, 8 * dynamic_stride_px)
+    if uint8_input:
+        model, images = FromBytes(model), images.to(torch.uint8)
+    converted = _converted(model, images, shapes)
+    name_by_modules(converted)
+    proto = onnxslim.slim(converted)
+    assert proto is not None
+    return proto
+
+
+def _converted(model: nn.Module, images: Tensor, shapes: object) -> onnx.ModelProto:
+    """As torch's exporter writes it, which optimises what it wrote."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -125,21 +164,21 @@ def _converted(model: nn.Module, images: Tensor, dynamic_stride_px: int | None) 
     return proto
 
 
-def _difference(model: nn.Module, exported: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """The largest one; DeployError where it is too large.
+def name_by_modules(proto: onnx.ModelProto) -> None:
+    """Name each operator after the module that it comes from and its own kind, in place.
 
-    A network that magnifies float32's rounding is measured by how far torch itself is from float64.
+    So patterns of module paths find it, here and in what other runtimes make of the file.
     """
-    with slim.evaluation_mode(model), torch.no_grad():
-        wanted = model(images)
-        difference, largest = float((exported(images) - wanted).abs().max()), float(wanted.abs().max())
-        if difference <= LARGEST_DIFFERENCE * largest:
-            return difference
-        exact = copy.deepcopy(model).double()(images.double())
-        rounding = float((wanted - exact).abs().max())
-    if not difference <= LARGEST_ROUNDING * rounding:
-        raise DeployError(
-            f"the exported network differs from torch by {difference:.3g}, expected at most {LARGEST_DIFFERENCE:g} of "
-            f"{largest:.3g}; nothing was written"
-        )
-    return difference
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    taken: dict[str, int] = {}
+    for node in proto.graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        # The last scope is the operator's own. A convolution that took up its batch norm carries that one's name.
+        path = ["", *ast.literal_eval(scopes)][-2]
+        weight = next((name for name in node.input if name in weights and name.endswith(".weight")), None)
+        path = weight.removesuffix(".weight") if weight else path
+        while path.startswith(f"{WRAPPED}."):
+            path = path.removeprefix(f"{WRAPPED}.")
+        name = f"{path}/{node.op_type}" if path and path != WRAPPED else node.op_type
+        taken[name] = taken.get(name, 0) + 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"

@@ -1,5 +1,6 @@
 """YOLOv5: blocks, builder, loss, distillation, post-processing and import of published checkpoints."""
 
+from models.activations import has_activation, swap_activations
 from models.anchors import LOWEST_RECALL, AnchorFit, anchor_fit, refit_anchors
 from models.builder import build_model
 from models.checkpoint_import import Imported, import_checkpoint
@@ -26,10 +27,12 @@ __all__ = [
     "Transfer",
     "anchor_fit",
     "build_model",
+    "has_activation",
     "import_checkpoint",
     "load_description",
     "non_max_suppression",
     "refit_anchors",
     "renew_head",
+    "swap_activations",
     "transfer_weights",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,8 @@ ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
     "elu": nn.ELU,
     "identity": nn.Identity,
 }
+
+DEFAULT_ACTIVATION = "silu"
 
 _CALL = re.compile(r"\s*(?:torch\.)?(?:nn\.)?(?P<name>\w+)\s*(?:\((?P<args>[^()]*)\))?\s*")
 
@@ -54,3 +57,33 @@ def make_activation(name: str) -> nn.Module:
         return factory(*args, **kwargs)
     except TypeError:
         raise ModelError(f"activation {name!r}: {match['name']} does not take these arguments") from None
+
+
+def has_activation(model: nn.Module, name: str) -> bool:
+    """Whether the blocks of a YOLO have the activation ``name`` already."""
+    own = model.description.get("activation") or DEFAULT_ACTIVATION
+    return type(make_activation(own)) is type(make_activation(name))
+
+
+def swap_activations(model: nn.Module, name: str) -> int:
+    """Give every block of a YOLO the activation ``name`` where it has the model's own now; in place, how many changed.
+
+    Weights stay, so a trained model has to be trained on. ``model.description`` says it from then on. Activations of
+    another kind (a block without one, a ``csp_activation`` of its own) stay.
+    """
+    if has_activation(model, name):
+        return 0
+    description: dict[str, Any] = model.description
+    old = type(make_activation(description.get("activation") or DEFAULT_ACTIVATION))
+    count = 0
+    for module in model.modules():
+        if type(getattr(module, "act", None)) is old:
+            if list(module.act.children()):
+                raise ModelError(f"activation {name!r}: a gate follows the activation that it would replace; fold it first")
+            module.act = make_activation(name)
+            count += 1
+    changed = {"activation": name}
+    if description.get("csp_activation") and type(make_activation(description["csp_activation"])) is old:
+        changed["csp_activation"] = name
+    model.description = {**description, **changed}
+    return count

@@ -15,11 +15,10 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
-from models.activations import make_activation
+from models.activations import DEFAULT_ACTIVATION, make_activation
 
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.03
-DEFAULT_ACTIVATION = "silu"
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from models.activations import make_activation
+from models.activations import DEFAULT_ACTIVATION, make_activation
 from models.blocks import (
     C3,
-    DEFAULT_ACTIVATION,
     SPP,
     SPPF,
     Bottleneck,

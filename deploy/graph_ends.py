@@ -1,0 +1,66 @@
+"""What stands before and behind a network inside of an exported graph, so that its user need not write it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from boxes import cxcywh_to_xyxy
+
+
+WRAPPED = "network"
+"""The name of the network inside of each of these."""
+
+
+class Decoded(nn.Module):
+    """A detector that gives its decoded boxes alone, [B, N, 5 + classes], as YOLOv5's own exports do."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        decoded: Tensor = self.network(images)[0]
+        return decoded
+
+
+class FromBytes(nn.Module):
+    """A network whose images are uint8 0..255 instead of float 0..1."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        scaled: Tensor = self.network(images.float() / 255)
+        return scaled
+
+
+class WithNms(nn.Module):
+    """A detector [B, N, 5 + classes] (centre, size, objectness, probabilities) that ends in its final detections.
+
+    They are [B, max_detections, 6]: x1, y1, x2, y2 in pixels, score, class, the best first; rows of 0 fill up. A box has
+    its best class alone, and suppresses boxes of that class.
+    """
+
+    def __init__(self, network: nn.Module, conf: float, iou: float, max_detections: int = 300) -> None:
+        super().__init__()
+        self.network = network
+        self.conf, self.iou, self.max_detections = conf, iou, max_detections
+
+    def forward(self, images: Tensor) -> Tensor:
+        decoded: Tensor = self.network(images)
+        return torch.stack([self.final(predictions) for predictions in decoded.unbind(0)])
+
+    def final(self, predictions: Tensor) -> Tensor:
+        """[N, 5 + classes] -> [max_detections, 6]."""
+        boxes = cxcywh_to_xyxy(predictions[:, :4])
+        scores, classes = (predictions[:, 5:] * predictions[:, 4:5]).max(1)
+        # Boxes below the threshold are not left out but scored 0: the graph has no sizes that depend on the image.
+        scores = torch.where(scores > self.conf, scores, 0.0)
+        best, places = scores.topk(min(len(scores), 4 * self.max_detections))
+        rows = torch.cat([boxes[places], best[:, None], classes[places, None].to(best.dtype)], 1)
+        kept = batched_nms(rows[:, :4], best, rows[:, 5], self.iou)
+        rows = torch.cat([rows[kept], rows.new_zeros(self.max_detections, 6)])[: self.max_detections]
+        return rows * (rows[:, 4:5] > 0)

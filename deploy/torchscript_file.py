@@ -1,0 +1,82 @@
+"""TorchScript files: written from a network of any kind, and run by torch without its source."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import slim
+
+from .errors import DeployError
+from .graph_ends import FromBytes
+from .network import ExportedNetwork, existing, read_list, threads_of
+from .onnx_file import Proof
+from .proof import prove_equal
+
+INFO = "config.txt"
+"""The extra file in which YOLOv5's exports say what they are: JSON."""
+
+
+class TorchScriptNetwork(ExportedNetwork):
+    """A TorchScript file. ``num_cores``: threads of all of torch, 0 leaves them as they are."""
+
+    engine = "torch"
+
+    def __init__(self, path: str | Path, num_cores: int = 0) -> None:
+        path = existing(path, "a TorchScript network")
+        extra = {INFO: ""}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                script = torch.jit.load(str(path), map_location="cpu", _extra_files=extra).eval()
+            metadata = {key: str(value) for key, value in json.loads(extra[INFO] or "{}").items()}
+        except (RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise DeployError(f"{path}: not a TorchScript network ({first}); export it anew") from error
+        sizes = read_list(metadata, "shape") or [None] * 4
+        super().__init__(
+            path,
+            metadata,
+            tuple(sizes),
+            takes_bytes=metadata.get("uint8_input") == "true",
+            precision="float32",
+        )
+        if num_cores:
+            torch.set_num_threads(threads_of(num_cores))
+        self.script = script
+
+    def run(self, images: Tensor) -> Tensor:
+        output: Tensor = self.script(images)
+        return output
+
+
+def export_torchscript(
+    model: nn.Module,
+    path: str | Path,
+    images: Tensor,
+    *,
+    uint8_input: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    prove: Proof = prove_equal,
+) -> float:
+    """As ``export_onnx``, for images of the shape of ``images`` alone: tracing writes sizes down as numbers."""
+    folded = slim.fold_gates(copy.deepcopy(model).cpu(), (images,)).eval()
+    traced, example = (FromBytes(folded), (images * 255).to(torch.uint8)) if uint8_input else (folded, images)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        script = torch.jit.freeze(torch.jit.trace(traced, (example,), check_trace=False))
+    known = {**(metadata or {}), "shape": list(images.shape), "uint8_input": json.dumps(uint8_input)}
+    differences: list[float] = []
+
+    def write(temporary: Path) -> None:
+        torch.jit.save(script, str(temporary), _extra_files={INFO: json.dumps(known)})
+        differences.append(prove(folded, TorchScriptNetwork(temporary), images))
+
+    slim.write_atomically(Path(path), write)
+    return differences[0]
