@@ -39,7 +39,7 @@ from engine import (
 from engine.command import choose_device, flag, further_flags, run_on_all_ranks
 from engine.journal import Journal, emptied
 from engine.loop import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
-from export import write_onnx
+from export import write_file
 from finetune import FinetuneFlags
 from prune import Cut, Material, PruneFlags, choose_plan, cut, open_material, output_widths, prove
 from slim.atomic import WRITING
@@ -312,7 +312,7 @@ class Loop:
 
         def act(work: Path) -> dict[str, Any]:
             images = detection.real_images(self.val_set, 1)
-            difference = write_onnx(detection.read_network(folded), work / "slim.onnx", images)
+            difference = write_file(detection.read_network(folded), work / "slim.onnx", images)
             return {"max_difference": difference, "bytes": (work / "slim.onnx").stat().st_size}
 
         self.journal.phase("export", act)

@@ -1,6 +1,32 @@
-"""Export of trained networks, each proven equal to torch before it is accepted."""
+"""Export of trained networks, each proven equal to torch before it is accepted, and the runtimes that run the files."""
 
 from .errors import DeployError
+from .graph_ends import Decoded, FromBytes, WithNms
+from .network import ExportedNetwork, Precision, parts_of, size_text
 from .onnx_file import OnnxNetwork, export_onnx
+from .open_file import ENGINES, SUFFIXES, open_exported
+from .openvino_file import OpenVinoNetwork, export_openvino
+from .proof import prove_equal, prove_same_detections
+from .torchscript_file import TorchScriptNetwork, export_torchscript
 
-__all__ = ["DeployError", "OnnxNetwork", "export_onnx"]
+__all__ = [
+    "ENGINES",
+    "SUFFIXES",
+    "Decoded",
+    "DeployError",
+    "ExportedNetwork",
+    "FromBytes",
+    "OnnxNetwork",
+    "OpenVinoNetwork",
+    "Precision",
+    "TorchScriptNetwork",
+    "WithNms",
+    "export_onnx",
+    "export_openvino",
+    "export_torchscript",
+    "open_exported",
+    "parts_of",
+    "prove_equal",
+    "prove_same_detections",
+    "size_text",
+]

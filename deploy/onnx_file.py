@@ -138,7 +138,7 @@ def onnx_proto(
         count = 2 if free_batch else len(images)
         images = torch.zeros(count, images.shape[1], 6 * dynamic_stride_px, 8 * dynamic_stride_px)
     if uint8_input:
-        model, images = FromBytes(model), images.to(torch.uint8)
+        model, images = FromBytes(model).eval(), images.to(torch.uint8)
     converted = _converted(model, images, shapes)
     name_by_modules(converted)
     proto = onnxslim.slim(converted)
@@ -150,15 +150,19 @@ def _converted(model: nn.Module, images: Tensor, shapes: object) -> onnx.ModelPr
     """As torch's exporter writes it, which optimises what it wrote."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model,
-            (images,),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=shapes,
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                model,
+                (images,),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=shapes,
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise DeployError(f"torch cannot write this network as ONNX ({reason}); nothing was written") from error
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     return proto

@@ -33,7 +33,9 @@ class OpenVinoNetwork(ExportedNetwork):
 
     engine = "openvino"
 
-    def __init__(self, path: str | Path, num_cores: int = 0, precision: Precision = "auto", profile: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, num_cores: int = 0, precision: Precision = "auto", profile: bool = False
+    ) -> None:
         path = existing(path, "an OpenVINO or ONNX network")
         network, metadata = read_openvino(path)
         if len(network.inputs) != 1 or len(network.outputs) != 1:
@@ -81,7 +83,9 @@ def read_openvino(path: Path) -> tuple[openvino.Model, dict[str, str]]:
             known = network.get_rt_info(INFO).value if network.has_rt_info(INFO) else {}
             metadata = {key: str(getattr(value, "value", value)) for key, value in known.items()}
     except RuntimeError as error:
-        raise DeployError(f"{path}: not a network that OpenVINO can read ({_first_line(error)}); export it anew") from error
+        raise DeployError(
+            f"{path}: not a network that OpenVINO can read ({_first_line(error)}); export it anew"
+        ) from error
     return network, metadata
 
 
@@ -116,9 +120,7 @@ def export_openvino(
     return differences[0]
 
 
-def save_openvino(
-    network: openvino.Model, path: Path, metadata: Mapping[str, str], check: object = None
-) -> None:
+def save_openvino(network: openvino.Model, path: Path, metadata: Mapping[str, str], check: object = None) -> None:
     """Write the ``.xml`` and its ``.bin``, both whole or not at all; ``check`` may refuse them first."""
     for key, value in metadata.items():
         network.set_rt_info(value, [INFO, key])

@@ -67,7 +67,9 @@ def export_torchscript(
 ) -> float:
     """As ``export_onnx``, for images of the shape of ``images`` alone: tracing writes sizes down as numbers."""
     folded = slim.fold_gates(copy.deepcopy(model).cpu(), (images,)).eval()
-    traced, example = (FromBytes(folded), (images * 255).to(torch.uint8)) if uint8_input else (folded, images)
+    traced, example = (
+        (FromBytes(folded).eval(), (images * 255).round().to(torch.uint8)) if uint8_input else (folded, images)
+    )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         script = torch.jit.freeze(torch.jit.trace(traced, (example,), check_trace=False))
@@ -75,7 +77,9 @@ def export_torchscript(
     differences: list[float] = []
 
     def write(temporary: Path) -> None:
-        torch.jit.save(script, str(temporary), _extra_files={INFO: json.dumps(known)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.save(script, str(temporary), _extra_files={INFO: json.dumps(known)})
         differences.append(prove(folded, TorchScriptNetwork(temporary), images))
 
     slim.write_atomically(Path(path), write)

@@ -8,6 +8,7 @@ from models.description import load_description
 from models.detect import Detect
 from models.distillation import DistillationLoss, DistillGains
 from models.errors import ModelError
+from models.fusion import fuse_norms
 from models.loss import DetectionLoss, LossGains
 from models.postprocess import non_max_suppression
 from models.transfer import Transfer, renew_head, transfer_weights
@@ -27,6 +28,7 @@ __all__ = [
     "Transfer",
     "anchor_fit",
     "build_model",
+    "fuse_norms",
     "has_activation",
     "import_checkpoint",
     "load_description",

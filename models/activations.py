@@ -79,7 +79,9 @@ def swap_activations(model: nn.Module, name: str) -> int:
     for module in model.modules():
         if type(getattr(module, "act", None)) is old:
             if list(module.act.children()):
-                raise ModelError(f"activation {name!r}: a gate follows the activation that it would replace; fold it first")
+                raise ModelError(
+                    f"activation {name!r}: a gate follows the activation that it would replace; fold it first"
+                )
             module.act = make_activation(name)
             count += 1
     changed = {"activation": name}

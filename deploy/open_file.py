@@ -1,0 +1,40 @@
+"""Which runtime runs which file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from .errors import DeployError
+from .network import ExportedNetwork, Precision
+from .onnx_file import OnnxNetwork
+from .openvino_file import OpenVinoNetwork
+from .torchscript_file import TorchScriptNetwork
+
+Engine = Literal["torch", "onnxruntime", "openvino"]
+ENGINES: tuple[Engine, ...] = ("torch", "onnxruntime", "openvino")
+SUFFIXES: dict[str, tuple[Engine, ...]] = {
+    ".onnx": ("onnxruntime", "openvino"),
+    ".xml": ("openvino",),
+    ".torchscript": ("torch",),
+}
+"""The engines that run a kind of file, the one first that does so unless another is asked for."""
+
+
+def open_exported(
+    path: str | Path, engine: Engine | None = None, *, num_cores: int = 0, precision: Precision = "auto"
+) -> ExportedNetwork:
+    """An exported file under an engine; DeployError where the engine does not run such files, or not in ``precision``."""
+    suffix = Path(path).suffix
+    if suffix not in SUFFIXES:
+        raise DeployError(f"{path}: not an exported network; expected one of {', '.join(SUFFIXES)}")
+    chosen = engine or SUFFIXES[suffix][0]
+    if chosen not in SUFFIXES[suffix]:
+        raise DeployError(f"{path}: --engine {chosen} does not run {suffix} files; use {' or '.join(SUFFIXES[suffix])}")
+    if chosen == "openvino":
+        return OpenVinoNetwork(path, num_cores, precision)
+    if precision == "bfloat16":
+        raise DeployError(
+            f"--precision bfloat16: {chosen} computes exported networks in float32; use --engine openvino"
+        )
+    return OnnxNetwork(path, num_cores) if chosen == "onnxruntime" else TorchScriptNetwork(path, num_cores)

@@ -1,0 +1,178 @@
+"""A detector under any engine: a checkpoint or an exported file, from images to boxes."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+import detection
+import slim
+from deploy import SUFFIXES, Decoded, ExportedNetwork, Precision, open_exported
+from deploy.open_file import Engine
+from engine import EngineError
+from export import write_file
+from models import fuse_norms, non_max_suppression
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A network under an engine, and what it says of itself.
+
+    ``network`` takes images [B, 3, H, W], uint8 or float 0..1, and gives [B, N, 5 + classes], or where ``has_nms`` its
+    final detections [B, D, 6]. ``sides_px`` (height, width) is the only size that it takes, None where any multiple of
+    ``stride_px`` will do. ``precision`` is what it computes in: float32, bfloat16 or int8.
+    """
+
+    weights: str
+    engine: Engine
+    precision: str
+    network: nn.Module
+    names: list[str]
+    stride_px: int
+    sides_px: tuple[int, int] | None
+    has_nms: bool
+    file_bytes: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The network's output for images [B, 3, H, W], uint8 or float 0..1."""
+        with torch.no_grad():
+            output: Tensor = self.network(images)
+        return output
+
+    def detections(
+        self,
+        output: Tensor,
+        *,
+        conf: float = 0.25,
+        iou: float = 0.45,
+        max_detections: int = 300,
+        multi_label: bool = False,
+        classes: Sequence[int] | None = None,
+        class_agnostic: bool = False,
+    ) -> list[Tensor]:
+        """An output's boxes, per image [n, 6]: x1, y1, x2, y2 in pixels of the input, score, class; the best first.
+
+        Of a network that has its suppression inside only ``conf`` and ``classes`` still choose.
+        """
+        if not self.has_nms:
+            return non_max_suppression(output, conf, iou, max_detections, multi_label, classes, class_agnostic)
+        kept = [rows[rows[:, 4] > conf] for rows in output]
+        if classes is not None:
+            wanted = torch.tensor(list(classes))
+            kept = [rows[torch.isin(rows[:, 5].long(), wanted)] for rows in kept]
+        return [rows[:max_detections] for rows in kept]
+
+    def check_sides(self, sides_px: tuple[int, int]) -> None:
+        """EngineError for images of another height and width than the network takes."""
+        if self.sides_px not in (None, sides_px):
+            height, width = self.sides_px
+            raise EngineError(
+                f"{self.weights}: takes images of {height} x {width} pixels, {sides_px[0]} x {sides_px[1]} were asked for; "
+                "give that --img, or export with another size or --dynamic"
+            )
+        if any(side < self.stride_px or side % self.stride_px for side in sides_px):
+            raise EngineError(
+                f"--img {sides_px[0]} x {sides_px[1]}: expected multiples of the largest stride, {self.stride_px}"
+            )
+
+
+@contextmanager
+def open_detector(
+    weights: str,
+    engine: Engine | None = None,
+    *,
+    num_cores: int = 0,
+    precision: Precision = "auto",
+    images: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Iterator[Detector]:
+    """A checkpoint or an exported file under an engine; without one, under that of its kind.
+
+    A checkpoint under another engine than torch is exported for it to a temporary folder, with ``images`` [B, 3, H, W]
+    (real ones, 0..1 in steps of 1/255), which give the size and on which it must equal torch. ``num_cores``: threads,
+    0 for all; the torch engine sets those of the whole process. ``device`` is for checkpoints under torch.
+    """
+    if Path(weights).suffix in SUFFIXES:
+        yield of_file(weights, open_exported(weights, engine, num_cores=num_cores, precision=precision))
+        return
+    network = detection.read_network(weights)
+    if engine in (None, "torch"):
+        yield of_checkpoint(weights, network, num_cores, precision, device or torch.device("cpu"))
+        return
+    if images is None:
+        raise EngineError(f"{weights}: --engine {engine} runs exported files; write one with export.py first")
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / ("network.onnx" if engine == "onnxruntime" else "network.xml")
+        write_file(network, out, images)
+        yield of_file(weights, open_exported(out, engine, num_cores=num_cores, precision=precision))
+
+
+def of_file(weights: str, network: ExportedNetwork) -> Detector:
+    """The detector of an exported file; its metadata say which classes it has."""
+    metadata = network.metadata
+    try:
+        names = [str(name) for name in ast.literal_eval(metadata["names"]).values()]
+        stride = int(float(metadata["stride"]))
+        nms = json.loads(metadata.get("nms", "null"))
+    except (KeyError, ValueError, SyntaxError, AttributeError) as error:
+        raise EngineError(
+            f"{weights}: its metadata do not name its classes and its stride ({error!r}); expected a detector as export.py "
+            "or YOLOv5's own export writes it"
+        ) from error
+    height, width = network.input_shape[2:]
+    return Detector(
+        weights=weights,
+        engine=network.engine,
+        precision=network.precision,
+        network=network,
+        names=names,
+        stride_px=stride,
+        sides_px=(height, width) if height is not None and width is not None else None,
+        has_nms=nms is not None,
+        file_bytes=network.bytes_on_disk,
+    )
+
+
+def of_checkpoint(
+    weights: str, network: detection.Network, num_cores: int, precision: Precision, device: torch.device
+) -> Detector:
+    """The detector of a checkpoint in torch's eager mode: gates folded, batch norms fused."""
+    if num_cores:
+        torch.set_num_threads(num_cores)
+    kind = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    model = fuse_norms(slim.fold_gates(copy.deepcopy(network.model)).eval())
+    return Detector(
+        weights=weights,
+        engine="torch",
+        precision=str(kind).removeprefix("torch."),
+        network=Eager(Decoded(model).to(device, kind), kind).eval(),
+        names=network.names,
+        stride_px=max(network.model.stride_px),
+        sides_px=None,
+        has_nms=False,
+        file_bytes=Path(weights).stat().st_size,
+    )
+
+
+class Eager(nn.Module):
+    """A network in torch that takes bytes as well as floats, and gives float32."""
+
+    def __init__(self, network: nn.Module, kind: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.kind = network, kind
+
+    def forward(self, images: Tensor) -> Tensor:
+        device = next(self.network.parameters()).device
+        images = images.to(device)
+        scaled = images.to(self.kind) / 255 if images.dtype == torch.uint8 else images.to(self.kind)
+        output: Tensor = self.network(scaled)
+        return output.float().cpu()
