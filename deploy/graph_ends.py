@@ -11,6 +11,9 @@ from boxes import cxcywh_to_xyxy
 WRAPPED = "network"
 """The name of the network inside of each of these."""
 
+CANDIDATES = 10
+"""So many times the number of detections enter the suppression."""
+
 
 class Decoded(nn.Module):
     """A detector that gives its decoded boxes alone, [B, N, 5 + classes], as YOLOv5's own exports do."""
@@ -52,16 +55,24 @@ class WithNms(nn.Module):
         decoded: Tensor = self.network(images)
         return torch.stack([self.final(predictions) for predictions in decoded.unbind(0)])
 
-    def final(self, predictions: Tensor) -> Tensor:
-        """[N, 5 + classes] -> [max_detections, 6]."""
+    def candidates(self, predictions: Tensor) -> Tensor:
+        """[N, 5 + classes] -> [K, 6], the best first: x1, y1, x2, y2, score, class. Below ``conf`` the score is 0.
+
+        They are scored 0 and not left out, since a graph has no sizes that depend on the image.
+        """
+        count = CANDIDATES * self.max_detections
+        predictions = torch.cat([predictions, predictions.new_zeros(count, predictions.shape[1])])
         boxes = cxcywh_to_xyxy(predictions[:, :4])
         scores, classes = (predictions[:, 5:] * predictions[:, 4:5]).max(1)
-        # Boxes below the threshold are not left out but scored 0: the graph has no sizes that depend on the image.
         scores = torch.where(scores > self.conf, scores, 0.0)
-        best, places = scores.topk(min(len(scores), 4 * self.max_detections))
-        rows = torch.cat([boxes[places], best[:, None], classes[places, None].to(best.dtype)], 1)
+        best, places = scores.topk(count)
+        return torch.cat([boxes[places], best[:, None], classes[places, None].to(best.dtype)], 1)
+
+    def final(self, predictions: Tensor) -> Tensor:
+        """[N, 5 + classes] -> [max_detections, 6]."""
+        rows = self.candidates(predictions)
         # Boxes of different classes are moved apart: torchvision's batched_nms counts classes, which no graph can.
         apart = rows[:, :4] + rows[:, 5:] * (rows[:, :4].abs().max() * 2 + 1)
-        kept = nms(apart, best, self.iou)
+        kept = nms(apart, rows[:, 4], self.iou)
         rows = torch.cat([rows[kept], rows.new_zeros(self.max_detections, 6)])[: self.max_detections]
         return rows * (rows[:, 4:5] > 0)

@@ -7,6 +7,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -23,7 +24,7 @@ from .proof import prove_equal
 
 NEWEST_OPSET = 23
 """Of the operators that ONNX Runtime and OpenVINO run as of today."""
-Proof = Callable[[nn.Module, nn.Module, Tensor], float]
+Proof = Callable[[Any, nn.Module, Tensor], float]
 
 
 class OnnxNetwork(ExportedNetwork):
@@ -128,7 +129,7 @@ def onnx_proto(
     model: nn.Module, images: Tensor, dynamic_stride_px: int | None, free_batch: bool, uint8_input: bool
 ) -> onnx.ModelProto:
     """The simplified graph of a network without gates."""
-    shapes = None
+    shapes: tuple[Any, ...] | None = None
     if dynamic_stride_px is not None:
         sides = {
             axis: dynamic_stride_px * torch.export.Dim(name, min=2) for axis, name in ((2, "rows"), (3, "columns"))
@@ -141,12 +142,12 @@ def onnx_proto(
         model, images = FromBytes(model).eval(), images.to(torch.uint8)
     converted = _converted(model, images, shapes)
     name_by_modules(converted)
-    proto = onnxslim.slim(converted)
+    proto: onnx.ModelProto | None = onnxslim.slim(converted)
     assert proto is not None
     return proto
 
 
-def _converted(model: nn.Module, images: Tensor, shapes: object) -> onnx.ModelProto:
+def _converted(model: nn.Module, images: Tensor, shapes: tuple[Any, ...] | None) -> onnx.ModelProto:
     """As torch's exporter writes it, which optimises what it wrote."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

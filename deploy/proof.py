@@ -6,10 +6,12 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 import slim
 
 from .errors import DeployError
+from .graph_ends import WithNms
 
 LARGEST_DIFFERENCE = 1e-4
 """Of the output's largest magnitude, between torch and an exported float32 network."""
@@ -37,24 +39,41 @@ def prove_equal(model: nn.Module, exported: nn.Module, images: Tensor) -> float:
     return difference
 
 
-def prove_same_detections(model: nn.Module, exported: nn.Module, images: Tensor) -> float:
-    """As ``prove_equal``, for networks that end in a suppression: [B, D, 6] of box, score, class; 0 fills up.
+def prove_same_detections(model: WithNms, exported: nn.Module, images: Tensor) -> float:
+    """As ``prove_equal``, for detectors that end in a suppression; the difference is that of the boxes and scores.
 
-    Each detection of either must be among the other's: scores that are equal but for rounding may stand in any order. The
-    least confident one may be missing, since rounding decides which is the last to fit.
+    Where scores are equal, or an overlap is at its limit, but for rounding, more than one outcome is right. So what is
+    checked is what defines the outcome: each detection is a candidate of torch's, no two of a class overlap too much, and
+    each candidate that is missing overlaps too much with a detection of its class that is no less confident.
     """
     with slim.evaluation_mode(model), torch.no_grad():
-        pairs = list(zip(model(images), exported(images), strict=True))
-    largest = max((float(first.abs().max()) for first, _ in pairs), default=0.0)
-    worst = 0.0
-    for first, second in pairs:
-        for some, others in ((first, second), (second, first)):
-            for row in some[some[:, 4] > some[-1, 4] + LARGEST_DIFFERENCE]:
-                same = others[others[:, 5] == row[5]]
-                worst = max(worst, float((same - row).abs().amax(1).min()) if len(same) else float("inf"))
-    if not worst <= LARGEST_DIFFERENCE * largest:
+        candidates = [model.candidates(predictions) for predictions in model.network(images)]
+        worst = max(_of_one_image(model, *pair) for pair in zip(candidates, exported(images), strict=True))
+    if not worst <= LARGEST_DIFFERENCE:
         raise DeployError(
-            f"the exported network's detections differ from torch's by {worst:.3g}, expected at most "
-            f"{LARGEST_DIFFERENCE * largest:.3g}; nothing was written"
+            f"the exported network's detections differ from torch's by {worst:.3g} of the largest coordinate, expected at "
+            f"most {LARGEST_DIFFERENCE:g}; nothing was written"
         )
-    return worst / largest if largest else 0.0
+    return worst
+
+
+def _of_one_image(model: WithNms, candidates: Tensor, detections: Tensor) -> float:
+    """Rows of box, score, class; infinite where the detections are not a suppression of the candidates."""
+    candidates, found = candidates[candidates[:, 4] > 0], detections[detections[:, 4] > 0]
+    is_full = len(found) == model.max_detections
+    least = max(model.conf, float(found[-1, 4]) if is_full else 0.0) + LARGEST_DIFFERENCE
+    surely = candidates[candidates[:, 4] > least]
+    if not len(found):
+        return float("inf") if len(surely) else 0.0
+    if not len(candidates):
+        return float("inf")
+    scale = candidates[:, :4].abs().max()
+    size = torch.tensor([*[float(scale)] * 4, 1.0, LARGEST_DIFFERENCE / 2])  # no class is another one
+    worst = float((torch.cdist(found / size, candidates / size, float("inf"))).min(1).values.max())
+    same_class = found[:, 5, None] == found[:, 5]
+    overlaps = box_iou(found[:, :4], found[:, :4]).triu(1) * same_class
+    removed = box_iou(surely[:, :4], found[:, :4]) > model.iou - LARGEST_DIFFERENCE
+    removed &= (surely[:, 5, None] == found[:, 5]) & (found[:, 4] > surely[:, 4, None] - LARGEST_DIFFERENCE)
+    if bool((overlaps > model.iou + LARGEST_DIFFERENCE).any()) or not bool(removed.any(1).all()):
+        return float("inf")
+    return worst

@@ -39,11 +39,11 @@ class TorchScriptNetwork(ExportedNetwork):
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise DeployError(f"{path}: not a TorchScript network ({first}); export it anew") from error
-        sizes = read_list(metadata, "shape") or [None] * 4
+        sizes = tuple(read_list(metadata, "shape"))
         super().__init__(
             path,
             metadata,
-            tuple(sizes),
+            sizes or (None,) * 4,
             takes_bytes=metadata.get("uint8_input") == "true",
             precision="float32",
         )

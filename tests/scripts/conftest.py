@@ -55,6 +55,17 @@ def small_cfg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_run(tiny: Path, small_cfg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two epochs of sparse training of the network that is exported in seconds."""
+    import train_sparse
+
+    project = tmp_path_factory.mktemp("runs")
+    arguments = ["--data", tiny, "--cfg", small_cfg, *SMALL, "--epochs", 2, "--pull-from", 1, "--project", project]
+    assert train_sparse.cli([*map(str, arguments)]) == 0
+    return project / "exp"
+
+
+@pytest.fixture(scope="session")
 def cut(sparse_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint cut to half of its MACs, gates kept."""
     import prune

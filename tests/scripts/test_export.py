@@ -6,38 +6,160 @@ import ast
 import json
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
+import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import box_iou
 
-from deploy import OnnxNetwork
+import export
+from deploy import Decoded, WithNms, prove_same_detections
 from detection import DetectionDataset, open_data, read_network, real_images
-from tests.scripts.runs import NAMES, Runner
+from detector import open_detector
+from tests.deploy.test_exports import Given
+from tests.scripts.runs import NAMES, ROOT, Runner
 from tests.scripts.test_failures import fails
 
+SHARED = ROOT.parent / "shared"
 
-def test_an_export_equals_torch_and_names_its_classes(
-    sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path
-) -> None:
-    weights = sparse_run / "weights" / "best.pt"
-    where = ("--data", tiny, "--img", 64, "--project", tmp_path)
-    done = script("export", "--weights", weights, *where, "--batch-size", 2)
-    assert done.code == 0, done.err
-    (made,) = json.loads((tmp_path / "exp" / "export.json").read_text())
-    exported = OnnxNetwork(made["file"])
-    images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 2)
-    network = read_network(weights)
+
+@pytest.fixture(scope="module")
+def exported(small_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with the sparse run in every format, two images of 32 x 64 pixels."""
+    project = tmp_path_factory.mktemp("export")
+    formats = ("--include", "onnx", "openvino", "torchscript")
+    given = ("--data", tiny, "--img", 32, 64, "--batch-size", 2, "--project", project)
+    command = ("--weights", small_run / "weights" / "best.pt", *formats, *given)
+    assert export.cli([str(word) for word in command]) == 0
+    return project / "exp"
+
+
+def test_every_format_equals_torch_and_names_its_classes(exported: Path, small_run: Path, tiny: Path) -> None:
+    network = read_network(small_run / "weights" / "best.pt")
+    images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 2)[:, :, 16:48]
     with torch.no_grad():
         wanted = network.model.eval()(images)[0]
-    assert exported(images).shape == wanted.shape == (2, wanted.shape[1], 5 + len(NAMES))
-    assert float((exported(images) - wanted).abs().max()) == made["max_difference"] < 1e-4 * float(wanted.max())
-    assert ast.literal_eval(exported.metadata["names"]) == dict(enumerate(NAMES))
-    assert exported.metadata["stride"] == str(max(network.model.stride_px))
-    assert exported.metadata["imgsz"] == "[64, 64]"
-    assert (tmp_path / "exp" / "config.yaml").is_file() and made["bytes"] == Path(made["file"]).stat().st_size
+    made = json.loads((exported / "export.json").read_text())
+    assert [row["format"] for row in made] == ["onnx", "openvino", "torchscript"]
+    for row in made:
+        with open_detector(row["file"], precision="float32") as detector:
+            found = detector(images)
+            assert found.shape == wanted.shape == (2, wanted.shape[1], 5 + len(NAMES))
+            difference = float((found - wanted).abs().max() / wanted.abs().max())
+            assert difference == pytest.approx(row["max_difference"], abs=1e-7) and difference < 1e-4
+            assert (detector.names, detector.stride_px) == (list(NAMES), max(network.model.stride_px))
+            assert detector.sides_px == (32, 64) and detector.file_bytes == row["bytes"]
+            metadata = detector.network.metadata
+            assert ast.literal_eval(metadata["names"]) == dict(enumerate(NAMES)) and metadata["imgsz"] == "[32, 64]"
+            assert json.loads(metadata["anchors_px"]) == network.model.anchors_px.tolist()
+    assert (exported / "config.yaml").is_file()
 
 
-def test_impossible_exports_are_refused(sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
-    common = ("export", "--weights", sparse_run / "weights" / "best.pt", "--data", tiny, "--project", tmp_path)
+def test_a_detector_is_the_same_under_every_engine(exported: Path, small_run: Path, tiny: Path) -> None:
+    """A checkpoint too, which is exported for an engine that does not run it."""
+    images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 3)[:, :, 16:48]
+    pixels = (images * 255).round().to(torch.uint8)
+    checkpoint, onnx_file = str(small_run / "weights" / "best.pt"), str(exported / "weights" / "best.onnx")
+    found = {}
+    for weights, engine in (
+        (checkpoint, "torch"),
+        (checkpoint, "openvino"),
+        (onnx_file, "onnxruntime"),
+        (onnx_file, "openvino"),
+    ):
+        with open_detector(weights, engine, num_cores=1, precision="float32", images=images[:1]) as detector:
+            assert (detector.engine, detector.precision) == (engine, "float32")
+            for given in (images, pixels):
+                found[weights, engine, given.dtype] = detector(given)
+    first, *others = found.values()
+    assert all(torch.allclose(first, other, atol=1e-3) for other in others) and len(others) == 7
+
+
+def test_final_detections_come_out_of_the_file(small_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+    weights, out = small_run / "weights" / "best.pt", tmp_path / "ends.onnx"
+    suppression = ("--nms", "--conf", 0.001, "--iou", 0.5, "--max-det", 20)
+    given = (
+        *suppression,
+        "--uint8-input",
+        "--dynamic",
+        "--data",
+        tiny,
+        "--img",
+        64,
+        "--out",
+        out,
+        "--project",
+        tmp_path,
+    )
+    done = script("export", "--weights", weights, *given)
+    assert done.code == 0, done.err
+    assert "input 1 x 3 x any x any bytes" in done.out
+    images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 1)[:, :, 16:48]
+    with open_detector(str(out)) as detector:
+        assert detector.has_nms and detector.sides_px is None
+        (found,) = detector.detections(detector((images * 255).round().to(torch.uint8)), conf=0.001)
+        (some,) = detector.detections(detector(images), conf=0.001, classes=[1])
+    assert len(found) > 1
+    assert torch.equal(some, found[found[:, 5] == 1])
+    network = WithNms(Decoded(read_network(weights).model.eval()), 0.001, 0.5, 20)
+    assert prove_same_detections(network, Given(found[None]), images) < 1e-4
+
+
+def as_opencv_has_it(image: Tensor, session: onnxruntime.InferenceSession, side: int) -> list[tuple[int, list[float]]]:
+    """(class, box) as OpenCV's tutorials decode YOLOv5: the image in the corner of a square, rows read one by one.
+
+    The consumer knows nothing of this project. https://docs.opencv.org/4.x/da/d9d/tutorial_dnn_yolo.html
+    """
+    longest = max(image.shape[1:])
+    square = torch.zeros(3, longest, longest)
+    square[:, : image.shape[1], : image.shape[2]] = image
+    blob = F.interpolate(square[None], (side, side), mode="bilinear", antialias=True) / 255
+    (rows,) = session.run(None, {"images": blob.numpy()})[0]
+    boxes, scores, classes = [], [], []
+    for row in rows:
+        best = int(row[5:].argmax())
+        if row[4] * row[5 + best] > 0.25:
+            x, y, width, height = row[:4] * longest / side
+            boxes.append([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
+            scores.append(row[4] * row[5 + best])
+            classes.append(best)
+    order, kept = sorted(range(len(scores)), key=lambda i: -scores[i]), []
+    for i in order:
+        if all(
+            classes[i] != classes[k] or float(box_iou(torch.tensor([boxes[i]]), torch.tensor([boxes[k]]))) <= 0.45
+            for k in kept
+        ):
+            kept.append(i)
+    return [(classes[i], boxes[i]) for i in kept]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no published checkpoint beside the project")
+def test_a_consumer_of_yolov5_files_sees_the_published_detections(script: Runner, tmp_path: Path, tiny: Path) -> None:
+    weights = SHARED / "weights" / "yolov5n.pt"
+    given = ("--img", 640, "--data", tiny, "--project", tmp_path, "--out", tmp_path / "n.onnx")
+    done = script("export", "--weights", weights, *given)
+    assert done.code == 0, done.err
+    session = onnxruntime.InferenceSession(tmp_path / "n.onnx", providers=["CPUExecutionProvider"])
+    names = ast.literal_eval(session.get_modelmeta().custom_metadata_map["names"])
+    for name, reference in json.loads((SHARED / "reference" / "detections.json").read_text()).items():
+        image = torch.from_numpy(np.array(Image.open(SHARED / "reference" / name))).permute(2, 0, 1).float()
+        found = as_opencv_has_it(image, session, 640)
+        surely = [row for row in reference if row["conf"] > 0.3]
+        for row in surely:
+            same = [box for number, box in found if names[number] == row["cls"]]
+            assert float(box_iou(torch.tensor([row["xyxy"]]), torch.tensor(np.array(same))).max()) > 0.8, (name, row)
+        assert len(surely) <= len(found) <= len(reference) + 1
+
+
+def test_impossible_exports_are_refused(small_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+    common = ("export", "--weights", small_run / "weights" / "best.pt", "--data", tiny, "--project", tmp_path)
     fails(script(*common, "--img", 65), "--img 65: expected a multiple")
     fails(script(*common, "--batch-size", 0), "--batch-size 0: expected at least 1")
     fails(script(*common, "--include", "caffe"), "include", "caffe")
-    assert not list(tmp_path.iterdir())
+    fails(script(*common, "--img", 64, 64, 64), "--img 64 64 64: expected one side, or height and width")
+    fails(script(*common, "--nms", "--conf", 2), "--conf 2, --iou 0.45, --max-det 300: expected 0 to 1")
+    fails(script(*common, "--dynamic", "--include", "torchscript"), "--dynamic: TorchScript files take one size")
+    assert not list(tmp_path.rglob("*.torchscript"))
