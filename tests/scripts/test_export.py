@@ -80,7 +80,7 @@ def test_a_detector_is_the_same_under_every_engine(exported: Path, small_run: Pa
 
 def test_final_detections_come_out_of_the_file(small_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
     weights, out = small_run / "weights" / "best.pt", tmp_path / "ends.onnx"
-    suppression = ("--nms", "--conf", 0.001, "--iou", 0.5, "--max-det", 20)
+    suppression = ("--nms", "--conf", 1e-5, "--iou", 0.5, "--max-det", 20)
     given = (
         *suppression,
         "--uint8-input",
@@ -100,11 +100,11 @@ def test_final_detections_come_out_of_the_file(small_run: Path, tiny: Path, scri
     images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 1)[:, :, 16:48]
     with open_detector(str(out)) as detector:
         assert detector.has_nms and detector.sides_px is None
-        (found,) = detector.detections(detector((images * 255).round().to(torch.uint8)), conf=0.001)
-        (some,) = detector.detections(detector(images), conf=0.001, classes=[1])
+        (found,) = detector.detections(detector((images * 255).round().to(torch.uint8)), conf=1e-5)
+        (some,) = detector.detections(detector(images), conf=1e-5, classes=[1])
     assert len(found) > 1
     assert torch.equal(some, found[found[:, 5] == 1])
-    network = WithNms(Decoded(read_network(weights).model.eval()), 0.001, 0.5, 20)
+    network = WithNms(Decoded(read_network(weights).model.eval()), 1e-5, 0.5, 20)
     assert prove_same_detections(network, Given(found[None]), images) < 1e-4
 
 
