@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine import World
+from torch import Tensor, nn
+
+from deploy.qat import with_quantisers
+from engine import EngineError, World
 from engine.command import flag, run_on_all_ranks
-from train_sparse import TrainFlags, train
+from train_sparse import Rounding, TrainFlags, train
 
 
 @dataclass(frozen=True)
@@ -16,9 +20,29 @@ class FinetuneFlags(TrainFlags):
 
     project: str = flag("runs/finetune", "folder that holds the run folders")
     keep_gates: bool = flag(False, "train on with the gates of the checkpoint instead of folding them first")
+    qat: bool = flag(False, "round weights and maps to 8 bits while training, for an INT8 export that loses less")
+    keep_float: list[str] = flag([], "with --qat: patterns of modules beside the head that are not rounded")  # noqa: RUF009
+    calibration_images: int = flag(64, "with --qat: training images on which the ranges are found")
+
+    def rounding(self) -> Rounding | None:
+        """Of --qat: the network with quantisers everywhere but in the head."""
+        if not self.qat:
+            if self.keep_float:
+                raise EngineError("--keep-float: says what --qat leaves alone; add --qat, or leave it out")
+            return None
+        if self.keep_gates:
+            raise EngineError("--qat and --keep-gates: gates are folded before a network is quantised; leave one out")
+        if self.calibration_images < 1:
+            raise EngineError(f"--calibration-images {self.calibration_images}: expected at least 1")
+
+        def make(model: nn.Module, images: Sequence[Tensor]) -> nn.Module:
+            return with_quantisers(model, images, head=f"model.{len(model.model) - 1}", keep_float=self.keep_float)
+
+        return Rounding(make, self.calibration_images)
 
 
 def main(flags: FinetuneFlags, world: World) -> None:
+    flags.rounding()
     train(flags, keep_gates=flags.keep_gates, world=world)
 
 

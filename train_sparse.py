@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 import detection
 import slim
 from data import Augment, build_loader, multi_scale_sizes
+from deploy.qat import plain_state
 from engine import (
     EngineError,
     Evaluation,
@@ -38,6 +42,17 @@ from engine import (
 )
 from engine.command import choose_device, flag, run_on_all_ranks
 from models import DistillGains, LossGains
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a network comes to round while it trains: ``make(model, images)``, ``images`` [B, 3, H, W] each, so many in all.
+
+    Checkpoints hold the plain network.
+    """
+
+    make: Callable[[nn.Module, Sequence[Tensor]], nn.Module]
+    images: int
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,10 @@ class TrainFlags(detection.DataFlags):
             hsv_v=self.hsv_v,
             mixup=self.mixup,
         )
+
+    def rounding(self) -> Rounding | None:
+        """How the network rounds while it trains, where it does."""
+        return None
 
     def mosaic_epochs(self) -> int:
         """The first epoch without mosaic and mixup."""
@@ -232,8 +251,18 @@ def train_in(
     if resume_state is None and world.is_first:
         plot_labels(train_set.ground_truth(), train_set.names, run.path / "labels.png")
         log_start(run, network.model, train_set, flags)
+    trained, plain, rounded = network.model, lambda model: model, flags.rounding()
+    if rounded is not None:
+        if world.size > 1:
+            raise EngineError("--qat: runs in one process; start it without torchrun")
+        calibration = detection.DetectionDataset(config, "train", flags.img, seed=flags.seed)
+        images = detection.real_images(calibration, rounded.images)
+        trained, plain = rounded.make(network.model, images.split(flags.batch_size)), unrounded(network.model)
+        print(
+            f"rounds to 8 bits while it trains; ranges of {len(images)} training images; checkpoints hold the plain network"
+        )
     result = fit(
-        network.model,
+        trained,
         loss,
         loader,
         config=TrainConfig(
@@ -246,7 +275,7 @@ def train_in(
             seed=flags.seed,
         ),
         run=run,
-        save=lambda path, model, state: detection.save_network(path, model, network.build, state),
+        save=lambda path, model, state: detection.save_network(path, plain(model), network.build, state),
         device=device,
         evaluate=evaluator,
         sparsity=sparsity,
@@ -256,6 +285,17 @@ def train_in(
     )
     evaluation = world.from_first(lambda: finish(run, flags, evaluator, result))
     return TrainResult(run, result, evaluation)
+
+
+def unrounded(model: nn.Module) -> Callable[[nn.Module], nn.Module]:
+    """From a network with quantisers back to the plain one, ``model``'s structure with the trained weights."""
+    template = copy.deepcopy(model).cpu()
+
+    def plain(trained: nn.Module) -> nn.Module:
+        template.load_state_dict(plain_state(trained))
+        return template
+
+    return plain
 
 
 def training_set(
@@ -329,7 +369,7 @@ def make_loss(
     return distilling
 
 
-def make_sparsity(flags: TrainFlags, model: torch.nn.Module, steps: int) -> Sparsity | None:
+def make_sparsity(flags: TrainFlags, model: nn.Module, steps: int) -> Sparsity | None:
     """The pull of sparse training; without one, gates that are trained are only kept at or above 0."""
     if not isinstance(flags, SparseFlags):
         trained = [vector for vector in slim.gate_vectors(model).values() if vector.requires_grad]
@@ -351,7 +391,7 @@ def make_sparsity(flags: TrainFlags, model: torch.nn.Module, steps: int) -> Spar
     return Sparsity(pull, slim.ClosedShareController(pull, flags.closed_share, total_lr), flags.pull_from)
 
 
-def log_start(run: RunFolder, model: torch.nn.Module, train_set: detection.DetectionDataset, flags: TrainFlags) -> None:
+def log_start(run: RunFolder, model: nn.Module, train_set: detection.DetectionDataset, flags: TrainFlags) -> None:
     """The batch as the network sees it, and what the network costs."""
     cost = slim.cost(model, detection.example_image(flags.img))
     run.log_scalars({"cost/macs": float(cost.macs), "cost/params": float(cost.params)}, 0)
