@@ -27,10 +27,10 @@ class ValFlags(detection.DataFlags):
 
     project: str = flag("runs/val", "folder that holds the run folders")
     weights: str = flag("", "checkpoint (ours or a published YOLOv5 .pt) or exported file (.onnx, .xml, .torchscript)")
-    engine: Engine | None = flag(
+    engine: Engine | None = flag(  # noqa: RUF009
         None, "what runs the network; a checkpoint is exported for it on the fly. Else a file's own, or torch"
     )
-    precision: Precision = flag("auto", "what the engine computes in; auto leaves it the choice")
+    precision: Precision = flag("auto", "what the engine computes in; auto leaves it the choice")  # noqa: RUF009
     num_cores: int = flag(0, "CPU threads of the engine, 0 for all")
     split: str = flag("val", "train, val or test")
     img: int | str | None = flag(
@@ -126,7 +126,9 @@ def evaluate_deployed(flags: ValFlags) -> Evaluated:
         (tiles,) = detection.draw_networks(
             {"": AsModel(detector.network)}, evaluator.dataset, canvas_hw=sides, postprocess=detector.detections
         ).values()
-    line = f"{detector.engine}, {detector.precision}, {detector.file_bytes / 1e6:.2f} MB, {sides[0]} x {sides[1]} pixels"
+    line = (
+        f"{detector.engine}, {detector.precision}, {detector.file_bytes / 1e6:.2f} MB, {sides[0]} x {sides[1]} pixels"
+    )
     if detector.has_nms:
         line += "; AP is at the threshold and IoU inside of the file"
     facts |= {"engine": detector.engine, "precision": detector.precision, "bytes": detector.file_bytes}

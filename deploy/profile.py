@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.profiler import profile as torch_profile
 from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerActivity
 
 from .errors import DeployError
+from .graph_ends import WRAPPED
 from .onnx_file import OnnxNetwork, read_onnx
 from .openvino_file import OpenVinoNetwork
 from .torchscript_file import TorchScriptNetwork
@@ -179,12 +182,11 @@ def _of_torch(network: nn.Module, images: Tensor, runs: int) -> list[LayerTime]:
     for _ in range(WARMUP):
         network(images)
     rows: list[tuple[Row, float]] = []
-    # Not torch.profiler: its Kineto writes lines of its own on standard error.
-    with _scopes(network), torch_profile(use_kineto=False) as recorded:
+    with _quiet(), _scopes(network), torch.profiler.profile(activities=[ProfilerActivity.CPU]) as recorded:
         for number in range(runs):
             with record_function(f"{SCOPE}run {number}"):
                 network(images)
-    events: Any = recorded.function_events
+    events: Any = recorded.events()
     by_run: dict[str, list[Any]] = defaultdict(list)
     for event in sorted(events, key=lambda event: event.time_range.start):
         parent = event.cpu_parent
@@ -195,6 +197,20 @@ def _of_torch(network: nn.Module, images: Tensor, runs: int) -> list[LayerTime]:
         for name, event in zip(_numbered(map(_scope_of, operators)), operators, strict=True):
             rows.append(((name, event.name.split("::")[1], precision), event.cpu_time_total / 1000))
     return _medians(rows)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on the process's standard error: torch's profiler tells there of every start, and of a GPU that is absent."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextlib.contextmanager
@@ -240,7 +256,8 @@ def _root(event: Any) -> Any:
 def _scope_of(event: Any) -> str:
     """The innermost module that an operator ran in; the operator itself where there is none, as in TorchScript."""
     parent = event.cpu_parent
-    path = parent.name.removeprefix(SCOPE)
-    while path.startswith("network."):
-        path = path.removeprefix("network.")
-    return event.name.split("::")[1] if path.startswith("run ") or not parent.name.startswith(SCOPE) else path
+    own: str = event.name.split("::")[1]
+    path: str = parent.name.removeprefix(SCOPE)
+    while path.startswith(f"{WRAPPED}."):
+        path = path.removeprefix(f"{WRAPPED}.")
+    return own if path.startswith("run ") or not parent.name.startswith(SCOPE) else path
