@@ -124,20 +124,21 @@ def measure(flags: BenchmarkFlags) -> list[Row]:
         run.write_config(asdict(flags), "benchmark.py")
         turns = Turns({one: one.run for one in candidates}, before=Candidate.set_threads)
         names = short_names(flags.weights)
+        finished = False
         try:
             with torch.no_grad():
                 take_turns(turns, rounds, names)
             for one in tqdm(candidates, desc="AP", disable=flags.data is None, leave=False):
                 measured.evaluation(one)
+            if flags.profile:
+                write_profiles(profiled(candidates, names), run)
+            finished = True
         finally:
             torch.set_num_threads(threads)
             timings = turns.timings()
             if all(timing.runs_ms for timing in timings.values()):
                 rows = rows_of(candidates, timings, names, measured)
-                write(rows, machine_text(), run.path, {"command": " ".join(sys.argv)})
-        if flags.profile:
-            write_profiles(profiled(candidates, names), run)
-            torch.set_num_threads(threads)
+                write(rows, machine_text(), run.path, finished=finished)
     print(f"results: {run.path}")
     return rows
 

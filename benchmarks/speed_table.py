@@ -7,7 +7,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -136,10 +136,11 @@ def _processor() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def write(rows: Sequence[Row], machine: str, folder: Path, more: Mapping[str, object]) -> None:
-    """benchmark.md, benchmark.csv, benchmark.json and the plot."""
+def write(rows: Sequence[Row], machine: str, folder: Path, *, finished: bool) -> None:
+    """benchmark.md, benchmark.csv, the plot, and where all is measured benchmark.json, which says that."""
     slim.write_text_atomically(folder / "benchmark.md", markdown(rows, machine) + "\n")
     slim.write_text_atomically(folder / "benchmark.csv", as_csv(rows))
-    content = {"machine": machine, **more, "rows": [asdict(row) for row in rows]}
-    slim.write_text_atomically(folder / "benchmark.json", json.dumps(content, indent=1) + "\n")
     plot(rows, folder / "ap_against_ms.png")
+    if finished:
+        content = {"machine": machine, "rows": [asdict(row) for row in rows]}
+        slim.write_text_atomically(folder / "benchmark.json", json.dumps(content, indent=1) + "\n")
