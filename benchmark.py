@@ -1,66 +1,226 @@
-"""Milliseconds an image of checkpoints, measured in turn so that drift cancels."""
+"""Milliseconds an image of checkpoints and exported files under any engine, measured in turns so that drift cancels."""
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 import detection
 import slim
-from engine import EngineError, RunFolder, milliseconds_per_image
-from engine.command import RunFlags, flag, run_script
+from benchmarks.candidates import Candidate, Candidates, Sides, Wanted
+from benchmarks.speed_table import Row, machine_text, markdown, short_names, write
+from deploy import LayerTime, Precision, profile, profile_text
+from deploy.network import threads_of
+from deploy.open_file import Engine
+from detector import evaluate_detector
+from engine import EngineError, Evaluation, RunFolder, Timing, Turns, rounds_for
+from engine.command import flag, run_script
 
 
 @dataclass(frozen=True)
-class BenchmarkFlags(RunFlags):
-    """A comparison of run times."""
+class BenchmarkFlags(detection.DataFlags):
+    """A comparison of run times. Of engines, sizes, cores, batch sizes and precisions all combinations are measured."""
 
     project: str = flag("runs/benchmark", "folder that holds the run folders")
-    weights: list[str] = flag([], "checkpoints; ratios are against the first")  # noqa: RUF009
-    img: int = flag(416, "image size in pixels, a multiple of the largest stride")
-    num_cores: int = flag(2, "CPU threads")
+    weights: list[str] = flag([], "checkpoints and exported files; ratios are against the first")  # noqa: RUF009
+    engine: list[Engine] = flag(  # noqa: RUF009
+        [], "engines, each for the files that it can run (checkpoints are exported for it). Else a file's own, or torch"
+    )
+    img: list[int | str] = flag(  # noqa: RUF009
+        [], "image sizes in pixels, one side or height x width as 384x640. Else a file's own, or 416"
+    )
+    num_cores: list[int] = flag([2], "CPU threads, 0 for all")  # noqa: RUF009
+    batch_size: list[int] = flag([1], "images at once")  # noqa: RUF009
+    precision: list[Precision] = flag(["auto"], "what the engine computes in; auto leaves it the choice")  # noqa: RUF009
     repeats: int = flag(30, "measured runs of each network")
-    warmup: int = flag(5, "runs of each network before measuring")
+    warmup: int = flag(2, "rounds before measuring")
+    profile: bool = flag(False, "also print and write the engine's own time for each operator")
+    data: str | None = flag(None, "data set on which AP is measured and from which the images are")
+    split: str = flag("val", "with --data: train, val or test")
+    conf: float = flag(0.001, "with --data: lowest score that counts, 0 to 1")
+    iou: float = flag(0.65, "with --data: IoU above which NMS removes a box, 0 to 1")
+
+    def wanted(self) -> Wanted:
+        """What to measure."""
+        if not self.weights:
+            raise EngineError("--weights: none given; name one or more checkpoints or exported files")
+        if min(self.batch_size, default=0) < 1:
+            raise EngineError(f"--batch-size {' '.join(map(str, self.batch_size))}: expected at least 1")
+        for cores in self.num_cores:
+            threads_of(cores)
+        sides = [detection.sides_of(img) for img in self.img]
+        return Wanted(self.weights, self.engine, sides, self.num_cores, self.batch_size, self.precision)
 
 
-def measure(flags: BenchmarkFlags) -> list[dict[str, float | str]]:
-    """A row a checkpoint: milliseconds (median), speed-up against the first, MACs, parameters. Gates are folded first."""
-    if not flags.weights:
-        raise EngineError("--weights: none given; name one or more checkpoints")
-    torch.set_num_threads(flags.num_cores)
-    networks = {}
-    for path in flags.weights:
-        network = detection.read_network(path)
-        detection.check_image_size(network.model, flags.img)
-        networks[path] = slim.fold_gates(network.model).eval()
-    image = torch.rand(1, 3, flags.img, flags.img, generator=torch.Generator().manual_seed(flags.seed))
-    times = milliseconds_per_image(networks, image, repeats=flags.repeats, warmup=flags.warmup)
-    first = times[flags.weights[0]]
-    rows: list[dict[str, float | str]] = []
-    for path, model in networks.items():
-        cost = slim.cost(model, image)
-        row = {"milliseconds": times[path], "speed_up": first / times[path], "macs": cost.macs, "params": cost.params}
-        rows.append({"weights": path, **row})
+class Measured:
+    """What a benchmark's candidates are run on, and their AP where there is data."""
+
+    def __init__(self, flags: BenchmarkFlags) -> None:
+        self.flags = flags
+        self.config = None if flags.data is None else flags.open_data()
+        self._data_sets: dict[int, detection.DetectionDataset] = {}
+        self._found: dict[tuple[object, ...], Evaluation] = {}
+
+    def images(self, sides: Sides, count: int) -> Tensor:
+        """Images of the split, again from the first where it is too small, or without data random ones."""
+        if self.config is None:
+            generator = torch.Generator().manual_seed(self.flags.seed)
+            return torch.randint(0, 256, (count, 3, *sides), generator=generator).float() / 255
+        found = detection.real_images(self._data_set(max(sides)), count, sides)
+        return found[torch.arange(count) % len(found)]
+
+    def check_classes(self, candidates: Sequence[Candidate]) -> None:
+        """Before any of them is measured."""
+        if self.config is not None:
+            for one in candidates:
+                detection.check_classes(one.detector, self.config, one.detector.weights, str(self.flags.data))
+
+    def evaluation(self, candidate: Candidate) -> Evaluation | None:
+        """Once for candidates that compute the same."""
+        if self.config is None:
+            return None
+        if candidate.ap_key not in self._found:
+            candidate.set_threads()
+            evaluator = detection.Evaluator(
+                self._data_set(max(candidate.sides_px)),
+                batch_size=16,
+                workers=0,
+                device=torch.device("cpu"),
+                conf=self.flags.conf,
+                iou=self.flags.iou,
+                canvas_hw=candidate.sides_px,
+            )
+            self._found[candidate.ap_key] = evaluate_detector(candidate.detector, evaluator)
+        return self._found[candidate.ap_key]
+
+    def known(self, candidate: Candidate) -> Evaluation | None:
+        """As ``evaluation``, without measuring it."""
+        return self._found.get(candidate.ap_key)
+
+    def _data_set(self, img: int) -> detection.DetectionDataset:
+        assert self.config is not None
+        if img not in self._data_sets:
+            self._data_sets[img] = detection.DetectionDataset(self.config, self.flags.split, img)
+        return self._data_sets[img]
+
+
+def measure(flags: BenchmarkFlags) -> list[Row]:
+    """A row for each combination; fills the run folder, when interrupted with what is measured by then."""
+    wanted = flags.wanted()
+    rounds = rounds_for(flags.repeats, flags.warmup)
+    measured = Measured(flags)
+    threads = torch.get_num_threads()
+    with Candidates(measured.images) as opened:
+        candidates = opened.of(wanted)
+        measured.check_classes(candidates)
+        run = RunFolder.create(flags.project, flags.name)
+        run.write_config(asdict(flags), "benchmark.py")
+        turns = Turns({one: one.run for one in candidates}, before=Candidate.set_threads)
+        names = short_names(flags.weights)
+        finished = False
+        try:
+            with torch.no_grad():
+                take_turns(turns, rounds, names)
+            for one in tqdm(candidates, desc="AP", disable=flags.data is None, leave=False):
+                measured.evaluation(one)
+            if flags.profile:
+                write_profiles(profiled(candidates, names), run)
+            finished = True
+        finally:
+            torch.set_num_threads(threads)
+            timings = turns.timings()
+            if all(timing.runs_ms for timing in timings.values()):
+                rows = rows_of(candidates, timings, names, measured)
+                write(rows, machine_text(), run.path, finished=finished)
+    print(f"results: {run.path}")
     return rows
 
 
-def main(flags: BenchmarkFlags) -> None:
-    rows = measure(flags)
-    run = RunFolder.create(flags.project, flags.name)
-    run.write_config(asdict(flags), "benchmark.py")
-    slim.write_text_atomically(run.path / "benchmark.json", json.dumps(rows, indent=1))
-    print(
-        f"torch eager, float32, {flags.num_cores} CPU threads, one {flags.img}x{flags.img} image, medians of {flags.repeats}"
-    )
-    print("| weights | ms | speed-up | M MACs | M parameters |\n| --- | --- | --- | --- | --- |")
-    for row in rows:
-        print(
-            f"| {row['weights']} | {row['milliseconds']:.1f} | {row['speed_up']:.2f} | "
-            f"{float(row['macs']) / 1e6:.1f} | {float(row['params']) / 1e6:.3f} |"
+def take_turns(turns: Turns[Candidate], rounds: Sequence[bool], names: dict[str, str]) -> None:
+    """All rounds; the bar shows the medians of the first and of the fastest so far."""
+    with tqdm(rounds, desc="rounds", unit="round") as bar:
+        for counts in bar:
+            turns.round(counts)
+            if counts:
+                median_ms = {one: timing.median_ms / len(one.images) for one, timing in turns.timings().items()}
+                first, best = next(iter(median_ms)), min(median_ms, key=median_ms.__getitem__)
+                bar.set_postfix_str(
+                    f"first {median_ms[first]:.1f} ms, fastest {median_ms[best]:.1f} ms: "
+                    f"{names[best.detector.weights]} {best.detector.engine}"
+                )
+
+
+def rows_of(
+    candidates: Sequence[Candidate], timings: dict[Candidate, Timing], names: dict[str, str], measured: Measured
+) -> list[Row]:
+    """The table."""
+    rows = []
+    first_ms = timings[candidates[0]].median_ms / len(candidates[0].images)
+    for one in candidates:
+        timing, count, found = timings[one], len(one.images), measured.known(one)
+        median_ms = timing.median_ms / count
+        rows.append(
+            Row(
+                weights=one.detector.weights,
+                network=names[one.detector.weights],
+                engine=one.detector.engine,
+                precision=one.precision_text,
+                img=str(detection.img_of(one.sides_px)),
+                batch_size=count,
+                num_cores=one.num_cores,
+                milliseconds=median_ms,
+                p10_ms=timing.percentile_ms(10) / count,
+                p90_ms=timing.percentile_ms(90) / count,
+                fps=1000 / median_ms,
+                speed_up=first_ms / median_ms,
+                ap=found and found.ap,
+                ap50=found and found.ap50,
+                bytes=one.detector.file_bytes,
+                macs=one.facts.macs,
+                params=one.facts.params,
+                activation=one.facts.activation,
+                runs=len(timing.runs_ms),
+            )
         )
+    return rows
+
+
+def profiled(candidates: Sequence[Candidate], names: dict[str, str]) -> dict[str, list[LayerTime]]:
+    """The operators of each candidate by its engine's own clock, printed as tables."""
+    found = {}
+    for one in candidates:
+        one.set_threads()
+        title = (
+            f"{names[one.detector.weights]}, {one.detector.engine}, {one.precision_text}, "
+            f"{detection.img_of(one.sides_px)} pixels, cores: {one.num_cores or 'all'}, batch size {len(one.images)}"
+        )
+        found[title] = profile(one.reopened().network, one.images)
+        print(f"\n{title}: the engine's own time, medians\n\n{profile_text(found[title])}")
+    return found
+
+
+def write_profiles(profiles: dict[str, list[LayerTime]], run: RunFolder) -> None:
+    """profile.csv: an operator a line, with its share of its candidate's time."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["candidate", "name", "kind", "precision", "milliseconds", "share"])
+    for title, layers in profiles.items():
+        total = sum(layer.milliseconds for layer in layers)
+        for layer in layers:
+            share = layer.milliseconds / total if total else 0.0
+            writer.writerow([title, layer.name, layer.kind, layer.precision, layer.milliseconds, share])
+    slim.write_text_atomically(run.path / "profile.csv", text.getvalue())
+
+
+def main(flags: BenchmarkFlags) -> None:
+    print(f"\n{markdown(measure(flags), machine_text())}")
 
 
 def cli(argv: list[str] | None = None) -> int:

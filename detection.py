@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ import slim
 from boxes import cxcywh_to_xyxy as cxcywh_to_xyxy
 from data import Augment, DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
 from data.download import download_data
+from data.sampling import Draw
 from engine import EngineError, Evaluation, Frozen, World, draw_detections, evaluate, freeze
 from engine.checkpoint import TRAINING_STATE_KEY
 from engine.command import RunFlags, existing_file, flag
@@ -233,6 +234,20 @@ def example_image(img: int) -> Tensor:
     return torch.zeros(1, 3, img, img)
 
 
+def sides_of(img: int | str) -> tuple[int, int]:
+    """Height and width of an --img: one side, or both as 384x640."""
+    parts = str(img).lower().split("x")
+    if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
+        raise EngineError(f"--img {img}: expected one side in pixels, or height x width as in 384x640")
+    return int(parts[0]), int(parts[-1])
+
+
+def img_of(sides_px: tuple[int, int]) -> int | str:
+    """The --img of which ``sides_of`` gives this height and width."""
+    height, width = sides_px
+    return height if height == width else f"{height}x{width}"
+
+
 def check_image_size(model: nn.Module, img: int) -> None:
     """Sizes that are no multiple of the largest stride cannot be concatenated in the neck."""
     stride = max(model.stride_px)
@@ -241,7 +256,14 @@ def check_image_size(model: nn.Module, img: int) -> None:
         raise EngineError(f"--img {img}: expected a multiple of the largest stride, {stride}; the nearest is {nearest}")
 
 
-def check_classes(network: Network, config: DataConfig, weights: str, data: str) -> None:
+class Named(Protocol):
+    """What says which classes it detects."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+
+def check_classes(network: Named, config: DataConfig, weights: str, data: str) -> None:
     """An evaluation with other classes than the network's would be meaningless."""
     if len(network.names) != len(config.names):
         raise EngineError(
@@ -320,7 +342,8 @@ class Evaluator:
     """AP of a network on one split; ``last`` is the newest result.
 
     With ``rect_stride_px``, the network's largest stride, images of like shape share batches without much padding:
-    fewer pixels, and an AP that differs a little, since the network sees other borders.
+    fewer pixels, and an AP that differs a little, since the network sees other borders. With ``canvas_hw`` all images
+    have that height and width.
     """
 
     def __init__(
@@ -333,16 +356,21 @@ class Evaluator:
         conf: float = 0.001,
         iou: float = 0.65,
         rect_stride_px: int | None = None,
+        canvas_hw: tuple[int, int] | None = None,
     ) -> None:
-        self.loader = build_loader(dataset, batch_size, shuffle=False, workers=workers, rect_stride_px=rect_stride_px)
+        self.loader = build_loader(
+            dataset, batch_size, shuffle=False, workers=workers, rect_stride_px=rect_stride_px, canvas_hw=canvas_hw
+        )
         self.ground_truth = dataset.ground_truth()
         self.dataset, self.device = dataset, device
         self.conf, self.iou = conf, iou
         self.last: Evaluation | None = None
 
-    def __call__(self, model: nn.Module) -> Evaluation:
+    def __call__(self, model: nn.Module, postprocess: Callable[[Tensor], list[Tensor]] | None = None) -> Evaluation:
+        """AP of a network; ``postprocess`` instead of this class's own, for one that gives no [B, N, 5 + classes]."""
         model.to(self.device)
-        self.last = evaluate(model, self.loader, self.postprocess, self.ground_truth, self.dataset.names, self.device)
+        final = postprocess or self.postprocess
+        self.last = evaluate(model, self.loader, final, self.ground_truth, self.dataset.names, self.device)
         return self.last
 
     def postprocess(self, decoded: Tensor) -> list[Tensor]:
@@ -351,14 +379,21 @@ class Evaluator:
 
 
 def draw_networks(
-    networks: Mapping[str, nn.Module], dataset: DetectionDataset, count: int = 4
+    networks: Mapping[str, nn.Module],
+    dataset: DetectionDataset,
+    count: int = 4,
+    canvas_hw: tuple[int, int] | None = None,
+    postprocess: Callable[[Tensor], list[Tensor]] = non_max_suppression,
 ) -> dict[str, list[Tensor]]:
-    """The first images with each network's detections, uint8 [3, img, img] each; the networks are left on the CPU."""
-    images = real_images(dataset, count)
+    """The first images with each network's detections, uint8 [3, img, img] each; the networks are left on the CPU.
+
+    ``canvas_hw`` and ``postprocess`` as for the ``Evaluator``.
+    """
+    images = real_images(dataset, count, canvas_hw)
     drawn = {}
     for title, model in networks.items():
         with slim.evaluation_mode(model.cpu()), torch.no_grad():
-            found = non_max_suppression(model(images)[0])
+            found = postprocess(model(images)[0])
         drawn[title] = [
             draw_detections((image * 255).byte(), boxes, dataset.names)
             for image, boxes in zip(images, found, strict=True)
@@ -366,7 +401,7 @@ def draw_networks(
     return drawn
 
 
-def real_images(dataset: DetectionDataset, count: int) -> Tensor:
-    """The first images as a network input, float [count, 3, img, img]."""
+def real_images(dataset: DetectionDataset, count: int, canvas_hw: tuple[int, int] | None = None) -> Tensor:
+    """The first images as a network input, float [count, 3, img, img], or of the height and width of ``canvas_hw``."""
     count = min(count, len(dataset))
-    return torch.stack([dataset[i].image for i in range(count)]).float() / 255
+    return torch.stack([dataset[Draw(i, canvas_hw)].image for i in range(count)]).float() / 255

@@ -18,7 +18,7 @@ import detection
 import slim
 from deploy import SUFFIXES, Decoded, ExportedNetwork, Precision, open_exported
 from deploy.open_file import Engine
-from engine import EngineError
+from engine import EngineError, Evaluation
 from export import write_file
 from models import fuse_norms, non_max_suppression
 
@@ -101,7 +101,7 @@ def open_detector(
     (real ones, 0..1 in steps of 1/255), which give the size and on which it must equal torch. ``num_cores``: threads,
     0 for all; the torch engine sets those of the whole process. ``device`` is for checkpoints under torch.
     """
-    if Path(weights).suffix in SUFFIXES:
+    if is_exported(weights):
         yield of_file(weights, open_exported(weights, engine, num_cores=num_cores, precision=precision))
         return
     network = detection.read_network(weights)
@@ -114,6 +114,20 @@ def open_detector(
         out = Path(folder) / ("network.onnx" if engine == "onnxruntime" else "network.xml")
         write_file(network, out, images)
         yield of_file(weights, open_exported(out, engine, num_cores=num_cores, precision=precision))
+
+
+def is_exported(weights: str) -> bool:
+    """Whether a path names an exported file rather than a checkpoint."""
+    return Path(weights).suffix in SUFFIXES
+
+
+def evaluate_detector(detector: Detector, evaluator: detection.Evaluator) -> Evaluation:
+    """AP; of a network that has its suppression inside at that one's threshold and IoU."""
+
+    def final(output: Tensor) -> list[Tensor]:
+        return detector.detections(output, conf=evaluator.conf, iou=evaluator.iou, multi_label=True)
+
+    return evaluator(AsModel(detector.network), final)
 
 
 def of_file(weights: str, network: ExportedNetwork) -> Detector:
@@ -161,6 +175,17 @@ def of_checkpoint(
         has_nms=False,
         file_bytes=Path(weights).stat().st_size,
     )
+
+
+class AsModel(nn.Module):
+    """A network [B, N, 5 + classes] as a detector in evaluation mode gives it: with no raw maps."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.network(images), []
 
 
 class Eager(nn.Module):

@@ -25,6 +25,7 @@ from deploy import (
 )
 from engine import EngineError, RunFolder
 from engine.command import flag, run_script
+from models import activation_name
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def write_file(
     are those of YOLOv5's exports (names as a Python literal, the largest stride) and more.
     """
     model = network.model
+    cost = slim.cost(model, images[:1])
     metadata = {
         "names": repr(dict(enumerate(network.names))),
         "stride": str(max(model.stride_px)),
@@ -101,6 +103,9 @@ def write_file(
         "batch": str(len(images)),
         "dynamic": json.dumps(dynamic),
         "nms": json.dumps(asdict(nms) if nms else None),
+        "activation": activation_name(model),
+        "macs": str(cost.macs),
+        "params": str(cost.params),
     }
     detector: nn.Module = Decoded(model)
     common: dict[str, Any] = {"uint8_input": uint8_input, "metadata": metadata}

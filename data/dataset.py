@@ -174,7 +174,7 @@ class DetectionDataset(Dataset[Sample]):
         canvas_hw = draw.canvas_hw or (self.image_size_px, self.image_size_px)
         geometry, (height, width) = letterbox_of(size, self.image_size_px, canvas_hw)
         top, left = geometry.top_px, geometry.left_px
-        part, labels = self._resized(draw.index)
+        part, labels = self._resized(draw.index, canvas_hw)
         image = grey(*canvas_hw)
         image[:, top : top + height, left : left + width] = part
         labels[:, 1:] += np.array([left, top] * 2, dtype=np.float32)
@@ -208,13 +208,15 @@ class DetectionDataset(Dataset[Sample]):
             tiles = [Tile(*self._resized(index), geometry.left_px, geometry.top_px)]
         return augmented_scene(tiles, canvas_px, size_px, augment, rng, zoom=size_px / size)
 
-    def _resized(self, index: int) -> tuple[Tensor, Labels]:
+    def _resized(self, index: int, canvas_hw: tuple[int, int] | None = None) -> tuple[Tensor, Labels]:
         """The image with its longer side at image_size_px (without padding), and its labels in those pixels.
 
-        The image may be a view into the cache, the labels are new.
+        On a canvas that is too small for that it is as large as fits. The image may be a view into the cache, the labels
+        are new.
         """
-        geometry, (height, width) = letterbox_of(self._sizes[index], self.image_size_px)
-        if self._cache is None:
+        geometry, cached_hw = letterbox_of(self._sizes[index], self.image_size_px)
+        height, width = letterbox_of(self._sizes[index], self.image_size_px, canvas_hw)[1] if canvas_hw else cached_hw
+        if self._cache is None or (height, width) != cached_hw:
             image = resize(self._read(index), (height, width))
         else:
             top, left = geometry.top_px, geometry.left_px

@@ -105,14 +105,13 @@ def letterbox_of(
 ) -> tuple[Letterbox, tuple[int, int]]:
     """Scale an image so that its longer side is ``image_size_px``, centred on a canvas: that square unless given.
 
-    Returns the geometry and the resized (height, width), which must fit the canvas; an odd remainder goes to the right
-    and the bottom.
+    On a canvas that is too small for that it is as large as fits. Returns the geometry and the resized (height, width);
+    an odd remainder goes to the right and the bottom.
     """
     height, width = original_hw
-    ratio = image_size_px / max(height, width)
-    new_h, new_w = max(1, round(height * ratio)), max(1, round(width * ratio))
     canvas_h, canvas_w = canvas_hw or (image_size_px, image_size_px)
-    assert new_h <= canvas_h and new_w <= canvas_w, "the canvas is too small"
+    ratio = min(image_size_px / max(height, width), canvas_h / height, canvas_w / width)
+    new_h, new_w = max(1, round(height * ratio)), max(1, round(width * ratio))
     left, top = (canvas_w - new_w) // 2, (canvas_h - new_h) // 2
     return Letterbox(new_w / width, new_h / height, left, top, (height, width)), (new_h, new_w)
 

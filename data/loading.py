@@ -60,6 +60,7 @@ class EpochBatches(Sampler[list[Draw]]):
     ``sizes_px``: each batch of augmented samples is drawn at one of these sizes, the same on all ranks.
     ``rect_stride_px``: images in order of their shape, each batch on a canvas of multiples of this stride that leaves at
     least half a stride of grey along both sides together, as in YOLOv5: detectors find cut objects better beside a border.
+    ``canvas_hw``: every image on a canvas of this height and width, as large as fits.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class EpochBatches(Sampler[list[Draw]]):
         num_ranks: int = 1,
         sizes_px: Sequence[int] = (),
         rect_stride_px: int | None = None,
+        canvas_hw: tuple[int, int] | None = None,
     ) -> None:
         if batch_size < 1:
             raise DataError(f"batch size {batch_size}: expected at least 1")
@@ -89,11 +91,16 @@ class EpochBatches(Sampler[list[Draw]]):
             raise DataError(
                 f"rectangular batches of stride {rect_stride_px}: expected a positive stride, no shuffling and no augmentation"
             )
+        if canvas_hw is not None and (min(canvas_hw) < 1 or rect_stride_px is not None or dataset.augment is not None):
+            raise DataError(
+                f"a canvas of {canvas_hw[0]} x {canvas_hw[1]} pixels: expected positive sides, no rectangular batches and no "
+                "augmentation"
+            )
         self.dataset, self.batch_size, self.shuffle, self.seed, self.drop_last = (
             dataset, batch_size, shuffle, seed, drop_last,
         )  # fmt: skip
         self.rank, self.num_ranks = rank, num_ranks
-        self.sizes_px, self.rect_stride_px = tuple(sizes_px), rect_stride_px
+        self.sizes_px, self.rect_stride_px, self.canvas_hw = tuple(sizes_px), rect_stride_px, canvas_hw
 
     def __len__(self) -> int:
         share = self._share()
@@ -141,7 +148,7 @@ class EpochBatches(Sampler[list[Draw]]):
             resized = [letterbox_of(self.dataset.original_hw(i), self.dataset.image_size_px)[1] for i in indices]
             height, width = (math.ceil(max(sides) / stride + 0.5) * stride for sides in zip(*resized, strict=True))
             return height, width
-        return None
+        return self.canvas_hw
 
 
 class BatchLoader(DataLoader[Sample]):
@@ -170,6 +177,7 @@ def build_loader(
     num_ranks: int = 1,
     sizes_px: Sequence[int] = (),
     rect_stride_px: int | None = None,
+    canvas_hw: tuple[int, int] | None = None,
 ) -> DataLoader[Sample]:
     """A loader of the ``Batch``es that ``EpochBatches`` says, whatever the number of ``workers``.
 
@@ -188,6 +196,7 @@ def build_loader(
         num_ranks=num_ranks,
         sizes_px=sizes_px,
         rect_stride_px=rect_stride_px,
+        canvas_hw=canvas_hw,
     )
     return BatchLoader(
         dataset,

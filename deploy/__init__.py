@@ -6,6 +6,7 @@ from .network import ExportedNetwork, Precision, parts_of, size_text
 from .onnx_file import OnnxNetwork, export_onnx
 from .open_file import ENGINES, SUFFIXES, open_exported
 from .openvino_file import OpenVinoNetwork, export_openvino
+from .profile import LayerTime, profile, profile_text
 from .proof import prove_equal, prove_same_detections
 from .torchscript_file import TorchScriptNetwork, export_torchscript
 
@@ -16,6 +17,7 @@ __all__ = [
     "DeployError",
     "ExportedNetwork",
     "FromBytes",
+    "LayerTime",
     "OnnxNetwork",
     "OpenVinoNetwork",
     "Precision",
@@ -26,6 +28,8 @@ __all__ = [
     "export_torchscript",
     "open_exported",
     "parts_of",
+    "profile",
+    "profile_text",
     "prove_equal",
     "prove_same_detections",
     "size_text",

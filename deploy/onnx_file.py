@@ -7,6 +7,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -28,16 +29,20 @@ Proof = Callable[[Any, nn.Module, Tensor], float]
 
 
 class OnnxNetwork(ExportedNetwork):
-    """An ONNX file under ONNX Runtime. ``num_cores``: threads of the network, 0 for all."""
+    """An ONNX file under ONNX Runtime. ``num_cores``: threads of the network, 0 for all; ``profile``: see profile.py."""
 
     engine = "onnxruntime"
 
-    def __init__(self, path: str | Path, num_cores: int = 0) -> None:
+    def __init__(self, path: str | Path, num_cores: int = 0, profile: bool = False) -> None:
         path = existing(path, "an ONNX network")
         proto = read_onnx(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads_of(num_cores)
         options.log_severity_level = 3
+        profiles_to = TemporaryDirectory() if profile else None
+        if profiles_to is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(profiles_to.name) / "profile")
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's errors have no common class but this
@@ -59,7 +64,7 @@ class OnnxNetwork(ExportedNetwork):
             takes_bytes=entry.type == "tensor(uint8)",
             precision="int8" if quantised else "float32",
         )
-        self.session, self.entry = session, entry.name
+        self.session, self.entry, self.profiles_to = session, entry.name, profiles_to
 
     def run(self, images: Tensor) -> Tensor:
         (output,) = self.session.run(None, {self.entry: images.numpy()})

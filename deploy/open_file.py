@@ -22,9 +22,17 @@ SUFFIXES: dict[str, tuple[Engine, ...]] = {
 
 
 def open_exported(
-    path: str | Path, engine: Engine | None = None, *, num_cores: int = 0, precision: Precision = "auto"
+    path: str | Path,
+    engine: Engine | None = None,
+    *,
+    num_cores: int = 0,
+    precision: Precision = "auto",
+    profile: bool = False,
 ) -> ExportedNetwork:
-    """An exported file under an engine; DeployError where the engine does not run such files, or not in ``precision``."""
+    """An exported file under an engine; DeployError where the engine does not run such files, or not in ``precision``.
+
+    With ``profile`` the engine measures every operator, see ``profile.py``.
+    """
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
         raise DeployError(f"{path}: not an exported network; expected one of {', '.join(SUFFIXES)}")
@@ -32,9 +40,9 @@ def open_exported(
     if chosen not in SUFFIXES[suffix]:
         raise DeployError(f"{path}: --engine {chosen} does not run {suffix} files; use {' or '.join(SUFFIXES[suffix])}")
     if chosen == "openvino":
-        return OpenVinoNetwork(path, num_cores, precision)
+        return OpenVinoNetwork(path, num_cores, precision, profile)
     if precision == "bfloat16":
         raise DeployError(
             f"--precision bfloat16: {chosen} computes exported networks in float32; use --engine openvino"
         )
-    return OnnxNetwork(path, num_cores) if chosen == "onnxruntime" else TorchScriptNetwork(path, num_cores)
+    return OnnxNetwork(path, num_cores, profile) if chosen == "onnxruntime" else TorchScriptNetwork(path, num_cores)

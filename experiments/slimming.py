@@ -265,7 +265,7 @@ def compare(flags: SlimmingFlags) -> list[Row]:
     step, smallest = list(timed.items())[-1]
     exported = work.script("export", "export", "--weights", str(smallest), "--img", str(flags.img), *work.data)
     print(f"{step}, for other runtimes: {exported / 'weights' / smallest.with_suffix('.onnx').name}")
-    times = json.loads((bench / "benchmark.json").read_text(encoding="utf-8"))
+    times = json.loads((bench / "benchmark.json").read_text(encoding="utf-8"))["rows"]
     by_step = dict(zip(timed, (float(t["milliseconds"]) for t in times), strict=True))
     # A masked network has the size of the one that it masks, and so its run time.
     rows = [replace(row, milliseconds=by_step.get(row.step, by_step["sparse, not cut"])) for row in rows]

@@ -1,6 +1,6 @@
 """YOLOv5: blocks, builder, loss, distillation, post-processing and import of published checkpoints."""
 
-from models.activations import has_activation, swap_activations
+from models.activations import activation_name, has_activation, swap_activations
 from models.anchors import LOWEST_RECALL, AnchorFit, anchor_fit, refit_anchors
 from models.builder import build_model
 from models.checkpoint_import import Imported, import_checkpoint
@@ -26,6 +26,7 @@ __all__ = [
     "LossGains",
     "ModelError",
     "Transfer",
+    "activation_name",
     "anchor_fit",
     "build_model",
     "fuse_norms",

@@ -65,6 +65,11 @@ def has_activation(model: nn.Module, name: str) -> bool:
     return type(make_activation(own)) is type(make_activation(name))
 
 
+def activation_name(model: nn.Module) -> str:
+    """The kind of activation in the blocks of a YOLO, such as SiLU."""
+    return type(make_activation(model.description.get("activation") or DEFAULT_ACTIVATION)).__name__
+
+
 def swap_activations(model: nn.Module, name: str) -> int:
     """Give every block of a YOLO the activation ``name`` where it has the model's own now; in place, how many changed.
 

@@ -40,6 +40,12 @@ def test_a_canvas_of_another_shape() -> None:
     )
 
 
+def test_a_canvas_that_is_too_small_shrinks_the_image() -> None:
+    """400 x 500 pixels at 500: on 200 x 500 the height decides, on 500 x 250 the width."""
+    assert letterbox_of((400, 500), 500, (200, 500)) == (Letterbox(0.5, 0.5, 125, 0, (400, 500)), (200, 250))
+    assert letterbox_of((400, 500), 500, (500, 250)) == (Letterbox(0.5, 0.5, 0, 150, (400, 500)), (200, 250))
+
+
 @pytest.mark.parametrize("size_hw", [(16, 20), (90, 61)])
 def test_memory_formats_give_the_same_pixels(size_hw: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -25,6 +25,8 @@ from data import (
     collate,
     multi_scale_sizes,
 )
+from data.dataset import Cache
+from data.images import read_image, resize
 from data.loading import EpochBatches
 from tests.data.scenes import ROOT, label_line, rectangle, write_rectangles, write_set
 
@@ -208,6 +210,26 @@ def test_rectangular_batches_by_hand(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.parametrize("cache", ["ram", "none"])
+def test_a_canvas_for_all_images(tmp_path: Path, cache: Cache) -> None:
+    """On 32 x 64 at 64 the wide image keeps its size and the high one is halved: resized from its file, labels too."""
+    shapes = {"a": (40, 80), "b": (80, 60)}
+    images = {stem: rectangle(h, w, (2, 2, 18, 18), 1) for stem, (h, w) in shapes.items()}
+    lines = {stem: [label_line(h, w, (2, 2, 18, 18), 1)] for stem, (h, w) in shapes.items()}
+    dataset = DetectionDataset(write_set(tmp_path, images, lines), "train", 64, cache=cache)
+    (batch,) = build_loader(dataset, 2, shuffle=False, canvas_hw=(32, 64))
+    assert tuple(batch.images.shape) == (2, 3, 32, 64)
+    assert batch.letterboxes == [Letterbox(0.8, 0.8, 0, 0, (40, 80)), Letterbox(0.4, 0.4, 20, 0, (80, 60))]
+    assert torch.equal(batch.images[1, :, :, 20:44], resize(read_image(dataset.files[1]), (32, 24)))
+    assert (batch.images[1, :, :, :20] == 114).all()
+    for row, letterbox in zip(batch.targets, batch.letterboxes, strict=True):
+        assert letterbox is not None
+        box = cxcywh_to_xyxy(row[2:]) * torch.tensor([64, 32, 64, 32])
+        torch.testing.assert_close(
+            letterbox.to_original(box[None])[0], torch.tensor([2.0, 2, 18, 18]), atol=1e-3, rtol=0
+        )
+
+
 def test_rectangular_ranks_see_each_image(rectangles: DataConfig) -> None:
     dataset = DetectionDataset(rectangles, "train", 64)
     ranks = [indices(EpochBatches(dataset, 2, False, rank=rank, num_ranks=3, rect_stride_px=16)) for rank in range(3)]
@@ -243,6 +265,8 @@ def test_weighted_epochs_draw_rare_classes_more_often(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"sizes_px": (32,)}, r"sizes \[32\]: expected positive numbers of pixels and a data set with augmentation"),
+        ({"canvas_hw": (0, 32)}, "a canvas of 0 x 32 pixels: expected positive sides, no rectangular batches"),
+        ({"canvas_hw": (32, 32), "rect_stride_px": 32}, "a canvas of 32 x 32 pixels: expected positive sides, no rect"),
         ({"rect_stride_px": 0}, "rectangular batches of stride 0: expected a positive stride, no shuffling"),
         ({"rect_stride_px": 32, "shuffle": True}, "rectangular batches of stride 32: expected a positive stride, no"),
     ],

@@ -47,7 +47,7 @@ def test_table_is_made_of_the_scripts_own_metrics(
     out = capfd.readouterr().out
     assert code == 0, out
     run = tmp_path / "runs" / "x"
-    printed = out[out.index("| network |") :].splitlines()
+    printed = out[out.index("| network | AP val |") :].splitlines()
     rows = [line.split(" | ") for line in printed if line.startswith("| ")][2:]
     assert [row[0].removeprefix("| ") for row in rows] == STEPS
     tuned = json.loads((run / "finetune-0.5" / "metrics.json").read_text())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.scripts.runs import ROOT, SMALL, SMALL_ANCHORS, Done, Runner
+
+PLOTS = ("plot_labels", "plot_results", "plot_gates")
 
 
 @pytest.fixture
@@ -81,5 +84,43 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings without their plots, which take longer than the training of a test."""
     import train_sparse
 
-    for name in ("plot_labels", "plot_results", "plot_gates"):
+    for name in PLOTS:
         monkeypatch.setattr(train_sparse, name, lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def small_run(small_cfg: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a small network that was trained until it finds something."""
+    import finetune
+    import train_sparse
+
+    project = tmp_path_factory.mktemp("small")
+    arguments = ["--weights", "", "--cfg", small_cfg, "--data", tiny, "--img", 64, "--batch-size", 4, "--workers", 0]
+    same = [word for flag in ("--mosaic", "--scale", "--translate", "--hsv-v") for word in (flag, 0)]
+    schedule = ["--epochs", 50, "--eval-every", 50, "--optimizer", "adamw", "--project", project, "--name", "small"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PLOTS:
+            patch.setattr(train_sparse, name, lambda *_: None)
+        assert finetune.cli([*map(str, arguments), *map(str, schedule), *map(str, same)]) == 0
+    return project / "small" / "weights" / "last.pt"
+
+
+@pytest.fixture(scope="session")
+def exported(small_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of exports of ``small_run`` for images of 64 pixels; the one with its suppression as val.py has it."""
+    from detection import DetectionDataset, open_data, read_network, real_images
+    from export import Nms, write_file
+
+    folder = tmp_path_factory.mktemp("exported")
+    images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 1)
+    options: dict[str, dict[str, Any]] = {
+        "net.onnx": {},
+        "net.xml": {},
+        "net.torchscript": {},
+        "dynamic.onnx": {"dynamic": True},
+        "bytes.xml": {"uint8_input": True},
+        "nms.onnx": {"nms": Nms(0.001, 0.65, 300)},
+    }
+    for name, more in options.items():
+        write_file(read_network(small_run), folder / name, images, **more)
+    return folder
