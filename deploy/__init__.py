@@ -2,6 +2,8 @@
 
 from .errors import DeployError
 from .graph_ends import Decoded, FromBytes, WithNms
+from .latency import Comparison, Times, compare_latency, measure_latency
+from .latency_search import Trial, search_latency
 from .network import ExportedNetwork, Precision, parts_of, size_text
 from .onnx_file import OnnxNetwork, export_onnx
 from .open_file import ENGINES, SUFFIXES, open_exported
@@ -12,6 +14,7 @@ from .torchscript_file import TorchScriptNetwork, export_torchscript
 __all__ = [
     "ENGINES",
     "SUFFIXES",
+    "Comparison",
     "Decoded",
     "DeployError",
     "ExportedNetwork",
@@ -19,14 +22,19 @@ __all__ = [
     "OnnxNetwork",
     "OpenVinoNetwork",
     "Precision",
+    "Times",
     "TorchScriptNetwork",
+    "Trial",
     "WithNms",
+    "compare_latency",
     "export_onnx",
     "export_openvino",
     "export_torchscript",
+    "measure_latency",
     "open_exported",
     "parts_of",
     "prove_equal",
     "prove_same_detections",
+    "search_latency",
     "size_text",
 ]
