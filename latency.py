@@ -60,8 +60,8 @@ class LatencyFlags(detection.DataFlags):
         None, "the same as a share of the dense network's milliseconds, above 0, below 1"
     )
     latency_int8: bool = flag(False, "with a latency: of the networks in INT8 (the Detect head in floating point)")
-    engine: Engine = flag("openvino", "with a latency: what runs the networks")
-    latency_precision: Precision = flag("auto", "what is not in INT8: auto is what the engine takes by itself")
+    engine: Engine = flag("openvino", "with a latency: what runs the networks")  # noqa: RUF009
+    latency_precision: Precision = flag("auto", "what is not in INT8: auto is what the engine takes by itself")  # noqa: RUF009
     num_cores: int = flag(0, "with a latency: CPU threads, 0 for all")
 
     @property
@@ -178,8 +178,8 @@ class LatencySearch:
 
     cutter: Cutter
 
-    def __init__(self, measurer: Measurer, record: Path) -> None:
-        self.measurer, self.record = measurer, record
+    def __init__(self, flags: LatencyFlags, measurer: Measurer, record: Path) -> None:
+        self.flags, self.measurer, self.record = flags, measurer, record
         self.plans: dict[str, slim.Plan] = {}
         self.known: dict[str, Any] = {"dense": None, "measurements": []}
         if record.is_file():
@@ -251,7 +251,7 @@ class LatencySearch:
 
     @property
     def asked(self) -> str:
-        flags = self.measurer.flags
+        flags = self.flags
         if flags.latency_ms is not None:
             return f"--latency-ms {flags.latency_ms:g}"
         return f"--latency-share {flags.latency_share:g}"
@@ -264,7 +264,7 @@ class LatencySearch:
 
     def target(self) -> float:
         """As a share of the dense network's milliseconds."""
-        flags = self.measurer.flags
+        flags = self.flags
         return flags.latency_share if flags.latency_share is not None else flags.latency_ms / self.dense_ms
 
     def least(self) -> dict[int, float]:
@@ -300,10 +300,9 @@ class LatencySearch:
         }
         self.known["measurements"].append(row)
         self.write()
+        ms, target_ms = found.ratio * self.dense_ms, self.target() * self.dense_ms
+        self.bar.set_postfix_str(f"{row['keep_macs']:.0%} of the MACs: {ms:.2f} ms, target {target_ms:.2f} ms")
         self.bar.update()
-        self.bar.set_postfix_str(
-            f"{row['keep_macs']:.0%} of the MACs, {found.ratio * self.dense_ms:.2f} ms, target {self.target() * self.dense_ms:.2f}"
-        )
         return row
 
     def unreachable(self) -> str:

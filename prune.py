@@ -32,7 +32,7 @@ from engine import (
 )
 from engine.command import choose_device, flag, run_script
 from latency import ROUNDINGS, Cutter, LatencyFlags, LatencySearch, Measurer
-from unstructured import zero_smallest
+from unstructured import share_of_zeros, zero_smallest
 
 TOLERANCE = 1e-4
 EXACT_TOLERANCE = 1e-6  # decoded boxes are float32 whatever the network computes in
@@ -152,7 +152,7 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
     run, search = None, None
     if flags.by_latency:
         run = open_run(flags)
-        search = LatencySearch(Measurer(flags, material.network, material.images), run.path / "latency.json")
+        search = LatencySearch(flags, Measurer(flags, material.network, material.images), run.path / "latency.json")
     choice = choose_plan(flags, material, search)
     print(choice.plan)
     done = cut(flags, material, choice.plan)
@@ -361,6 +361,12 @@ def zero_weights(flags: PruneFlags) -> RunFolder:
     assert flags.unstructured is not None
     material = open_material(flags)
     folded = slim.fold_gates(material.network.model, material.images)
+    already = share_of_zeros(folded)
+    if already > flags.unstructured:
+        raise EngineError(
+            f"--unstructured {flags.unstructured:g}: {already:.1%} of the convolutions' weights are zero already (gates are "
+            "folded first, closed ones leave zeros); give a larger share, or a network that was not trained sparsely"
+        )
     before = material.evaluator(folded) if material.evaluator else None
     zeroed, layers = zero_smallest(folded.cpu(), flags.unstructured, flags.unstructured_scope)
     after = material.evaluator(zeroed) if material.evaluator else None
@@ -379,6 +385,7 @@ def zero_weights(flags: PruneFlags) -> RunFolder:
     figures = after.metrics() if after else NOT_EVALUATED
     run.write_metrics({**figures, "params": cost.params, "macs": cost.macs, **found})
     run.close()
+    write_report(run)
     print(f"{zeros:,} of {size:,} weights of {len(layers)} convolutions are zero: {zeros / size:.1%}")
     if before and after:
         print(f"AP {after.ap:.4f}, {before.ap:.4f} before")

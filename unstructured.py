@@ -29,3 +29,9 @@ def zero_smallest(
         prune.remove(module, "weight")
     counts = {path: (int((m.weight == 0).sum()), m.weight.numel()) for path, m in convolutions.items()}
     return model, counts
+
+
+def share_of_zeros(model: nn.Module) -> float:
+    """Of the convolutions' weights."""
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

@@ -44,7 +44,7 @@ class Comparison:
 
 
 def compare_latency(
-    dense: Run, candidate: Run, *, error: float = 0.006, least_blocks: int = 8, most_seconds: float = 20.0
+    dense: Run, candidate: Run, *, error: float = 0.01, least_blocks: int = 8, most_seconds: float = 15.0
 ) -> Comparison:
     """Measure until the ratio's standard error is at most ``error`` of it, or ``most_seconds`` have passed.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 FIXED = 0.2
 """What is first taken for the share of a network's latency that does not fall with its MACs."""
-NARROW = 0.01
+NARROW = 0.02
 """A bracket so narrow, as a share of the MACs, is not divided further."""
 MARGIN = 0.15
 """The part of a bracket at each of its ends in which no trial is made: it would hardly narrow it."""
@@ -34,7 +34,7 @@ def search_latency(
     least: Mapping[int, float],
     *,
     whole: float = 1.0,
-    tolerance: float = 0.03,
+    tolerance: float = 0.05,
     most_trials: int = 10,
 ) -> Trial | None:
     """The candidate with the most MACs whose latency is at most ``target``; None where even the smallest is slower.
