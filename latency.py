@@ -8,7 +8,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,24 +19,14 @@ from tqdm import tqdm
 
 import detection
 import slim
-from deploy import (
-    Comparison,
-    Decoded,
-    Precision,
-    Times,
-    Trial,
-    compare_latency,
-    measure_latency,
-    open_exported,
-    search_latency,
-)
+from deploy import Decoded, Precision, Trial, open_exported, search_latency
 from deploy.int8_timing import quantise_for_timing
-from deploy.latency import Run
 from deploy.network import threads_of
 from deploy.open_file import Engine
 from detector import Eager
-from engine import EngineError
+from engine import EngineError, Timing, Turns
 from engine.command import flag
+from engine.comparison import Comparison, compare, summary
 from export import SUFFIX_OF, write_file
 from models import fuse_norms
 
@@ -44,7 +34,10 @@ TOLERANCE = 0.05
 """How far above the target a network may be when it is measured again."""
 ATTEMPTS = 4
 """Networks that are measured again before the machine is held for too noisy."""
+ROUNDS = 20
+"""In which the dense network is measured on its own, before there is a candidate."""
 ROUNDINGS = (8, 16)
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -102,15 +95,18 @@ class Measurer:
             "image_px": list(self.images.shape[2:]),
         }
 
-    def alone(self) -> Times:
+    def alone(self) -> Timing:
         """The dense network."""
         with self.threads():
-            return measure_latency(self.dense_run())
+            turns = Turns({"dense": self.dense_run()})
+            for number in range(ROUNDS + 1):
+                turns.round(counts=number > 0)
+        return turns.timings()["dense"]
 
     def against_dense(self, model: nn.Module) -> Comparison:
-        """A network of the dense one's kind, which is left on the CPU."""
+        """A network of the dense one's kind, which is left on the CPU; the dense network comes first."""
         with self.threads():
-            return compare_latency(self.dense_run(), self.runnable(model))
+            return compare(self.dense_run(), self.runnable(model))
 
     def dense_run(self) -> Run:
         self._dense_run = self._dense_run or self.runnable(self.dense.model)
@@ -207,7 +203,7 @@ class LatencySearch:
 
     def searched(self) -> slim.Plan:
         if self.known["dense"] is None:
-            self.known["dense"] = asdict(self.measurer.alone())
+            self.known["dense"] = summary(self.measurer.alone())
             self.known["setting"] = self.measurer.setting()
         least = self.least()
         for _ in range(ATTEMPTS):
@@ -295,7 +291,10 @@ class LatencySearch:
             "macs": plan.macs[1],
             "params": plan.params[1],
             "widths": widths_digest(plan),
-            **asdict(found),
+            "ratio": found.ratio,
+            "error": found.error,
+            "dense": summary(found.first),
+            "candidate": summary(found.second),
             "accepted": False,
         }
         self.known["measurements"].append(row)

@@ -2,7 +2,6 @@
 
 from .errors import DeployError
 from .graph_ends import Decoded, FromBytes, WithNms
-from .latency import Comparison, Times, compare_latency, measure_latency
 from .latency_search import Trial, search_latency
 from .network import ExportedNetwork, Precision, parts_of, size_text
 from .onnx_file import OnnxNetwork, export_onnx
@@ -14,7 +13,6 @@ from .torchscript_file import TorchScriptNetwork, export_torchscript
 __all__ = [
     "ENGINES",
     "SUFFIXES",
-    "Comparison",
     "Decoded",
     "DeployError",
     "ExportedNetwork",
@@ -22,15 +20,12 @@ __all__ = [
     "OnnxNetwork",
     "OpenVinoNetwork",
     "Precision",
-    "Times",
     "TorchScriptNetwork",
     "Trial",
     "WithNms",
-    "compare_latency",
     "export_onnx",
     "export_openvino",
     "export_torchscript",
-    "measure_latency",
     "open_exported",
     "parts_of",
     "prove_equal",

@@ -45,7 +45,7 @@ from .report import (
 )
 from .run_folder import CUT_METRIC_KEYS, METRIC_KEYS, RunFolder
 from .sparsity import Sparsity
-from .timing import milliseconds_per_image
+from .timing import Timing, Turns, milliseconds_per_image, rounds_for
 from .trainee import TrainConfig
 from .training import FitResult, fit
 
@@ -66,8 +66,10 @@ __all__ = [
     "Progress",
     "RunFolder",
     "Sparsity",
+    "Timing",
     "TrainConfig",
     "Trainee",
+    "Turns",
     "WeightAverage",
     "World",
     "build_optimizer",
@@ -93,6 +95,7 @@ __all__ = [
     "read_state",
     "read_training_state",
     "recalibrate",
+    "rounds_for",
     "save_coco_json",
     "save_png",
     "seed_generators",

@@ -10,7 +10,8 @@ from torch import nn
 
 import latency
 import slim
-from deploy import Comparison, Times
+from engine import Timing
+from engine.comparison import Comparison
 
 
 @dataclass
@@ -25,7 +26,7 @@ class FakeClock:
     alone: int = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def alone(measurer: latency.Measurer) -> Times:
+        def alone(measurer: latency.Measurer) -> Timing:
             self.alone += 1
             return self.times(1.0)
 
@@ -35,10 +36,10 @@ class FakeClock:
             ratio = self.fixed + (1 - self.fixed) * macs / slim.cost(measurer.dense.model, example).macs
             ratio *= self.again if macs in self.measured else 1.0
             self.measured.append(macs)
-            return Comparison(self.times(1.0), self.times(ratio), ratio, 0.001, 8)
+            return Comparison(self.times(1.0), self.times(ratio), ratio, 0.001)
 
         monkeypatch.setattr(latency.Measurer, "alone", alone)
         monkeypatch.setattr(latency.Measurer, "against_dense", against_dense)
 
-    def times(self, ratio: float) -> Times:
-        return Times(self.dense_ms * ratio, self.dense_ms * ratio, self.dense_ms * ratio, 40)
+    def times(self, ratio: float) -> Timing:
+        return Timing((self.dense_ms * ratio,) * 40)

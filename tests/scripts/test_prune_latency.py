@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_the_plan_meets_the_milliseconds_and_its_search_is_recorded(
     assert len({row["widths"] for row in rows}) == len(rows) - 1 and {row["round_to"] for row in rows} == {8, 16}
     # No network that is fast enough keeps more.
     assert all(row["macs"] <= macs for row in rows if row["ratio"] <= 0.6)
-    assert rows[0]["candidate"]["median_ms"] == rows[0]["ratio"] * rows[0]["dense"]["median_ms"]
+    assert rows[0]["candidate"]["median_ms"] == pytest.approx(rows[0]["ratio"] * rows[0]["dense"]["median_ms"])
     assert record["reason"] == f"met: {found['latency_ms']:.2f} ms" and "| accepted |" in done.out
     assert "pruned = masked" in done.out
 
@@ -76,7 +77,7 @@ def test_the_rounding_that_measures_faster_is_taken(
     def slower(measurer: latency.Measurer, model: torch.nn.Module) -> Any:
         found = plain(measurer, model)
         odd = any(out % 16 for path, (_, out) in slim.widths_of(model).items() if not path.startswith("model.24"))
-        return latency.Comparison(found.dense, found.candidate, found.ratio * (1.25 if odd else 1.0), 0.001, 8)
+        return replace(found, ratio=found.ratio * (1.25 if odd else 1.0))
 
     monkeypatch.setattr(latency.Measurer, "against_dense", slower)
     done = script(*base(sparse_run, tmp_path), "--latency-share", 0.6)
@@ -141,7 +142,7 @@ def test_the_engines_run_what_is_exported(small_cfg: Path) -> None:
         assert measurer.setting() == {"engine": engine, "precision": "float32", "num_cores": 1, "image_px": [64, 64]}
         if engine == "torch":
             found = measurer.against_dense(network.model)
-            assert found.blocks >= 8 and found.dense.runs == found.candidate.runs and found.ratio > 0
+            assert len(found.first.runs_ms) == len(found.second.runs_ms) >= 30 and found.ratio > 0
     assert torch.get_num_threads() == threads
 
 
