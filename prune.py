@@ -85,6 +85,8 @@ class PruneFlags(LatencyFlags):
     def check(self) -> None:
         """EngineError for a target that cannot be meant."""
         self.check_latency()
+        if self.recalibrate and self.data is None:
+            raise EngineError("--recalibrate needs --data: statistics are re-estimated on its training images")
         given = [f"--{name}" for name in TARGETS if getattr(self, name) is not None]
         given += ["--latency-ms"] if self.latency_ms is not None else []
         given += ["--latency-share"] if self.latency_share is not None else []
@@ -94,8 +96,7 @@ class PruneFlags(LatencyFlags):
             return
         if not 0 < self.unstructured < 1:
             raise EngineError(f"--unstructured {self.unstructured:g}: expected above 0 and below 1, the share to zero")
-        if given or self.recalibrate:
-            others = [*given, *(["--recalibrate"] if self.recalibrate else [])]
+        if others := [*given, *(["--recalibrate"] if self.recalibrate else [])]:
             raise EngineError(
                 f"--unstructured and {', '.join(others)}: zeroed weights leave every width as it is; cut channels in a run of "
                 "its own"
@@ -237,8 +238,7 @@ def cut(flags: PruneFlags, material: Material, plan: slim.Plan) -> Cut:
     difference = prove(masked.cpu(), pruned, material.images)
     print(f"pruned = masked to {difference:.1e} of the largest output on {len(material.images)} images")
     if flags.recalibrate:
-        if material.config is None:
-            raise EngineError("--recalibrate needs --data: statistics are re-estimated on its training images")
+        assert material.config is not None
         batch_size, seed = flags.batch_size, flags.seed
         batches = detection.training_images(material.config, flags.img, batch_size, flags.recalibrate, seed)
         recalibrate(pruned, batches, material.device)
