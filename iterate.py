@@ -9,7 +9,7 @@ import functools
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -41,25 +41,43 @@ from engine.journal import Journal, emptied
 from engine.loop import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
 from export import write_file
 from finetune import FinetuneFlags
-from prune import Cut, Material, PruneFlags, choose_plan, cut, open_material, output_widths, prove
+from latency import TOLERANCE, LatencyFlags, LatencySearch, Measurer
+from prune import (
+    PROOF_IMAGES,
+    ROUND_TO,
+    Cut,
+    Material,
+    PruneFlags,
+    choose_plan,
+    cut,
+    open_material,
+    output_widths,
+    prove,
+)
 from slim.atomic import WRITING
 from train_sparse import SparseFlags, TrainFlags, TrainResult, train_in
 
 NOT_OF_THE_RUN = {"project", "name", "device", "workers", "cache", "debug", "data_root", "download"}
 """Flags that may change when a loop continues: what it finds does not depend on them."""
 
+LATENCY_FLAGS = {field.name for field in fields(LatencyFlags)} - {field.name for field in fields(detection.DataFlags)}
+KEEP_MACS = 0.4
+
 Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
-class IterateFlags(detection.DataFlags):
+class IterateFlags(LatencyFlags):
     """The loop."""
 
     project: str = flag("runs/iterate", "folder that holds the run folders")
     weights: str = flag("", "trained checkpoint to slim; its AP is the baseline")
     img: int = flag(320, "image size in pixels, a multiple of the largest stride")
     rounds: int = flag(3, "how many times to train sparsely and cut")
-    macs: float = flag(0.4, "share of the MACs of --weights to keep in the end, above 0 to 1")
+    macs: float | None = flag(
+        None,
+        "share of the MACs of --weights to keep in the end, above 0 to 1; else 0.4, unless a latency is the target",
+    )
     sparse_epochs: int = flag(10, "epochs of sparse training a round")
     recovery_epochs: int = flag(5, "epochs of training after each cut, before it is judged; 0 judges it at once")
     finetune_epochs: int = flag(20, "epochs of fine-tuning at the end")
@@ -80,7 +98,10 @@ class IterateFlags(detection.DataFlags):
         "", "checkpoint whose outputs every training learns beside the labels, such as --weights itself"
     )
     distill_weight: float = flag(1.0, "with --teacher: weight of its outputs beside the labels")
-    round_to: int = flag(8, "kept widths are multiples of this many channels")
+    round_to: int | None = flag(
+        None,
+        "kept widths are multiples of this many channels; else 8, for a latency 8 or 16, whichever measures faster",
+    )
     min_channels: int = flag(8, "every group keeps at least this many channels")
     export: Literal["onnx", "none"] = flag("onnx", "also leave the slim network as weights/slim.onnx, or not")
     train: list[str] = flag([], "further flags of every training, as name=value")  # noqa: RUF009
@@ -92,16 +113,29 @@ class IterateFlags(detection.DataFlags):
         for name, least in (("rounds", 1), ("attempts", 1), ("recovery_epochs", 0), ("recalibrate", 0)):
             if getattr(self, name) < least:
                 raise EngineError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
-        if not 0 < self.macs <= 1:
+        self.check_latency()
+        if self.by_latency and self.macs is not None:
+            raise EngineError("--macs and a latency: give one target")
+        if self.macs is not None and not 0 < self.macs <= 1:
             raise EngineError(f"--macs {self.macs}: expected above 0 to 1, the share to keep")
+
+    def resolved(self) -> IterateFlags:
+        """With what stands in place of flags that were not given."""
+        if self.by_latency:
+            return self
+        macs, round_to = self.macs, self.round_to
+        return replace(
+            self, macs=KEEP_MACS if macs is None else macs, round_to=ROUND_TO if round_to is None else round_to
+        )
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The smallest network that the loop has accepted so far."""
+    """The smallest network that the loop has accepted so far; its latency is a share of the dense network's."""
 
     weights: Path
     macs: int
+    latency: float = 1.0
     plans: tuple[slim.Plan, ...] = ()
     carried: Path | None = None
 
@@ -127,10 +161,13 @@ class Loop:
         self.val_set = detection.DetectionDataset(config, "val", flags.img)
         self.evaluator = detection.Evaluator(self.val_set, batch_size=flags.batch_size, workers=0, device=self.device)
         self.candidates: list[Candidate] = []
+        images = detection.real_images(self.val_set, PROOF_IMAGES)
+        self.measurer = Measurer(flags, self.dense, images) if flags.by_latency else None
 
     def flags_of(self, kind: type[Kind], further: list[str], **given: Any) -> Kind:
         """A step's flags: those that it has in common with the loop, then the further ones, then what the step is given."""
-        wanted = {field.name for field in fields(kind)} - {"project", "name", "weights", "macs", "download"}  # type: ignore[arg-type]
+        own = {"project", "name", "weights", "macs", "download", "latency_ms", "latency_share"}
+        wanted = {field.name for field in fields(kind)} - own  # type: ignore[arg-type]
         common = {name: value for name, value in asdict(self.flags).items() if name in wanted}
         return kind(**{**common, **further_flags(kind, further), **given})
 
@@ -173,11 +210,15 @@ class Loop:
             SparseFlags, [*flags.train, *flags.sparse], weights=str(start.weights), epochs=flags.sparse_epochs
         )
         sparse = RunFolder(self.training(f"round{number}-sparse", sparse_flags, start.carried)).last
-        target = round_target(start.macs, baseline["macs"] * flags.macs, flags.rounds - number + 1)
+        final, rounds_left = self.final_target(baseline), flags.rounds - number + 1
+        # In MACs, or with a latency as a share of the dense network's.
+        reached, whole = (start.latency, 1.0) if self.measurer else (start.macs, baseline["macs"])
+        target = round_target(reached, final, rounds_left)
         for attempt in range(1, flags.attempts + 1):
             name = f"round{number}-try{attempt}"
-            print(f"round {number} of {flags.rounds}, attempt {attempt}: {target / baseline['macs']:.1%} of the MACs")
-            plan = self.plan(f"{name}-plan", sparse, round(target))
+            of_what = "latency" if self.measurer else "MACs"
+            print(f"round {number} of {flags.rounds}, attempt {attempt}: {target / whole:.1%} of the {of_what}")
+            plan, latency = self.plan(f"{name}-plan", sparse, target, start)
             weights = self.cut(f"{name}-cut", sparse, plan)
             if flags.recovery_epochs:
                 recovery_flags = self.flags_of(
@@ -186,22 +227,50 @@ class Loop:
                 weights = RunFolder(self.training(f"{name}-recovery", recovery_flags, weights)).last
             candidate = self.judge(f"{name}-evaluation", weights, baseline, (number, attempt))
             if candidate.accepted:
-                return Accepted(weights, candidate.macs, (*start.plans, plan), weights)
-            target = smaller_cut(start.macs, target)
+                return Accepted(weights, candidate.macs, latency, (*start.plans, plan), weights)
+            target = smaller_cut(reached, target)
         return None
 
-    def plan(self, name: str, sparse: Path, macs: int) -> slim.Plan:
-        """What the round would cut."""
-        flags = self.flags_of(PruneFlags, [], weights=str(sparse), macs=macs)
+    def final_target(self, baseline: Mapping[str, Any]) -> float:
+        """What the last round aims at: MACs, or with a latency a share of the dense network's."""
+        flags = self.flags
+        if self.measurer is None:
+            assert flags.macs is not None
+            return float(baseline["macs"] * flags.macs)
+        dense_ms = self.dense_latency()["dense_ms"]
+        if flags.latency_share is not None:
+            return flags.latency_share
+        assert flags.latency_ms is not None
+        if flags.latency_ms >= dense_ms:
+            raise EngineError(
+                f"--latency-ms {flags.latency_ms:g}: the dense network takes {dense_ms:.2f} ms, which meets it; nothing to cut"
+            )
+        return float(flags.latency_ms / dense_ms)
+
+    def dense_latency(self) -> dict[str, Any]:
+        """What the dense network takes, and under what."""
 
         def act(work: Path) -> dict[str, Any]:
-            _, plan = choose_plan(flags, open_material(flags))
-            print(plan)
-            slim.write_text_atomically(work / "plan.json", plan.to_json())
-            return {"macs": plan.macs, "params": plan.params}
+            assert self.measurer is not None
+            return {"dense_ms": self.measurer.alone().median_ms, **self.measurer.setting()}
 
-        self.journal.phase(name, act)
-        return slim.Plan.from_json((self.journal.folder / name / "plan.json").read_text(encoding="utf-8"))
+        return self.journal.phase("latency", act)
+
+    def plan(self, name: str, sparse: Path, target: float, start: Accepted) -> tuple[slim.Plan, float]:
+        """What the round would cut, and its latency as a share of the dense network's (1 where it was not asked for)."""
+        wanted = {"latency_share": target} if self.measurer else {"macs": round(target)}
+        flags = self.flags_of(PruneFlags, [], weights=str(sparse), **wanted)
+
+        def act(work: Path) -> dict[str, Any]:
+            search = LatencySearch(flags, self.measurer, work / "latency.json") if self.measurer else None
+            choice = choose_plan(flags, open_material(flags), search, start.latency)
+            print(choice.plan)
+            slim.write_text_atomically(work / "plan.json", choice.plan.to_json())
+            return {"macs": choice.plan.macs, "params": choice.plan.params, **(choice.latency or {})}
+
+        found = self.journal.phase(name, act)
+        text = (self.journal.folder / name / "plan.json").read_text(encoding="utf-8")
+        return slim.Plan.from_json(text), found.get("latency_share", 1.0)
 
     def cut(self, name: str, sparse: Path, plan: slim.Plan) -> Path:
         """The narrow network, proven, with the optimiser and moving average of its training cut alike."""
@@ -266,7 +335,10 @@ class Loop:
         return candidate
 
     def milliseconds(self, model: torch.nn.Module) -> dict[str, float]:
-        """One image, measured in turn with the dense network, gates folded."""
+        """One image, measured in turn with the dense network, gates folded: in torch, or as the latency is asked for."""
+        if self.measurer:
+            dense_ms = self.dense_latency()["dense_ms"]
+            return {"dense": dense_ms, "candidate": self.measurer.against_dense(model).ratio * dense_ms}
         networks = {"dense": slim.fold_gates(self.dense.model.cpu()), "candidate": slim.fold_gates(model.cpu())}
         return milliseconds_per_image(networks, detection.example_image(self.flags.img), repeats=15, warmup=3)
 
@@ -364,6 +436,7 @@ def no_order() -> Order | None:
 def iterate(flags: IterateFlags, world: World | None = None) -> Path:
     """Run the loop, or what is left of it; returns the file of the slim network."""
     flags.check()
+    flags = flags.resolved()
     config = flags.open_data()
     run, opening = open_loop(flags, config)
     with run.held():
@@ -377,7 +450,8 @@ def iterate(flags: IterateFlags, world: World | None = None) -> Path:
 
 def open_loop(flags: IterateFlags, config: detection.DataConfig) -> tuple[RunFolder, dict[str, Any]]:
     """The folder of a loop with these very settings, else a new one; and what its journal begins with."""
-    settings = {name: value for name, value in asdict(flags).items() if name not in NOT_OF_THE_RUN}
+    not_of_it = NOT_OF_THE_RUN if flags.by_latency else NOT_OF_THE_RUN | LATENCY_FLAGS
+    settings = {name: value for name, value in asdict(flags).items() if name not in not_of_it}
     opening = {
         "settings": settings,
         "weights": detection.file_digest(flags.weights),
@@ -414,10 +488,12 @@ def run_loop(loop: Loop) -> Path:
             )
             break
         best = following
+        if loop.measurer and best.latency <= loop.final_target(baseline) * (1 + TOLERANCE):
+            break  # a round whose widths fell below its target
     if not best.plans:
         raise EngineError(
             f"{loop.run.path}: not one cut kept AP within --max-drop {flags.max_drop:g} (pareto.csv lists them); "
-            "allow a larger drop, keep more MACs, or train longer (--recovery-epochs)"
+            "allow a larger drop, keep more, or train longer (--recovery-epochs)"
         )
     tuned = best.weights
     if flags.finetune_epochs:
@@ -467,8 +543,12 @@ def show(loop: Loop, out: Path, found: Mapping[str, Any], baseline: Mapping[str,
     run.log_picture("detections", picture, rounds)
     widths = plot_widths(baseline["channels"], found["channels"], run.path / "widths.png")
     run.log_picture("widths", read_png(widths), rounds)
-    dense = {**baseline, "ms": loop.candidates[0].ms}
-    run.write_metrics({**found, "ms": loop.candidates[-1].ms, "baseline": dense, "baseline_ap": baseline["ap"]})
+    dense, ms = {**baseline, "ms": loop.candidates[0].ms}, loop.candidates[-1].ms
+    metrics = {**found, "ms": ms, "baseline": dense, "baseline_ap": baseline["ap"]}
+    if loop.measurer:
+        target_ms = loop.final_target(baseline) * dense["ms"]
+        metrics |= {**loop.dense_latency(), "target_ms": target_ms, "latency_ms": ms}
+    run.write_metrics(metrics)
     run.close()
     for training in sorted(run.path.glob("*/results.csv")):
         write_report(RunFolder(training.parent))

@@ -1,4 +1,7 @@
-"""Cut a checkpoint to a share of its MACs, parameters or channels, prove the cut, and save the narrow network."""
+"""Cut a checkpoint to a share of its MACs, parameters, channels or milliseconds, prove the cut, and save the narrow network.
+
+With --unstructured single weights are set to zero instead, for comparison.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,18 @@ from engine import (
     write_report,
 )
 from engine.command import choose_device, flag, run_script
+from latency import ROUNDINGS, Cutter, LatencyFlags, LatencySearch, Measurer
+from unstructured import share_of_zeros, zero_smallest
 
 TOLERANCE = 1e-4
 EXACT_TOLERANCE = 1e-6  # decoded boxes are float32 whatever the network computes in
 PROOF_IMAGES = 4
+ROUND_TO = 8
+TARGETS = ("macs", "params", "channels", "threshold")
 
 
 @dataclass(frozen=True)
-class PruneFlags(detection.DataFlags):
+class PruneFlags(LatencyFlags):
     """A cut."""
 
     project: str = flag("runs/prune", "folder that holds the run folders")
@@ -53,7 +60,10 @@ class PruneFlags(detection.DataFlags):
         "global", "rank all channels together, keep the same share of each group, or of each class of like groups"
     )
     cost_aware: bool = flag(False, "rank by score per MAC (or parameter) saved")
-    round_to: int = flag(8, "kept widths are multiples of this many channels")
+    round_to: int | None = flag(
+        None,
+        "kept widths are multiples of this many channels; else 8, for a latency 8 or 16, whichever measures faster",
+    )
     min_channels: int = flag(8, "every group keeps at least this many channels")
     min_keep: float = flag(0.0, "every group keeps at least this share of its channels, 0 to 1")
     overrides: list[str] = flag([], "PATTERN=WIDTH, layers of a set width: a share (0.5) or a count (32)")  # noqa: RUF009
@@ -63,7 +73,34 @@ class PruneFlags(detection.DataFlags):
         0, "training batches on which batch-norm statistics are re-estimated after the cut; 0 keeps them"
     )
     batch_size: int = flag(16, "images at once in the evaluation")
+    unstructured: float | None = flag(
+        None,
+        "instead of cutting channels: share of the convolutions' weights set to zero, the smallest, above 0, below 1",
+    )
+    unstructured_scope: Literal["layer", "global"] = flag(
+        "layer", "with --unstructured: this share of each convolution's weights, or of all together"
+    )
     out: str | None = flag(None, "file for the narrow network; else weights/pruned.pt in the run folder")
+
+    def check(self) -> None:
+        """EngineError for a target that cannot be meant."""
+        self.check_latency()
+        if self.recalibrate and self.data is None:
+            raise EngineError("--recalibrate needs --data: statistics are re-estimated on its training images")
+        given = [f"--{name}" for name in TARGETS if getattr(self, name) is not None]
+        given += ["--latency-ms"] if self.latency_ms is not None else []
+        given += ["--latency-share"] if self.latency_share is not None else []
+        if self.by_latency and len(given) > 1:
+            raise EngineError(f"{' and '.join(given)}: give exactly one target")
+        if self.unstructured is None:
+            return
+        if not 0 < self.unstructured < 1:
+            raise EngineError(f"--unstructured {self.unstructured:g}: expected above 0 and below 1, the share to zero")
+        if others := [*given, *(["--recalibrate"] if self.recalibrate else [])]:
+            raise EngineError(
+                f"--unstructured and {', '.join(others)}: zeroed weights leave every width as it is; cut channels in a run of "
+                "its own"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,6 +113,16 @@ class PruneResult:
     masked_ap: float | None
     pruned_ap: float | None
     max_difference: float
+    latency: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan for the network that was traced, and with a latency as the target what was measured."""
+
+    graph: slim.ChannelGraph
+    plan: slim.Plan
+    latency: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -100,14 +147,18 @@ class Cut:
 
 
 def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
-    """Plan, mask, cut, prove, save; nothing is saved unless pruned = masked."""
+    """Plan, mask, cut, prove, save; nothing is saved unless pruned = masked, but the record of a search for a latency."""
+    flags.check()
     material = open_material(flags)
-    graph, plan = choose_plan(flags, material)
-    print(plan)
-    done = cut(flags, material, plan)
-    run = RunFolder.create(flags.project, flags.name)
-    run.write_config(asdict(flags), "prune.py")
-    slim.write_text_atomically(run.path / "plan.json", plan.to_json())
+    run, search = None, None
+    if flags.by_latency:
+        run = open_run(flags)
+        search = LatencySearch(flags, Measurer(flags, material.network, material.images), run.path / "latency.json")
+    choice = choose_plan(flags, material, search)
+    print(choice.plan)
+    done = cut(flags, material, choice.plan)
+    run = run or open_run(flags)
+    slim.write_text_atomically(run.path / "plan.json", choice.plan.to_json())
     out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
     detection.save_network(out, done.model, material.network.build)
     if material.evaluator:
@@ -115,10 +166,18 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
         picture = side_by_side(detection.draw_networks(networks, material.evaluator.dataset))
         save_png(picture, run.path / "side_by_side.png")
         run.log_picture("detections", picture, pruning_round)
-    record(run, graph, material.network.model, done, flags.criterion, pruning_round)
+    record(run, choice, material.network.model, done, flags.criterion, pruning_round)
     print(f"saved {out}")
     masked_ap, pruned_ap = (None if found is None else found.ap for found in (done.masked, done.pruned))
-    return PruneResult(run, out, plan, masked_ap, pruned_ap, done.max_difference)
+    return PruneResult(run, out, choice.plan, masked_ap, pruned_ap, done.max_difference, choice.latency)
+
+
+def open_run(flags: PruneFlags) -> RunFolder:
+    """The run's folder with its configuration."""
+    run = RunFolder.create(flags.project, flags.name)
+    rounding = flags.round_to if flags.by_latency else flags.round_to or ROUND_TO
+    run.write_config({**asdict(flags), "round_to": rounding}, "prune.py")
+    return run
 
 
 def open_material(flags: PruneFlags) -> Material:
@@ -136,27 +195,36 @@ def open_material(flags: PruneFlags) -> Material:
     return Material(network, device, detection.real_images(dataset, PROOF_IMAGES), config, evaluator)
 
 
-def choose_plan(flags: PruneFlags, material: Material) -> tuple[slim.ChannelGraph, slim.Plan]:
-    """Trace, score, plan."""
+def choose_plan(
+    flags: PruneFlags, material: Material, search: LatencySearch | None = None, latency: float = 1.0
+) -> Choice:
+    """Trace, score, plan; by ``search`` where the target is a latency. ``latency`` is the network's before the cut, as a
+    share of the latency of the dense network of the search."""
     model = material.network.model
     graph = slim.trace(model, detection.example_image(flags.img))
     scores = judge(flags, model, graph, material)
-    plan = slim.make_plan(
-        graph,
-        scores,
-        macs=flags.macs,
-        params=flags.params,
-        channels=flags.channels,
-        threshold=flags.threshold,
-        round_to=flags.round_to,
-        min_channels=flags.min_channels,
-        min_keep=flags.min_keep,
-        scope=flags.scope,
-        cost_aware=flags.cost_aware,
-        overrides=dict(width_override(text) for text in flags.overrides),
-        ignore=flags.ignore,
-    )
-    return graph, plan
+    bounds: dict[str, Any] = {
+        "min_channels": flags.min_channels,
+        "min_keep": flags.min_keep,
+        "scope": flags.scope,
+        "overrides": dict(width_override(text) for text in flags.overrides),
+        "ignore": flags.ignore,
+    }
+    if search is None:
+        targets = {name: getattr(flags, name) for name in TARGETS}
+        bounds |= {**targets, "round_to": flags.round_to or ROUND_TO, "cost_aware": flags.cost_aware}
+        return Choice(graph, slim.make_plan(graph, scores, **bounds), None)
+
+    def plan_at(macs: int | None, round_to: int) -> slim.Plan:
+        if macs is None:
+            return slim.make_plan(graph, scores, threshold=float("inf"), round_to=round_to, **bounds)
+        return slim.make_plan(graph, scores, macs=macs, round_to=round_to, cost_aware=flags.cost_aware, **bounds)
+
+    roundings = ROUNDINGS if flags.round_to is None else (flags.round_to,)
+    floors = [f"--min-channels {flags.min_channels}", f"--round-to {' or '.join(map(str, roundings))}"]
+    floors += [f"--{name.replace('_', '-')}" for name in ("min_keep", "overrides", "ignore") if getattr(flags, name)]
+    plan, found = search.choose(Cutter(model, plan_at, roundings, " and ".join(floors), latency))
+    return Choice(graph, plan, found)
 
 
 def cut(flags: PruneFlags, material: Material, plan: slim.Plan) -> Cut:
@@ -170,8 +238,7 @@ def cut(flags: PruneFlags, material: Material, plan: slim.Plan) -> Cut:
     difference = prove(masked.cpu(), pruned, material.images)
     print(f"pruned = masked to {difference:.1e} of the largest output on {len(material.images)} images")
     if flags.recalibrate:
-        if material.config is None:
-            raise EngineError("--recalibrate needs --data: statistics are re-estimated on its training images")
+        assert material.config is not None
         batch_size, seed = flags.batch_size, flags.seed
         batches = detection.training_images(material.config, flags.img, batch_size, flags.recalibrate, seed)
         recalibrate(pruned, batches, material.device)
@@ -251,10 +318,9 @@ def output_widths(model: nn.Module) -> dict[str, int]:
     return {path: widths[1] for path, widths in slim.widths_of(model).items()}
 
 
-def record(
-    run: RunFolder, graph: slim.ChannelGraph, model: nn.Module, done: Cut, criterion: str, pruning_round: int
-) -> None:
+def record(run: RunFolder, choice: Choice, model: nn.Module, done: Cut, criterion: str, pruning_round: int) -> None:
     """metrics.json, TensorBoard and the width plot of a cut."""
+    graph = choice.graph
     before, after = output_widths(model), output_widths(done.model)
     cost = slim.cost(done.model, example_like(graph))
     run.write_metrics(
@@ -269,6 +335,7 @@ def record(
             "macs": cost.macs,
             "before": {"params": graph.params, "macs": graph.macs, "channels": before},
             "after": {"params": cost.params, "macs": cost.macs, "channels": after},
+            **(choice.latency or {}),
         },
         after_cut=True,
     )
@@ -288,8 +355,50 @@ def example_like(graph: slim.ChannelGraph) -> torch.Tensor:
     return torch.zeros(graph.example[0][0])
 
 
+def zero_weights(flags: PruneFlags) -> RunFolder:
+    """--unstructured: the smallest weights at zero, widths as they were."""
+    flags.check()
+    assert flags.unstructured is not None
+    material = open_material(flags)
+    folded = slim.fold_gates(material.network.model, material.images)
+    already = share_of_zeros(folded)
+    if already > flags.unstructured:
+        raise EngineError(
+            f"--unstructured {flags.unstructured:g}: {already:.1%} of the convolutions' weights are zero already (gates are "
+            "folded first, closed ones leave zeros); give a larger share, or a network that was not trained sparsely"
+        )
+    before = material.evaluator(folded) if material.evaluator else None
+    zeroed, layers = zero_smallest(folded.cpu(), flags.unstructured, flags.unstructured_scope)
+    after = material.evaluator(zeroed) if material.evaluator else None
+    run = open_run(flags)
+    out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
+    detection.save_network(out, zeroed.cpu(), material.network.build)
+    cost = slim.cost(zeroed, detection.example_image(flags.img))
+    zeros, size = (sum(counts[i] for counts in layers.values()) for i in (0, 1))
+    found = {
+        "zeros": zeros,
+        "conv_weights": size,
+        "zeros_share": zeros / size,
+        "zeros_by_layer": {path: {"zeros": counts[0], "weights": counts[1]} for path, counts in layers.items()},
+        "dense_ap": before.ap if before else None,
+    }
+    figures = after.metrics() if after else NOT_EVALUATED
+    run.write_metrics({**figures, "params": cost.params, "macs": cost.macs, **found})
+    run.close()
+    write_report(run)
+    print(f"{zeros:,} of {size:,} weights of {len(layers)} convolutions are zero: {zeros / size:.1%}")
+    if before and after:
+        print(f"AP {after.ap:.4f}, {before.ap:.4f} before")
+    print("every width, so MACs and run time, as before: a zero is multiplied like any other number")
+    print(f"saved {out}")
+    return run
+
+
 def main(flags: PruneFlags) -> None:
-    prune(flags)
+    if flags.unstructured is not None:
+        zero_weights(flags)
+    else:
+        prune(flags)
 
 
 def cli(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from .errors import DeployError
 from .graph_ends import Decoded, FromBytes, WithNms
+from .latency_search import Trial, search_latency
 from .network import ExportedNetwork, Precision, parts_of, size_text
 from .onnx_file import OnnxNetwork, export_onnx
 from .open_file import ENGINES, SUFFIXES, open_exported
@@ -22,6 +23,7 @@ __all__ = [
     "OpenVinoNetwork",
     "Precision",
     "TorchScriptNetwork",
+    "Trial",
     "WithNms",
     "export_onnx",
     "export_openvino",
@@ -32,5 +34,6 @@ __all__ = [
     "profile_text",
     "prove_equal",
     "prove_same_detections",
+    "search_latency",
     "size_text",
 ]

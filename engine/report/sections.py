@@ -25,7 +25,7 @@ _WHAT = {
     "on images before anything was saved.",
     "val.py": "Evaluation of {weights} on the {split} split of {data} at {img} pixels.",
     "iterate.py": "The slimming loop on {weights}: rounds of sparse training and cutting on {data} at {img} pixels, then "
-    "fine-tuning, down to {macs} of the MACs.",
+    "fine-tuning, down to {target}.",
     "experiments.slimming": "A comparison on {data} at {img} pixels: dense for {dense_epochs} epochs against sparse training "
     "for {sparse_epochs}, a cut and {finetune_epochs} epochs of fine-tuning.",
 }
@@ -37,8 +37,12 @@ def headline(contents: Contents) -> Section | None:
     blocks: list[Block] = []
     if script is not None:
         sentence = _WHAT.get(script, "A run of {script}.")
+        if script == "prune.py" and config.get("unstructured") is not None:
+            sentence = (
+                "{weights} with {unstructured:.0%} of its convolutions' weights set to zero, and all of its channels."
+            )
         try:
-            blocks.append(Text(sentence.format(**{"script": script, **config})))
+            blocks.append(Text(sentence.format(**{"script": script, "target": _target(config), **config})))
         except (KeyError, ValueError, TypeError):
             blocks.append(Text(f"A run of {script}."))
     if metrics:
@@ -49,6 +53,15 @@ def headline(contents: Contents) -> Section | None:
     elif config:
         blocks.append(Text(f"{contents.run.config_file.name} does not say which script made this run."))
     return Section("Summary", tuple(blocks)) if blocks else None
+
+
+def _target(config: Mapping[str, Any]) -> str:
+    """What a loop aims at."""
+    if config.get("latency_ms") is not None:
+        return f"{config['latency_ms']:g} ms an image in {config['engine']}"
+    if config.get("latency_share") is not None:
+        return f"{config['latency_share']:g} of the dense network's milliseconds in {config['engine']}"
+    return f"{config.get('macs')} of the MACs"
 
 
 def _from_config(contents: Contents, script: str) -> str:
