@@ -163,6 +163,17 @@ def of_checkpoint(
     )
 
 
+class AsModel(nn.Module):
+    """A network [B, N, 5 + classes] as a detector in evaluation mode gives it: with no raw maps."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.network(images), []
+
+
 class Eager(nn.Module):
     """A network in torch that takes bytes as well as floats, and gives float32."""
 

@@ -1,5 +1,6 @@
 """Export of trained networks, each proven equal to torch before it is accepted, and the runtimes that run the files."""
 
+from .accuracy import Quantised, quantise
 from .errors import DeployError
 from .graph_ends import Decoded, FromBytes, WithNms
 from .network import ExportedNetwork, Precision, parts_of, size_text
@@ -7,6 +8,8 @@ from .onnx_file import OnnxNetwork, export_onnx
 from .open_file import ENGINES, SUFFIXES, open_exported
 from .openvino_file import OpenVinoNetwork, export_openvino
 from .proof import prove_equal, prove_same_detections
+from .quantise import OpenVinoQuantiser, Quantiser
+from .quantise_onnx import OnnxQuantiser
 from .torchscript_file import TorchScriptNetwork, export_torchscript
 
 __all__ = [
@@ -17,8 +20,12 @@ __all__ = [
     "ExportedNetwork",
     "FromBytes",
     "OnnxNetwork",
+    "OnnxQuantiser",
     "OpenVinoNetwork",
+    "OpenVinoQuantiser",
     "Precision",
+    "Quantised",
+    "Quantiser",
     "TorchScriptNetwork",
     "WithNms",
     "export_onnx",
@@ -28,5 +35,6 @@ __all__ = [
     "parts_of",
     "prove_equal",
     "prove_same_detections",
+    "quantise",
     "size_text",
 ]
