@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +29,8 @@ from engine import EngineError, RunFolder
 from engine.command import flag, run_script
 from models import activation_name
 
+DEFAULT_DATA = "data/shapes.yaml"
+
 
 @dataclass(frozen=True)
 class ExportFlags(detection.DataFlags):
@@ -44,7 +48,14 @@ class ExportFlags(detection.DataFlags):
     iou: float = flag(0.45, "with --nms: IoU above which a box removes a less confident one, 0 to 1")
     max_det: int = flag(300, "with --nms: detections of an image")
     out: str | None = flag(None, "file to write, its suffix by the format; else weights/ in the run folder")
-    data: str = flag("data/shapes.yaml", "data set on whose val images the file is compared with torch")
+    int8: bool = flag(False, "quantise to 8 bits, calibrated on training images of --data; onnx and openvino")
+    calibration_images: int = flag(200, "with --int8: training images that choose the ranges of activations")
+    keep_float: list[str] = flag([], "with --int8: modules that stay in float beside the head, as model.9.* model.0")  # noqa: RUF009
+    max_drop: float | None = flag(
+        None,
+        "with --int8: AP on --data's val split that may be lost, 0 to 1; the noisiest blocks stay in float until it holds",
+    )
+    data: str = flag(DEFAULT_DATA, "data set on whose val images the file is compared with torch")
 
     def sides(self, network: detection.Network) -> tuple[int, int]:
         """Height and width."""
@@ -63,6 +74,16 @@ class ExportFlags(detection.DataFlags):
                 f"--conf {self.conf:g}, --iou {self.iou:g}, --max-det {self.max_det}: expected 0 to 1, 0 to 1 and above 0"
             )
         return Nms(self.conf, self.iou, self.max_det)
+
+    def check_int8(self, network: detection.Network, config: detection.DataConfig) -> None:
+        """EngineError for what --int8 cannot do."""
+        if not self.int8:
+            if self.keep_float or self.max_drop is not None:
+                raise EngineError("--keep-float and --max-drop are for --int8; add that, or leave them out")
+        elif "torchscript" in self.include:
+            raise EngineError("--int8: TorchScript files stay in float; --include onnx or openvino")
+        elif self.data == DEFAULT_DATA and list(config.names) != network.names:
+            raise EngineError("--int8: give --data, a data set of images like those that the network will see")
 
 
 @dataclass(frozen=True)
@@ -128,31 +149,71 @@ def export(flags: ExportFlags) -> list[Path]:
         raise EngineError(f"--batch-size {flags.batch_size}: expected at least 1")
     network = detection.read_network(flags.weights)
     sides = flags.sides(network)
-    dataset = detection.DetectionDataset(flags.open_data(), "val", max(sides))
+    config = flags.open_data()
+    flags.check_int8(network, config)
+    dataset = detection.DetectionDataset(config, "val", max(sides))
     found = cropped(detection.real_images(dataset, flags.batch_size), sides)
     images = found[torch.arange(flags.batch_size) % len(found)]
+    write = functools.partial(write_file, network, images=images, dynamic=flags.dynamic, uint8_input=flags.uint8_input)
+    write_int8 = int8_writer(flags, network, config, write) if flags.int8 else None
     run = RunFolder.create(flags.project, flags.name)
     run.write_config(asdict(flags), "export.py")
     stem = Path(flags.out).with_suffix("") if flags.out else run.path / "weights" / Path(flags.weights).stem
     made = []
     for kind in dict.fromkeys(flags.include):
-        out = stem.with_name(stem.name + SUFFIX_OF[kind])
+        out = stem.with_name(stem.name + ("-int8" if write_int8 else "") + SUFFIX_OF[kind])
         out.parent.mkdir(parents=True, exist_ok=True)
-        difference = write_file(
-            network, out, images, dynamic=flags.dynamic, uint8_input=flags.uint8_input, nms=flags.suppression()
-        )
-        made.append(described(kind, out, difference))
+        difference, facts = write_int8(out) if write_int8 else (write(out, nms=flags.suppression()), {})
+        made.append(described(kind, out, difference) | facts)
         slim.write_text_atomically(run.path / "export.json", json.dumps(made, indent=1))
     return [Path(row["file"]) for row in made]
+
+
+def int8_writer(
+    flags: ExportFlags, network: detection.Network, config: detection.DataConfig, write: Callable[..., float]
+) -> Callable[[Path], tuple[float, dict[str, Any]]]:
+    """Writes a file in INT8: the float file's difference from torch, and what export.json says of AP. Reads the images."""
+    # Imported here since it runs detectors, which are written by this script.
+    from quantisation import calibrate, write_quantised
+
+    sides = flags.sides(network)
+    calibrated = calibrate(network, config, sides, flags.calibration_images, flags.seed, flags.weights, flags.data)
+    keep_float = [f"model.{len(network.model.model) - 1}", *flags.keep_float]
+    nms = flags.suppression()
+
+    def write_int8(out: Path) -> tuple[float, dict[str, Any]]:
+        difference, found = write_quantised(
+            lambda path, with_nms: write(path, nms=nms if with_nms else None),
+            out,
+            calibrated,
+            keep_float,
+            has_nms=nms is not None,
+            max_drop=flags.max_drop,
+        )
+        if found.ap is None:
+            print(f"{out}: AP not measured, since {calibrated.not_measured}")
+        else:
+            print(f"{out}: AP on val {found.ap_float:.4f} in float, {found.ap:.4f} in INT8")
+        if found.kept:
+            print(f"{out}: back in float are {', '.join(found.kept)}")
+        return difference, {
+            "ap_float": found.ap_float,
+            "ap_int8": found.ap,
+            "kept_float": [*keep_float, *found.kept],
+            "calibration_images": len(calibrated.images),
+        }
+
+    return write_int8
 
 
 def described(kind: str, out: Path, difference: float) -> dict[str, Any]:
     """What is to be known of a file, which is opened for it; prints it in a line."""
     network = open_exported(out)
     size = size_text(network.input_shape)
+    quantised = network.precision == "int8"
     print(
-        f"{out}: {network.bytes_on_disk / 1e6:.2f} MB, input {size}{' bytes' if network.takes_bytes else ''}, differs from "
-        f"torch by at most {difference:.2g} of the largest output"
+        f"{out}: {network.bytes_on_disk / 1e6:.2f} MB, input {size}{' bytes' if network.takes_bytes else ''}, "
+        f"{'before INT8 it ' if quantised else ''}differs from torch by at most {difference:.2g} of the largest output"
     )
     return {
         "format": kind,

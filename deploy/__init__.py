@@ -1,5 +1,6 @@
 """Export of trained networks, each proven equal to torch before it is accepted, and the runtimes that run the files."""
 
+from .accuracy import Quantised, quantise
 from .errors import DeployError
 from .graph_ends import Decoded, FromBytes, WithNms
 from .latency_search import Trial, search_latency
@@ -9,6 +10,8 @@ from .open_file import ENGINES, SUFFIXES, open_exported
 from .openvino_file import OpenVinoNetwork, export_openvino
 from .profile import LayerTime, profile, profile_text
 from .proof import prove_equal, prove_same_detections
+from .quantise import OpenVinoQuantiser, Quantiser
+from .quantise_onnx import OnnxQuantiser
 from .torchscript_file import TorchScriptNetwork, export_torchscript
 
 __all__ = [
@@ -20,8 +23,12 @@ __all__ = [
     "FromBytes",
     "LayerTime",
     "OnnxNetwork",
+    "OnnxQuantiser",
     "OpenVinoNetwork",
+    "OpenVinoQuantiser",
     "Precision",
+    "Quantised",
+    "Quantiser",
     "TorchScriptNetwork",
     "Trial",
     "WithNms",
@@ -34,6 +41,7 @@ __all__ = [
     "profile_text",
     "prove_equal",
     "prove_same_detections",
+    "quantise",
     "search_latency",
     "size_text",
 ]

@@ -1,0 +1,106 @@
+"""Detectors in INT8: calibration images of a data set, AP before and after, and the files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+import detection
+from data import DataError
+from data.sampling import Draw
+from deploy import OnnxQuantiser, OpenVinoQuantiser, Quantised, Quantiser, parts_of, quantise
+from deploy.accuracy import Measure
+from detector import AsModel
+from engine import EngineError
+
+QUANTISERS: dict[str, type[Quantiser]] = {kind.suffix: kind for kind in (OnnxQuantiser, OpenVinoQuantiser)}
+"""By the suffix of the file."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a detector is quantised on. ``measure`` gives a file's AP, or is None for the reason in ``not_measured``."""
+
+    images: list[Tensor]
+    measure: Measure | None
+    not_measured: str = ""
+
+
+def calibrate(
+    network: detection.Network,
+    config: detection.DataConfig,
+    sides_px: tuple[int, int],
+    count: int,
+    seed: int,
+    weights: str,
+    data: str,
+) -> Calibrated:
+    """``count`` shuffled training images, and the AP on the val split where that has labels of the network's classes."""
+    if count < 1:
+        raise EngineError(f"--calibration-images {count}: expected at least 1")
+    try:
+        images = training_images(config, sides_px, count, seed)
+    except DataError as error:
+        raise EngineError(
+            f"--int8: no calibration images ({error}); give a --data with images like those that the network will see"
+        ) from error
+    try:
+        detection.check_classes(network, config, weights, data)
+    except EngineError as error:
+        return Calibrated(images, None, str(error))
+    if sides_px[0] != sides_px[1]:
+        return Calibrated(images, None, f"--img {sides_px[0]} {sides_px[1]} is no square; val.py measures the file")
+    dataset = detection.DetectionDataset(config, "val", sides_px[0])
+    if not dataset.ground_truth()["annotations"]:
+        return Calibrated(images, None, f"the val split of {data} has no labels")
+    evaluator = detection.Evaluator(dataset, batch_size=1, workers=0, device=torch.device("cpu"))
+    return Calibrated(images, lambda exported: evaluator(AsModel(exported)).ap)
+
+
+def training_images(config: detection.DataConfig, sides_px: tuple[int, int], count: int, seed: int) -> list[Tensor]:
+    """Shuffled training images as evaluation sees them: float 0..1 [3, H, W] each, at most ``count``."""
+    dataset = detection.DetectionDataset(config, "train", max(sides_px), cache="none")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
+    height, width = sides_px
+    images = []
+    for index in order.tolist():
+        image = dataset[Draw(index)].image
+        top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+        images.append(image[:, top : top + height, left : left + width].float() / 255)
+    return images
+
+
+def write_quantised(
+    write_float: Callable[[Path, bool], float],
+    out: Path,
+    calibrated: Calibrated,
+    keep_float: list[str],
+    *,
+    has_nms: bool = False,
+    max_drop: float | None = None,
+) -> tuple[float, Quantised]:
+    """The INT8 file ``out``, whole or not at all: the float file's difference from torch, and what INT8 made of it.
+
+    ``write_float(path, with_nms)`` writes the float file. AP is measured, and blocks are chosen, on the decoded boxes; a
+    suppression stays float, so that a file which ends in one is quantised alike.
+    """
+    if max_drop is not None and calibrated.measure is None:
+        raise EngineError(f"--max-drop {max_drop:g}: AP cannot be measured, since {calibrated.not_measured}")
+    kind = QUANTISERS[out.suffix]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=".writing-") as folder:
+        source, made = Path(folder) / f"float{out.suffix}", Path(folder) / out.name
+        difference = write_float(source, False)
+        quantised = quantise(kind(source, calibrated.images), made, keep_float, calibrated.measure, max_drop)
+        if has_nms:
+            write_float(source, True)
+            quantiser = kind(source, calibrated.images)
+            quantiser.write(made, quantiser.operators.within([*keep_float, *quantised.kept]))
+        for temporary, final in reversed(list(zip(parts_of(made), parts_of(out), strict=True))):
+            temporary.replace(final)
+    return difference, quantised
