@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import sys
@@ -41,9 +40,9 @@ class DetectFlags(RunFlags):
 
     project: str = flag("runs/detect", "folder that holds the run folders")
     weights: str = flag("", "checkpoint (ours or a published YOLOv5 .pt) or exported file (.onnx, .xml, .torchscript)")
-    source: list[str] = flag(
+    source: list[str] = flag(  # noqa: RUF009
         [], "images, videos, folders, globs, the number of a webcam, addresses of streams (rtsp://...)"
-    )  # noqa: RUF009
+    )
     engine: Engine | None = flag(None, "torch, onnxruntime or openvino; else that of the file's kind")  # noqa: RUF009
     img: list[int] = flag(  # noqa: RUF009
         [],
@@ -222,7 +221,7 @@ class Detection:
         image, _ = self.prepare(first)
         for detector in self.detectors * _WARM_UP:
             detector(image[None])
-        work = Work(itertools.chain([first], pictures), self.prepare, self.infer, self.interpret, self.write)
+        work = Work(again(first, pictures), self.prepare, self.infer, self.interpret, self.write)
         with (
             contextlib.closing(self),
             tqdm(total=self._total(first), unit=" frames", desc=first.source.name[-30:]) as bar,
@@ -240,6 +239,13 @@ class Detection:
         if isinstance(first, ImagePicture):
             return 1
         return -(-first.info.frames // self.flags.vid_stride) or None
+
+
+def again(first: Picture, others: Iterator[Picture]) -> Iterator[Picture]:
+    """All pictures, of which the first was taken already; closes the others."""
+    with contextlib.closing(others):  # type: ignore[type-var]
+        yield first
+        yield from others
 
 
 def detect(flags: DetectFlags) -> Path:

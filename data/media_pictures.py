@@ -138,6 +138,7 @@ def read_pictures(source: Source, vid_stride: int = 1) -> Iterator[Picture]:
         reading = _Reading(source, container)
         if source.kind == "camera" or (source.kind == "stream" and container.duration is None):
             yield from _newest(reading.pictures(vid_stride))
+            reading.check_line()
             return
         yield from reading.pictures(vid_stride)
         reading.check_end()
@@ -183,7 +184,7 @@ class _Reading:
                 for name in ("color_range", "colorspace", "color_primaries", "color_trc")
             ),
         )
-        self.read, self.end_s, self.damage = 0, 0.0, ""
+        self.read, self.end_s, self.damage, self.broken = 0, 0.0, "", ""
 
     def pictures(self, vid_stride: int) -> Iterator[VideoPicture]:
         """Every so many frames."""
@@ -205,6 +206,13 @@ class _Reading:
                 "could be read is written"
             )
 
+    def check_line(self) -> None:
+        """DataError for a camera or a stream that broke off; that it lost pieces on the way is its nature."""
+        if self.broken:
+            raise DataError(
+                f"{self.source.where}: it broke off after {self.read} frames ({self.broken}); what could be read is written"
+            )
+
     def _frames(self) -> Iterator[av.VideoFrame]:
         packets = self.container.demux(self.stream)
         while True:
@@ -213,24 +221,24 @@ class _Reading:
             except StopIteration:
                 return
             except (av.FFmpegError, OSError) as error:
-                if self.source.kind in ("camera", "stream"):
-                    reason = error.strerror or error
-                    raise DataError(
-                        f"{self.source.where}: it broke off after {self.read} frames ({reason}); start again"
-                    ) from error
-                self.damage = str(error.strerror or error)
+                self.damage = self.broken = str(error.strerror or error)
+                yield from self._decoded(None)
                 return
-            try:
-                frames = packet.decode()
-            except av.FFmpegError as error:
-                self.damage = str(error.strerror or error)
-                continue
-            if packet.is_corrupt:
-                self.damage = "a piece is not whole"
-            for frame in frames:
-                if frame.time is not None:
-                    self.end_s = max(self.end_s, frame.time - self._start_s + float(1 / self.info.rate))
-                yield frame
+            yield from self._decoded(packet)
+
+    def _decoded(self, packet: av.Packet | None) -> Iterator[av.VideoFrame]:
+        """The frames that a packet completes; None for those that the decoder still holds."""
+        try:
+            frames = self.stream.decode(packet)
+        except av.FFmpegError as error:
+            self.damage = str(error.strerror or error)
+            return
+        if packet is not None and packet.is_corrupt:
+            self.damage = "a piece is not whole"
+        for frame in frames:
+            if frame.time is not None:
+                self.end_s = max(self.end_s, frame.time - self._start_s + float(1 / self.info.rate))
+            yield frame
 
     @property
     def _start_s(self) -> float:

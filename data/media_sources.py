@@ -11,10 +11,8 @@ from typing import Literal
 from .errors import DataError
 from .images import IMAGE_SUFFIXES
 
-VIDEO_SUFFIXES = frozenset(
-    (".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov")
-    + (".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m")
-)
+_KINDS = "3gp asf avi flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv y4m"
+VIDEO_SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split())
 _EXPECTED = "expected an image, a video, a folder or glob of them, the number of a camera or an address such as rtsp://"
 
 

@@ -101,7 +101,7 @@ class VideoWriter:
         if frame.time_base and frame.time_base != self.stream.codec_context.time_base:
             own = round(Fraction(own) * frame.time_base / self.stream.codec_context.time_base)
         if self.first is None:
-            self.first = own
+            self.first = own - (self.last + self.step)  # the first ones may have had no time
         return own - self.first if own - self.first > self.last else self.last + self.step
 
     def _mux(self, frame: av.VideoFrame | None) -> None:

@@ -55,7 +55,7 @@ class Painter:
     def draw(self, planes: Sequence[Plane], rows: Sequence[Sequence[float]]) -> None:
         """Detections (x1, y1, x2, y2 in pixels of the first plane, score, class) onto planes, in place; the first on top."""
         height, width = planes[0].shape
-        line = self.line_px or max(2, round(0.0015 * (height + width)))
+        line, font_px = self.line_px or max(2, round(0.0015 * (height + width))), max(10, (height + width) // 80)
         for x1, y1, x2, y2, score, kind in reversed(rows):
             box = _within(x1, width), _within(y1, height), _within(x2, width), _within(y2, height)
             colour = self.colours[int(kind) % len(PALETTE)]
@@ -63,7 +63,7 @@ class Painter:
                 _outline(plane, box, line, value, width)
             text = self._text(int(kind), score)
             if text:
-                self._paste(planes, self._strip(text, int(kind) % len(PALETTE), 5 * line + 3), box)
+                self._paste(planes, self._strip(text, int(kind) % len(PALETTE), font_px), box)
 
     def _text(self, kind: int, score: float) -> str:
         parts = ([self.names[kind]] if self.labels else []) + ([f"{score:.2f}"] if self.scores else [])

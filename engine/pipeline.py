@@ -140,6 +140,9 @@ class _Line:
             self._fail(error)
         finally:
             self.queue.put(None)
+            close = getattr(self.work.read, "close", None)  # of a generator: here, where it runs
+            if close is not None:
+                close()
 
     def _has_room(self) -> bool:
         while not self.stopped.is_set():
