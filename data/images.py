@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,41 @@ def letterbox_of(
     height, width = original_hw
     canvas_h, canvas_w = canvas_hw or (image_size_px, image_size_px)
     ratio = min(image_size_px / max(height, width), canvas_h / height, canvas_w / width)
+    return _centred(original_hw, ratio, (canvas_h, canvas_w))
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a picture is scaled to fit into: ``sides_px`` (height, width).
+
+    The network's input is just that, or with ``stride_px`` the multiples of it that leave the least grey.
+    """
+
+    sides_px: tuple[int, int]
+    stride_px: int | None = None
+
+    def place(self, original_hw: tuple[int, int]) -> tuple[Letterbox, tuple[int, int], tuple[int, int]]:
+        """The geometry, the resized (height, width) and the input's (height, width); on a square that of `letterbox_of`."""
+        ratio = min(side / original for side, original in zip(self.sides_px, original_hw, strict=True))
+        input_hw = self.sides_px
+        if self.stride_px is not None:
+            _, resized_hw = _centred(original_hw, ratio, self.sides_px)
+            height, width = (-(-side // self.stride_px) * self.stride_px for side in resized_hw)
+            input_hw = height, width
+        return *_centred(original_hw, ratio, input_hw), input_hw
+
+    def letterbox(self, image: Tensor) -> tuple[Tensor, Letterbox]:
+        """uint8 [3, H, W] -> uint8 [3, height, width] on grey, and its geometry."""
+        geometry, resized_hw, input_hw = self.place((image.shape[1], image.shape[2]))
+        return _on_grey(image, geometry, resized_hw, input_hw), geometry
+
+
+def _centred(
+    original_hw: tuple[int, int], ratio: float, canvas_hw: tuple[int, int]
+) -> tuple[Letterbox, tuple[int, int]]:
+    (height, width), (canvas_h, canvas_w) = original_hw, canvas_hw
     new_h, new_w = max(1, round(height * ratio)), max(1, round(width * ratio))
+    assert new_h <= canvas_h and new_w <= canvas_w, "the canvas is too small"
     left, top = (canvas_w - new_w) // 2, (canvas_h - new_h) // 2
     return Letterbox(new_w / width, new_h / height, left, top, (height, width)), (new_h, new_w)
 
@@ -126,8 +161,12 @@ def resize(image: Tensor, size_hw: tuple[int, int]) -> Tensor:
 
 def letterbox(image: Tensor, image_size_px: int) -> tuple[Tensor, Letterbox]:
     """uint8 [3, H, W] -> uint8 [3, image_size_px, image_size_px] on grey, and its geometry."""
-    geometry, (height, width) = letterbox_of((image.shape[1], image.shape[2]), image_size_px)
-    square = grey(image_size_px, image_size_px)
-    top, left = geometry.top_px, geometry.left_px
-    square[:, top : top + height, left : left + width] = resize(image, (height, width))
-    return square, geometry
+    geometry, resized_hw = letterbox_of((image.shape[1], image.shape[2]), image_size_px)
+    return _on_grey(image, geometry, resized_hw, (image_size_px, image_size_px)), geometry
+
+
+def _on_grey(image: Tensor, geometry: Letterbox, resized_hw: tuple[int, int], canvas_hw: tuple[int, int]) -> Tensor:
+    (height, width), top, left = resized_hw, geometry.top_px, geometry.left_px
+    canvas = grey(*canvas_hw)
+    canvas[:, top : top + height, left : left + width] = resize(image, (height, width))
+    return canvas

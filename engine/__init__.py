@@ -11,7 +11,9 @@ from .checkpoint import (
     read_training_state,
     seed_generators,
 )
+from .detection_files import DetectionFiles
 from .distributed import World
+from .drawing import Painter, draw_detections
 from .epoch import LossFunction
 from .errors import EngineError
 from .evaluation import Evaluation, coco_ap, evaluate, evaluating, save_coco_json
@@ -26,8 +28,8 @@ from .optimiser import (
     learning_rate_sum,
     recalibrate,
 )
+from .pipeline import StageTimes, Work, run_overlapped
 from .plots import (
-    draw_detections,
     plot_gates,
     plot_labels,
     plot_results,
@@ -56,21 +58,25 @@ __all__ = [
     "METRIC_KEYS",
     "TRAINING_STATE_KEY",
     "Batch",
+    "DetectionFiles",
     "EngineError",
     "Evaluation",
     "FitResult",
     "Frozen",
     "LossFunction",
     "OptimConfig",
+    "Painter",
     "Precision",
     "Progress",
     "RunFolder",
     "Sparsity",
+    "StageTimes",
     "Timing",
     "TrainConfig",
     "Trainee",
     "Turns",
     "WeightAverage",
+    "Work",
     "World",
     "build_optimizer",
     "build_scheduler",
@@ -96,6 +102,7 @@ __all__ = [
     "read_training_state",
     "recalibrate",
     "rounds_for",
+    "run_overlapped",
     "save_coco_json",
     "save_png",
     "seed_generators",

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import draw_bounding_boxes
 
 from slim import CLOSED, write_atomically
 
@@ -23,18 +22,6 @@ from .errors import EngineError
 from .run_folder import RunFolder
 
 _INCHES_PER_BAR = 0.18
-_PALETTE = (
-    "#d62728",
-    "#1f77b4",
-    "#2ca02c",
-    "#ff7f0e",
-    "#9467bd",
-    "#8c564b",
-    "#e377c2",
-    "#7f7f7f",
-    "#bcbd22",
-    "#17becf",
-)
 
 
 def plot_results(run: RunFolder, path: str | Path | None = None) -> Path:
@@ -130,21 +117,6 @@ def plot_trade_off(
         axis.set(xlabel=xlabel, ylabel=ylabel)
 
     return _draw(path, (6, 4), draw)
-
-
-def draw_detections(image: Tensor, detections: Tensor, names: Sequence[str]) -> Tensor:
-    """Boxes, class names and scores on a copy of a picture.
-
-    image: uint8 [3, H, W]; detections: [n, 6] of x1, y1, x2, y2 in its pixels, score, class.
-    """
-    if len(detections) == 0:
-        return image.clone()
-    detections = detections.detach().float().cpu()
-    classes = [int(index) for index in detections[:, 5].tolist()]
-    labels = [f"{names[index]} {score:.2f}" for index, score in zip(classes, detections[:, 4].tolist(), strict=True)]
-    colours: list[Any] = [_PALETTE[index % len(_PALETTE)] for index in classes]
-    drawn: Tensor = draw_bounding_boxes(image.cpu(), detections[:, :4], labels=labels, colors=colours, width=2)
-    return drawn
 
 
 def side_by_side(columns: Mapping[str, Sequence[Tensor]]) -> Tensor:

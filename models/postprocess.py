@@ -40,7 +40,8 @@ def non_max_suppression(
     with torch.no_grad():
         for predictions in decoded.detach().float():
             boxes, scores, labels = _candidates(predictions, conf, multi_label, keep_classes)
-            kept = nms(boxes, scores, iou) if class_agnostic else batched_nms(boxes, scores, labels, iou)
+            one_class = class_agnostic or decoded.shape[2] == 6
+            kept = nms(boxes, scores, iou) if one_class else batched_nms(boxes, scores, labels, iou)
             kept = kept[:max_detections]
             detections.append(torch.cat((boxes[kept], scores[kept, None], labels[kept, None].float()), 1))
     return detections

@@ -89,7 +89,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_run(small_cfg: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_weights(small_cfg: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a small network that was trained until it finds something."""
     import finetune
     import train_sparse
@@ -106,8 +106,8 @@ def small_run(small_cfg: Path, tiny: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def exported(small_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of exports of ``small_run`` for images of 64 pixels; the one with its suppression as val.py has it."""
+def exported(small_weights: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of exports of ``small_weights`` for images of 64 pixels; the one with its suppression as val.py has it."""
     from detection import DetectionDataset, open_data, read_network, real_images
     from export import Nms, write_file
 
@@ -122,5 +122,5 @@ def exported(small_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFacto
         "nms.onnx": {"nms": Nms(0.001, 0.65, 300)},
     }
     for name, more in options.items():
-        write_file(read_network(small_run), folder / name, images, **more)
+        write_file(read_network(small_weights), folder / name, images, **more)
     return folder

@@ -28,9 +28,9 @@ def settings(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def test_every_combination_is_in_the_table_and_the_files(
-    exported: Path, small_run: Path, tiny: Path, script: Runner, tmp_path: Path
+    exported: Path, small_weights: Path, tiny: Path, script: Runner, tmp_path: Path
 ) -> None:
-    weights = [small_run, *(exported / name for name in ("net.xml", "net.torchscript", "dynamic.onnx", "nms.onnx"))]
+    weights = [small_weights, *(exported / name for name in ("net.xml", "net.torchscript", "dynamic.onnx", "nms.onnx"))]
     before = torch.get_num_threads()
     done = script(
         "benchmark", "--weights", *weights, "--engine", "torch", "onnxruntime", "openvino", "--precision", "float32",
@@ -81,10 +81,10 @@ def test_sizes_of_a_dynamic_file(exported: Path, tiny: Path, script: Runner, tmp
     assert half["macs"] == whole["macs"] // 2 and half["ap"] != whole["ap"] == pytest.approx(fixed["ap"], abs=1e-4)
 
 
-def test_without_data_and_by_default(exported: Path, small_run: Path, script: Runner, tmp_path: Path) -> None:
+def test_without_data_and_by_default(exported: Path, small_weights: Path, script: Runner, tmp_path: Path) -> None:
     """A file's own engine and size, torch and 416 pixels for a checkpoint; sizes, cores and batches in combination."""
     done = script(
-        "benchmark", "--weights", small_run, exported / "bytes.xml", "--repeats", 1, "--warmup", 0, "--precision", "auto",
+        "benchmark", "--weights", small_weights, exported / "bytes.xml", "--repeats", 1, "--warmup", 0, "--precision", "auto",
         "float32", "--num-cores", 1, 2, "--batch-size", 1, 3, "--project", tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -102,20 +102,20 @@ def test_without_data_and_by_default(exported: Path, small_run: Path, script: Ru
 
 
 def test_what_cannot_be_measured_is_named(
-    exported: Path, small_run: Path, tiny: Path, script: Runner, tmp_path: Path
+    exported: Path, small_weights: Path, tiny: Path, script: Runner, tmp_path: Path
 ) -> None:
     common = ("benchmark", "--project", tmp_path / "runs", *SHORT, "--weights")
     xml, onnx = exported / "net.xml", exported / "net.onnx"
     fails(script(*common, xml, "--engine", "torch", "onnxruntime"), "net.xml: --engine torch does not run .xml files")
     fails(script(*common, onnx, "--engine", "caffe"), "engine", "caffe")
     fails(script(*common, xml, "--img", 96, "32x64"), "net.xml: takes images of 64 x 64 pixels, 96 x 96 were asked for")
-    fails(script(*common, small_run, "--img", 65), "--img 65: expected a multiple")
+    fails(script(*common, small_weights, "--img", 65), "--img 65: expected a multiple")
     fails(script(*common, onnx, "--precision", "bfloat16"), "--precision bfloat16: onnxruntime computes")
     fails(script(*common, onnx, "--batch-size", 0), "--batch-size 0: expected at least 1")
     fails(script(*common, onnx, "--num-cores", -1), "--num-cores -1: expected 0 (all) or more")
     fails(script(*common, onnx, "--repeats", 0), "repeats=0")
     more = other_classes(tiny, tmp_path)
-    fails(script(*common, small_run, onnx, "--img", 64, "--data", more), "last.pt: detects 4 classes", "has 6")
+    fails(script(*common, small_weights, onnx, "--img", 64, "--data", more), "last.pt: detects 4 classes", "has 6")
     (tmp_path / "empty.xml").touch()
     (tmp_path / "empty.bin").touch()
     (tmp_path / "empty.onnx").touch()

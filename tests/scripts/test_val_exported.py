@@ -29,10 +29,10 @@ def metrics(folder: Path) -> dict[str, object]:
     return found
 
 
-def test_ap_is_torchs_under_every_engine(exported: Path, small_run: Path, evaluate: Runner, tmp_path: Path) -> None:
-    done = evaluate(small_run, "--img", 64)
+def test_ap_is_torchs_under_every_engine(exported: Path, small_weights: Path, evaluate: Runner, tmp_path: Path) -> None:
+    done = evaluate(small_weights, "--img", 64)
     assert done.code == 0, done.err
-    wanted = metrics(tmp_path / small_run.stem)
+    wanted = metrics(tmp_path / small_weights.stem)
     assert float(wanted["ap"]) > 0.01  # type: ignore[arg-type]
     runs = [
         (exported / "net.onnx", (), "onnxruntime"),
@@ -41,8 +41,8 @@ def test_ap_is_torchs_under_every_engine(exported: Path, small_run: Path, evalua
         (exported / "bytes.xml", ("--precision", "float32"), "openvino"),
         (exported / "net.torchscript", (), "torch"),
         (exported / "dynamic.onnx", ("--img", 64), "onnxruntime"),
-        (small_run, ("--img", 64, "--engine", "torch"), "torch"),
-        (small_run, ("--img", 64, "--engine", "onnxruntime"), "onnxruntime"),
+        (small_weights, ("--img", 64, "--engine", "torch"), "torch"),
+        (small_weights, ("--img", 64, "--engine", "onnxruntime"), "onnxruntime"),
     ]
     for number, (file, more, engine) in enumerate(runs):
         done = evaluate(file, *more, "--name", number)
@@ -50,12 +50,14 @@ def test_ap_is_torchs_under_every_engine(exported: Path, small_run: Path, evalua
         found = metrics(tmp_path / str(number))
         assert found["ap"] == pytest.approx(wanted["ap"], abs=1e-4), (file.name, engine)
         assert (found["engine"], found["precision"], found["images"]) == (engine, "float32", 6)
-        assert set(found) == set(wanted) and (found["macs"] is None) == (file != small_run)
+        assert set(found) == set(wanted) and (found["macs"] is None) == (file != small_weights)
         assert (tmp_path / str(number) / "detections.png").stat().st_size > 1000
         assert yaml.safe_load((tmp_path / str(number) / "config.yaml").read_text())["img"] == 64
 
 
-def test_a_file_with_its_suppression_inside(exported: Path, evaluate: Runner, small_run: Path, tmp_path: Path) -> None:
+def test_a_file_with_its_suppression_inside(
+    exported: Path, evaluate: Runner, small_weights: Path, tmp_path: Path
+) -> None:
     """It gives each box its best class alone; with one class for all that is what everybody else does."""
     done = evaluate(exported / "nms.onnx")
     assert done.code == 0 and "AP is at the threshold and IoU inside of the file" in done.out, done.err
@@ -64,11 +66,11 @@ def test_a_file_with_its_suppression_inside(exported: Path, evaluate: Runner, sm
     assert cut.code == 0 and metrics(tmp_path / "none")["ap"] == 0
 
 
-def test_rectangles(exported: Path, evaluate: Runner, small_run: Path, tmp_path: Path) -> None:
-    for weights in (small_run, exported / "dynamic.onnx"):
+def test_rectangles(exported: Path, evaluate: Runner, small_weights: Path, tmp_path: Path) -> None:
+    for weights in (small_weights, exported / "dynamic.onnx"):
         done = evaluate(weights, "--img", "32x64")
         assert done.code == 0, done.err
-    torch_ap, onnx_ap = (metrics(tmp_path / stem)["ap"] for stem in (small_run.stem, "dynamic"))
+    torch_ap, onnx_ap = (metrics(tmp_path / stem)["ap"] for stem in (small_weights.stem, "dynamic"))
     assert onnx_ap == pytest.approx(torch_ap, abs=1e-4)
     assert yaml.safe_load((tmp_path / "dynamic" / "config.yaml").read_text())["img"] == "32x64"
     rect = evaluate(exported / "dynamic.onnx", "--img", 64, "--rect")
@@ -76,7 +78,7 @@ def test_rectangles(exported: Path, evaluate: Runner, small_run: Path, tmp_path:
 
 
 def test_what_does_not_fit_is_named(
-    exported: Path, evaluate: Runner, small_run: Path, tiny: Path, tmp_path: Path
+    exported: Path, evaluate: Runner, small_weights: Path, tiny: Path, tmp_path: Path
 ) -> None:
     fails(
         evaluate(exported / "net.onnx", "--img", 96), "net.onnx: takes images of 64 x 64 pixels, 96 x 96 were asked for"

@@ -1,0 +1,88 @@
+"""What can be looked at: image and video files, folders and globs of them, cameras and network streams."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from .errors import DataError
+from .images import IMAGE_SUFFIXES
+
+_KINDS = "3gp asf avi flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv y4m"
+VIDEO_SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split())
+_EXPECTED = "expected an image, a video, a folder or glob of them, the number of a camera or an address such as rtsp://"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image or a video to look at."""
+
+    where: str
+    """A path, or the address of a stream."""
+    kind: Literal["image", "video", "camera", "stream"]
+    name: str
+    """For what is written of it: the file's name without suffix, with a number where another source has it already."""
+
+    @property
+    def is_image(self) -> bool:
+        return self.kind == "image"
+
+
+def find_sources(given: Sequence[str]) -> list[Source]:
+    """What the words of a command line name, in their order, a folder's and a glob's files sorted by name.
+
+    A number or ``/dev/video...`` is a camera, what holds ``://`` a stream. DataError where a word names nothing.
+    """
+    found = dict.fromkeys(source for word in given for source in _named(word))
+    if not found:
+        raise DataError(f"--source: none given; {_EXPECTED}")
+    if len(found) > 1:
+        for source in found:
+            if source.kind == "camera":
+                raise DataError(
+                    f"--source {source.where}: a camera does not end; give it alone, in a process of its own"
+                )
+    taken: set[str] = set()
+    return [_renamed(source, taken) for source in found]
+
+
+def _renamed(source: Source, taken: set[str]) -> Source:
+    name, number = source.name, 2
+    while name in taken:
+        name, number = f"{source.name}-{number}", number + 1
+    taken.add(name)
+    return replace(source, name=name)
+
+
+def _named(word: str) -> list[Source]:
+    path = Path(word)
+    if word.isdecimal() or word.startswith("/dev/video"):
+        device = f"/dev/video{word}" if word.isdecimal() else word
+        return [Source(device, "camera", Path(device).name)]
+    if "://" in word:
+        last = Path(word.split("://", 1)[1].split("?", 1)[0].rstrip("/"))
+        return [Source(word, "stream", last.stem.replace(":", "-") or "stream")]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if _is_known(file))
+        if not files:
+            raise DataError(f"{word}: no image and no video in this folder; folders below it are not looked at")
+        return [_of_file(file) for file in files]
+    if path.is_file():
+        return [_of_file(path)]
+    if glob.has_magic(word):
+        files = [file for file in map(Path, sorted(glob.glob(word, recursive=True))) if _is_known(file)]
+        if not files:
+            raise DataError(f"{word}: no image and no video matches")
+        return [_of_file(file) for file in files]
+    raise DataError(f"{word}: no such file or folder; {_EXPECTED}")
+
+
+def _is_known(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and path.is_file()
+
+
+def _of_file(path: Path) -> Source:
+    return Source(str(path), "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video", path.stem)

@@ -1,0 +1,112 @@
+"""Annotated copies on disk: images in their own format, videos as MP4."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import av
+from PIL import Image
+from torch import Tensor
+
+from .errors import DataError
+from .media_pictures import VideoInfo, drawable_format
+
+_CODECS = (
+    ("libx264", {"preset": "ultrafast", "crf": "20"}),
+    ("libopenh264", {"b": "8M"}),
+    ("mpeg4", {"qmin": "2", "qmax": "5"}),
+)
+"""The first one that this build of av has. On few cores the time of the encoder is the network's: ultrafast."""
+_SECONDS_TO_LOSE = 2
+"""Of a video whose writer was killed: as often it is made playable up to there."""
+_QUALITY = {".jpg": 95, ".jpeg": 95, ".webp": 90}
+
+
+def write_image(pixels: Tensor, path: Path) -> None:
+    """uint8 [3, H, W] as a file of the kind that the suffix names; DataError if it cannot be written."""
+    quality = _QUALITY.get(path.suffix.lower())
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    try:
+        picture.save(path, **({"quality": quality} if quality else {}))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); free disk space") from error
+
+
+class VideoWriter:
+    """An MP4 file that grows frame by frame, as long as the frames came: H.264 where av has an encoder of it.
+
+    It plays up to the last two seconds or so even when the process is killed, and whole once it is closed. Frames keep
+    their times; those of another size than the first one's are scaled to it.
+    """
+
+    def __init__(self, path: Path, size_hw: tuple[int, int], info: VideoInfo, vid_stride: int = 1) -> None:
+        self.path, self.size_hw, self.frames = path, size_hw, 0
+        self.format = drawable_format(size_hw)
+        codec, settings = next((codec, settings) for codec, settings in _CODECS if codec in av.codecs_available)
+        rate = info.rate / vid_stride
+        # A fragment at each key frame, put together to a plain MP4 at the end.
+        options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
+        self.container: Any = av.open(str(path), "w", format="mp4", container_options=options)
+        self.stream = self.container.add_stream(codec, rate=rate)
+        self.stream.height, self.stream.width = size_hw
+        self.stream.pix_fmt = self.format
+        self.stream.options = settings
+        context = self.stream.codec_context
+        context.thread_count = 1
+        context.gop_size = max(1, round(_SECONDS_TO_LOSE * rate))
+        context.time_base = info.time_base if info.time_base > 0 else 1 / rate
+        for name, value in info.colour:
+            setattr(context, name, value)
+        self.step = max(1, round(1 / rate / context.time_base))
+        self.first: int | None = None
+        self.last = -self.step
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, frame: av.VideoFrame) -> None:
+        """A frame of the format and with the time base of the video; DataError if the disk does not take it."""
+        height, width = self.size_hw
+        if (frame.height, frame.width, frame.format.name) != (height, width, self.format):
+            time, base = frame.pts, frame.time_base
+            frame = frame.reformat(width, height, self.format, threads=1)
+            frame.pts, frame.time_base = time, base
+        frame.pts = self.last = self._time_of(frame)
+        frame.time_base = self.stream.codec_context.time_base
+        frame.pict_type = 0  # the encoder's to choose, not what the source had
+        self._mux(frame)
+        self.frames += 1
+
+    def close(self) -> None:
+        """Write what the encoder still holds, and finish the file."""
+        try:
+            if self.frames:
+                self._mux(None)
+        finally:
+            self.container.close()
+
+    def _time_of(self, frame: av.VideoFrame) -> int:
+        """Its own time after the first one's; a step after the last one's where it has none or goes back."""
+        if frame.pts is None:
+            return self.last + self.step
+        own = frame.pts
+        if frame.time_base and frame.time_base != self.stream.codec_context.time_base:
+            own = round(Fraction(own) * frame.time_base / self.stream.codec_context.time_base)
+        if self.first is None:
+            self.first = own - (self.last + self.step)  # the first ones may have had no time
+        return own - self.first if own - self.first > self.last else self.last + self.step
+
+    def _mux(self, frame: av.VideoFrame | None) -> None:
+        try:
+            for packet in self.stream.encode(frame):
+                self.container.mux(packet)
+        except (av.FFmpegError, OSError) as error:
+            raise DataError(f"{self.path}: cannot be written ({error.strerror or error}); free disk space") from error

@@ -1,0 +1,127 @@
+"""Stages side by side: all items, in order, never too many at once, and an end in every case."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from engine import EngineError, StageTimes, Work, run_overlapped
+from engine.pipeline import STAGES
+
+
+class Recorded:
+    """Work on numbers: tenfold, plus one. A stage may be given something to do at an item."""
+
+    def __init__(self, count: int, **at: Any) -> None:
+        self.count, self.at = count, at
+        self.written: list[tuple[int, int]] = []
+        self.open = self.most_open = self.inferring = self.most_inferring = 0
+        self.closed = False
+        self.lock = threading.Lock()
+
+    def do(self, stage: str, item: int) -> None:
+        where, act = self.at.get(stage, (None, None))
+        if where == item:
+            act()
+
+    def read(self) -> Iterator[int]:
+        try:
+            for item in range(self.count):
+                self.do("read", item)
+                self.open += 1
+                self.most_open = max(self.most_open, self.open)
+                yield item
+        finally:
+            self.closed = True
+
+    def infer(self, item: int) -> int:
+        with self.lock:
+            self.inferring += 1
+            self.most_inferring = max(self.most_inferring, self.inferring)
+        time.sleep(0.004 if item % 3 == 0 else 0.001)
+        self.do("infer", item)
+        with self.lock:
+            self.inferring -= 1
+        return 10 * item
+
+    def write(self, item: int, found: int) -> None:
+        self.do("write", item)
+        self.written.append((item, found))
+        self.open -= 1
+
+    def work(self) -> Work:
+        def interpret(item: int, prepared: int, output: int) -> int:
+            self.do("interpret", item)
+            assert prepared == item
+            return output + 1
+
+        def prepare(item: int) -> int:
+            self.do("prepare", item)
+            return item
+
+        return Work(self.read(), prepare, self.infer, interpret, self.write)
+
+
+@pytest.mark.parametrize(("at_once", "waiting"), [(1, 0), (1, 2), (3, 2)])
+def test_all_items_in_order_and_few_at_a_time(at_once: int, waiting: int) -> None:
+    recorded, timing, told = Recorded(40), StageTimes(at_once), []
+    run_overlapped(recorded.work(), timing, waiting=waiting, on_progress=lambda: told.append(timing.items))
+    assert recorded.written == [(item, 10 * item + 1) for item in range(40)]
+    assert recorded.most_open <= at_once + waiting and recorded.most_inferring == at_once
+    assert told[-1] == timing.items == 40 and recorded.closed
+
+
+def test_the_time_of_each_stage() -> None:
+    timing = StageTimes(2)
+    run_overlapped(Recorded(30).work(), timing)
+    summary = timing.summary()
+    assert tuple(summary["milliseconds"]) == STAGES and summary["milliseconds"]["inference"] >= 2
+    assert summary["fps"] == pytest.approx(30 / timing.wall_s)
+    assert summary["engine_fps"] == pytest.approx(2 * 1000 / summary["milliseconds"]["inference"])
+    assert summary["share_of_engine_fps"] == pytest.approx(summary["fps"] / summary["engine_fps"])
+    assert StageTimes().summary()["fps"] == 0 and StageTimes().summary()["share_of_engine_fps"] is None
+
+
+@pytest.mark.parametrize("stage", ["read", "prepare", "infer", "interpret", "write"])
+def test_an_error_anywhere_ends_all_after_what_came_before_it(stage: str) -> None:
+    def fail() -> None:
+        raise EngineError(f"{stage} failed")
+
+    recorded = Recorded(1000, **{stage: (7, fail)})
+    before = threading.active_count()
+    with pytest.raises(EngineError, match=f"{stage} failed"):
+        run_overlapped(recorded.work(), StageTimes(2))
+    assert [item for item, _ in recorded.written] == list(range(7))
+    assert threading.active_count() == before and recorded.closed
+
+
+def test_ctrl_c_writes_what_was_read() -> None:
+    recorded = Recorded(100_000, write=(9, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    timing, before = StageTimes(2), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run_overlapped(recorded.work(), timing)
+    assert 10 <= timing.items == len(recorded.written) < 1000 and recorded.open <= 1
+    assert [item for item, _ in recorded.written] == list(range(timing.items))
+    assert signal.getsignal(signal.SIGINT) is before and timing.fps > 0
+
+
+def test_a_reader_that_waits_for_ever_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.pipeline._LEAVE_READER_S", 0.1)
+    never = threading.Event()
+    recorded = Recorded(10, read=(5, never.wait))
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_overlapped(recorded.work(), StageTimes())
+    assert [item for item, _ in recorded.written] == list(range(5))
+    never.set()
+
+
+def test_nothing_at_once_is_refused() -> None:
+    with pytest.raises(EngineError, match="0 at once"):
+        run_overlapped(Recorded(1).work(), StageTimes(0))
