@@ -69,14 +69,12 @@ def _widest(
     fast: Trial | None = None
     low, high, slow_latency = smallest, 1.0, whole
     share = max(smallest, (aim / whole - FIXED) / (1 - FIXED)) if start is None else start
-    sides: list[bool] = []
     for number in range(most_trials):
         if fast is None and start is None and number == most_trials - 1:
             share = smallest  # else nothing would be known of it
         trial = measure(share, round_to)
-        sides.append(trial.latency <= target)
         slower = (high, slow_latency)
-        if sides[-1]:
+        if trial.latency <= target:
             fast, low = trial, share
         elif fast is None and (start is not None or share <= smallest):
             return None
@@ -91,10 +89,8 @@ def _widest(
             continue
         if fast.latency >= (1 - tolerance) * target:
             break
-        # Where the line misses the same way twice, latency is no line.
-        twice = len(sides) > 2 and sides[-1] == sides[-2]
         line = _on_line((high, slow_latency), (fast.keep_macs, fast.latency), aim)
-        share = (low + high) / 2 if twice else min(max(line, low + margin), high - margin)
+        share = min(max(line, low + margin), high - margin)
     return fast
 
 

@@ -68,6 +68,13 @@ def test_a_latency_that_does_not_fall_at_first_ends_at_the_smallest_network() ->
     assert search_latency(Machine(lambda keep, _: 1.0), 0.6, {8: 0.05}, most_trials=3) is None
 
 
+def test_the_last_trial_is_the_smallest_network() -> None:
+    """Here every line points above it, and half of the way is left each time."""
+    machine = Machine(lambda keep, _: 0.58 + 0.42 * keep**2)
+    found = search_latency(machine, 0.5812, {8: 0.05}, tolerance=0.001, most_trials=4)
+    assert found is not None and found.keep_macs == 0.05 and len(machine.asked) == 4
+
+
 def test_a_network_that_is_no_larger_than_its_floor_is_not_cut() -> None:
     machine = Machine(lambda keep, _: keep)
     assert search_latency(machine, 0.6, {8: 1.0}) is None and not machine.asked

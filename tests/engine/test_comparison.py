@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import statistics
 from collections.abc import Iterable
 
 import pytest
@@ -56,6 +57,11 @@ def test_a_restless_machine_is_given_up_on() -> None:
 
     found = compare(clock.first, second, clock)
     assert 15 < clock.now < 17 and found.error > 0.01 * found.ratio and len(found.first.runs_ms) > 30
+    rounds = [
+        (found.first.runs_ms[i : i + 3], found.second.runs_ms[i : i + 3]) for i in range(0, len(found.first.runs_ms), 3)
+    ]
+    ratios = [statistics.median(second) / statistics.median(first) for first, second in rounds]
+    assert found.ratio == statistics.median(ratios) and found.error == standard_error(ratios)
 
 
 def test_the_standard_error_of_a_median() -> None:

@@ -114,6 +114,8 @@ def test_a_machine_that_contradicts_itself_is_not_believed(
 ) -> None:
     clock.again = 1.3
     fails(script(*base(sparse_run, tmp_path), "--latency-ms", 6), "took longer when they were measured again")
+    again = len(clock.measured) - len(set(clock.measured))
+    assert again == latency.ATTEMPTS, "each network once, and those that would do a second time"
     assert not list((tmp_path / "exp" / "weights").iterdir())
 
 
@@ -135,11 +137,18 @@ def test_the_engines_run_what_is_exported(small_cfg: Path) -> None:
         wanted = network.model.eval()(images[:1])[0]
     threads = torch.get_num_threads()
     for engine in ("torch", "onnxruntime", "openvino"):
-        flags = latency.LatencyFlags(latency_share=0.5, engine=engine, num_cores=1, latency_precision="float32")
+        flags = latency.LatencyFlags(
+            latency_share=0.5, engine=engine, num_cores=threads + 1, latency_precision="float32"
+        )
         measurer = latency.Measurer(flags, network, images)
         output = measurer.dense_run()()
         assert isinstance(output, torch.Tensor) and (output - wanted).abs().max() <= 1e-3 * wanted.abs().max()
-        assert measurer.setting() == {"engine": engine, "precision": "float32", "num_cores": 1, "image_px": [64, 64]}
+        assert measurer.setting() == {
+            "engine": engine,
+            "precision": "float32",
+            "num_cores": threads + 1,
+            "image_px": [64, 64],
+        }
         if engine == "torch":
             found = measurer.against_dense(network.model)
             assert len(found.first.runs_ms) == len(found.second.runs_ms) >= 30 and found.ratio > 0
