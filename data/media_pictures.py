@@ -236,8 +236,10 @@ class _Reading:
         if packet is not None and packet.is_corrupt:
             self.damage = "a piece is not whole"
         for frame in frames:
-            if frame.time is not None:
-                self.end_s = max(self.end_s, frame.time - self._start_s + float(1 / self.info.rate))
+            if self.container.format.name == "avi":
+                frame.pts = None  # it knows the order of its pieces alone; at a constant rate
+            time_s = self.read / self.info.rate if frame.time is None else frame.time - self._start_s
+            self.end_s = max(self.end_s, float(time_s + 1 / self.info.rate))
             yield frame
 
     @property

@@ -11,8 +11,8 @@ import torch
 
 from tests.scripts.runs import NAMES, ROOT, SMALL, Runner
 
-SCRIPTS = ("train_sparse", "finetune", "val", "prune", "iterate", "benchmark", "export")
-NEEDS = dict.fromkeys(SCRIPTS, ()) | {"prune": ("--macs", "0.5")}
+SCRIPTS = ("train_sparse", "finetune", "val", "prune", "iterate", "benchmark", "export", "detect")
+NEEDS = dict.fromkeys(SCRIPTS, ()) | {"prune": ("--macs", "0.5"), "detect": ("--source", "docs/detections.png")}
 
 
 def fails(done: tuple[int, str, str], *parts: str) -> None:
@@ -25,7 +25,7 @@ def fails(done: tuple[int, str, str], *parts: str) -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_missing_weights(name: str, script: Runner, tiny: Path, tmp_path: Path) -> None:
-    data = () if name in ("prune", "benchmark") else ("--data", tiny)
+    data = () if name in ("prune", "benchmark", "detect") else ("--data", tiny)
     fails(
         script(name, "--weights", tmp_path / "none.pt", *NEEDS[name], *data, "--project", tmp_path / "runs"),
         "none.pt",
@@ -36,7 +36,7 @@ def test_missing_weights(name: str, script: Runner, tiny: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_checkpoint_of_another_kind(name: str, script: Runner, tiny: Path, tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "other.pt")
-    data = () if name in ("prune", "benchmark") else ("--data", tiny)
+    data = () if name in ("prune", "benchmark", "detect") else ("--data", tiny)
     fails(
         script(name, "--weights", tmp_path / "other.pt", *NEEDS[name], *data, "--project", tmp_path / "runs"),
         "other.pt",
@@ -47,7 +47,7 @@ def test_checkpoint_of_another_kind(name: str, script: Runner, tiny: Path, tmp_p
 def test_truncated_checkpoint(name: str, script: Runner, sparse_run: Path, tiny: Path, tmp_path: Path) -> None:
     whole = (sparse_run / "weights" / "best.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 3])
-    data = () if name in ("prune", "benchmark") else ("--data", tiny)
+    data = () if name in ("prune", "benchmark", "detect") else ("--data", tiny)
     fails(script(name, "--weights", tmp_path / "cut.pt", *NEEDS[name], *data, "--project", tmp_path / "runs"), "cut.pt")
 
 
