@@ -74,7 +74,7 @@ def noisiest(quantiser: Quantiser, kept: frozenset[str]) -> list[str]:
     noise = {}
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"block{quantiser.suffix}"
-        for block in tqdm(blocks, "noise of each block", leave=False):
+        for block in tqdm(blocks, "noise of each block", disable=None, leave=False):
             quantiser.write(path, kept | (everything - quantiser.operators.inside(block)), rough=True)
             noise[block] = relative_noise(wanted, open_exported(path)(images))
     return sorted(blocks, key=lambda block: -noise[block])

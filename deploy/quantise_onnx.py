@@ -96,7 +96,7 @@ class OnnxQuantiser(Quantiser):
         session = onnxruntime.InferenceSession(observed.SerializeToString(), options, ["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()[len(proto.graph.output) :]]
         found: dict[str, list[Array]] = defaultdict(list)
-        for batch in tqdm(self.batches(rough), "calibration", disable=rough, leave=False):
+        for batch in tqdm(self.batches(rough), "calibration", disable=rough or None, leave=False):
             for name, value in zip(names, session.run(names, {INPUT: batch.numpy()}), strict=True):
                 found[name].append(value)
         means = {name: np.concatenate(values).mean(0) for name, values in found.items()}

@@ -17,8 +17,8 @@ from torchvision.ops import box_iou
 
 import export
 from deploy import Decoded, WithNms, prove_same_detections
-from detection import DetectionDataset, open_data, read_network, real_images
-from detector import open_detector
+from detection import DetectionDataset, Evaluator, open_data, read_network, real_images
+from detector import AsModel, open_detector
 from tests.deploy.test_exports import Given
 from tests.scripts.runs import NAMES, ROOT, Runner
 from tests.scripts.test_failures import fails
@@ -163,3 +163,36 @@ def test_impossible_exports_are_refused(small_run: Path, tiny: Path, script: Run
     fails(script(*common, "--nms", "--conf", 2), "--conf 2, --iou 0.45, --max-det 300: expected 0 to 1")
     fails(script(*common, "--dynamic", "--include", "torchscript"), "--dynamic: TorchScript files take one size")
     assert not list(tmp_path.rglob("*.torchscript"))
+
+
+def test_int8_files_say_what_they_cost(small_weights: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+    given = ("--weights", small_weights, "--data", tiny, "--img", 64, "--project", tmp_path, "--int8")
+    done = script("export", *given, "--include", "onnx", "openvino", "--calibration-images", 8)
+    assert done.code == 0, done.err
+    made = json.loads((tmp_path / "exp" / "export.json").read_text())
+    assert [Path(row["file"]).name for row in made] == ["last-int8.onnx", "last-int8.xml"]
+    config = open_data(str(tiny), None)
+    evaluator = Evaluator(DetectionDataset(config, "val", 64), batch_size=1, workers=0, device=torch.device("cpu"))
+    for row in made:
+        with open_detector(row["file"]) as detector:
+            assert detector.precision == "int8"
+            assert row["ap_int8"] == pytest.approx(evaluator(AsModel(detector.network)).ap)
+        assert f"AP on val {row['ap_float']:.4f} in float, {row['ap_int8']:.4f} in INT8" in done.out
+        assert row["ap_float"] > 0.01 and row["max_difference"] < 1e-4
+
+
+def test_impossible_quantisations_are_refused(small_weights: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+    common = ("export", "--weights", small_weights, "--data", tiny, "--img", 64, "--project", tmp_path, "--int8")
+    fails(script(*common, "--calibration-images", 0), "--calibration-images 0: expected at least 1")
+    fails(script(*common, "--include", "torchscript"), "--int8: TorchScript files stay in float")
+    fails(script(*common, "--keep-float", "stem.*"), "--keep-float stem.*: matches no module of the network")
+    fails(script(*common, "--calibration-images", 4, "--max-drop", -1), "--max-drop -1: AP", "nothing was written")
+    fails(script(*common[:-1], "--max-drop", 0.01), "--keep-float and --max-drop are for --int8")
+    empty = tmp_path / "empty.yaml"
+    (tmp_path / "none").mkdir()
+    empty.write_text(f"path: {tmp_path}\ntrain: none\nval: none\nnames: [a, b, c, d]\n")
+    fails(
+        script("export", "--weights", small_weights, "--data", empty, "--img", 64, "--project", tmp_path, "--int8"),
+        "none",
+    )
+    assert not list(tmp_path.rglob("*.onnx")) + list(tmp_path.rglob("*.xml"))
