@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,7 +52,7 @@ class OpenVinoNetwork(ExportedNetwork):
         if precision != "auto":
             settings["INFERENCE_PRECISION_HINT"] = {"float32": "f32", "bfloat16": "bf16"}[precision]
         try:
-            compiled = openvino.Core().compile_model(network, "CPU", settings)
+            compiled = openvino_core().compile_model(network, "CPU", settings)
         except RuntimeError as error:
             raise DeployError(f"{path}: OpenVINO cannot run it ({_first_line(error)}); export it anew") from error
         quantised = any(operator.get_type_name() == "FakeQuantize" for operator in network.get_ops())
@@ -72,13 +73,23 @@ class OpenVinoNetwork(ExportedNetwork):
         return torch.from_numpy(np.array(outputs[0]))
 
 
+@functools.cache
+def openvino_core() -> openvino.Core:
+    """OpenVINO itself, once for the whole process.
+
+    Each further one would give the thread another stack for its signal handlers, and free it in the end though it may
+    still be in use: with two of them, closed in the order of their opening, the next Ctrl-C or ended worker is a crash.
+    """
+    return openvino.Core()
+
+
 def read_openvino(path: Path) -> tuple[openvino.Model, dict[str, str]]:
     """The graph of an ``.xml`` or ``.onnx`` file and its metadata; DeployError where it is none."""
     if path.suffix == ".onnx":
         proto = read_onnx(path)
         metadata = {entry.key: entry.value for entry in proto.metadata_props}
     try:
-        network = openvino.Core().read_model(path)
+        network = openvino_core().read_model(path)
         if path.suffix != ".onnx":
             known = network.get_rt_info(INFO).value if network.has_rt_info(INFO) else {}
             metadata = {key: str(getattr(value, "value", value)) for key, value in known.items()}

@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,18 +155,25 @@ def _of_onnx(network: OnnxNetwork, images: Tensor, runs: int) -> list[LayerTime]
     events = json.loads(Path(network.session.end_profiling()).read_text(encoding="utf-8"))
     network.profiles_to.cleanup()
     network.profiles_to = None
-    # Convolutions in blocked layouts are named after their output.
-    makers = {output: node.name for node in read_onnx(network.path).graph.node for output in node.output}
+    makers = {output: node for node in read_onnx(network.path).graph.node for output in node.output}
     times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             own = event["name"].removesuffix("_kernel_time")
             times[own, event["args"]["op_name"], _onnx_precision(event["args"])].append(event["dur"] / 1000)
-    names = _numbered(_module_of(makers.get(own.removesuffix("_nchwc"), own)) for own, _, _ in times)
+    names = _numbered(_module_of(_onnx_name(own, kind, makers)) for own, kind, _ in times)
     return [
         LayerTime(name, kind, precision, statistics.median(values[-runs:]))
         for name, ((_, kind, precision), values) in zip(names, times.items(), strict=True)
     ]
+
+
+def _onnx_name(own: str, kind: str, makers: Mapping[str, Any]) -> str:
+    """A convolution in a blocked layout bears the name of its output, even if that is its fused activation's."""
+    node = makers.get(own.removesuffix("_nchwc"))
+    while node is not None and "Conv" in kind and "Conv" not in node.op_type:
+        node = makers.get(node.input[0])
+    return own if node is None else str(node.name)
 
 
 def _onnx_precision(facts: dict[str, Any]) -> str:
