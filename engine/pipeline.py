@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
@@ -168,12 +168,8 @@ class _Line:
                     self.work.write(item, found)
                 self.timing.items += 1
                 self.room.release()
-        except CancelledError:
-            pass
         except BaseException as error:
             self._fail(error)
-        finally:
-            self.stop()
 
     def _fail(self, error: BaseException) -> None:
         if self.error is None:

@@ -125,6 +125,19 @@ def test_a_truncated_video_gives_what_it_has_and_says_so(video: Path, tmp_path: 
     assert 0 < len(found) < 40 and f": {len(found)} of 40" in str(told.value)
 
 
+def test_a_damaged_piece_is_told_at_the_end(video: Path, tmp_path: Path) -> None:
+    with av.open(str(video)) as container:
+        place = [packet.pos for packet in container.demux(video=0) if packet.size][20]
+    content = bytearray(video.read_bytes())
+    content[place : place + 4] = b"\xff\xff\xff\xff"
+    (tmp_path / "damaged.mp4").write_bytes(content)
+    found = []
+    with pytest.raises(DataError, match=r"damaged\.mp4: 39 of 40 frames could be read, .* \(Invalid data found"):
+        for picture in read_pictures(find_sources([str(tmp_path / "damaged.mp4")])[0]):
+            found.append(picture)
+    assert len(found) == 39
+
+
 def test_a_truncated_video_that_does_not_count_its_frames(tmp_path: Path) -> None:
     video = short_video(tmp_path / "shapes.mkv", frames=100)
     assert len(all_of(video)) == 100
