@@ -69,7 +69,7 @@ COLUMNS: tuple[Column, ...] = (
     ("M parameters", lambda row: "" if row.params is None else f"{row.params / 1e6:.3f}"),
     ("activation", lambda row: row.activation),
 )
-SHARED = {"pixels": "{} pixels", "cores": "{} in use", "batch": "batch size {}", "precision": "{}"}
+SHARED = {"pixels": "{} pixels", "cores": "CPU threads: {}", "batch": "batch size {}", "precision": "{}"}
 """Columns that are told once, above the table, where all rows agree."""
 
 

@@ -38,7 +38,7 @@ def test_names_are_as_short_as_they_can_be(paths: list[str], names: list[str]) -
 
 def test_a_table_for_a_document() -> None:
     assert markdown([FIRST, SECOND], "A CPU") == (
-        "A CPU; 416 pixels; 2 in use; batch size 1; medians of 30 runs, in turns.\n\n"
+        "A CPU; 416 pixels; CPU threads: 2; batch size 1; medians of 30 runs, in turns.\n\n"
         "| network | engine | precision | ms | 10 to 90 % | FPS | times faster | AP | MB | M MACs | M parameters | activation |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
         "| dense/last | torch | float32 | 20.00 | 19.00 to 22.50 | 50.0 | 1.00 | 0.5761 | 7.12 | 517.1 | 1.768 | SiLU |\n"

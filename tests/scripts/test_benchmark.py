@@ -60,7 +60,9 @@ def test_every_combination_is_in_the_table_and_the_files(
         assert [row["milliseconds"] for row in csv.DictReader(file)] == [str(row["milliseconds"]) for row in rows]
     table = (tmp_path / "exp" / "benchmark.md").read_text()
     assert table in f"{done.out}\n" and table.count("\n| ") == len(rows) + 2
-    assert "; float32; 64 pixels; 1 in use; batch size 1; medians of 3 runs" in table and "| pixels |" not in table
+    assert (
+        "; float32; 64 pixels; CPU threads: 1; batch size 1; medians of 3 runs" in table and "| pixels |" not in table
+    )
     with (tmp_path / "exp" / "profile.csv").open() as file:
         profiled = list(csv.DictReader(file))
     assert len({row["candidate"] for row in profiled}) == len(rows)
