@@ -56,21 +56,25 @@ class Painter:
         """Detections (x1, y1, x2, y2 in pixels of the first plane, score, class) onto planes, in place; the first on top."""
         height, width = planes[0].shape
         line, font_px = self.line_px or max(2, round(0.0015 * (height + width))), max(10, (height + width) // 80)
+        factors = [-(-width // plane.shape[1]) for plane in planes]
         for x1, y1, x2, y2, score, kind in reversed(rows):
             box = _within(x1, width), _within(y1, height), _within(x2, width), _within(y2, height)
-            colour = self.colours[int(kind) % len(PALETTE)]
-            for plane, value in zip(planes, colour, strict=True):
-                _outline(plane, box, line, value, width)
+            index = int(kind) % len(PALETTE)
+            for plane, factor, value in zip(planes, factors, self.colours[index], strict=True):
+                _outline(plane, box, line, factor, value)
             text = self._text(int(kind), score)
             if text:
-                self._paste(planes, self._strip(text, int(kind) % len(PALETTE), font_px), box)
+                strip = self._strip(text, index, font_px, factors[-1])
+                top, left = _place_of_label(box, strip[0].shape, (height, width))
+                for plane, factor, picture in zip(planes, factors, strip, strict=True):
+                    _paste(plane, picture, top // factor, left // factor)
 
     def _text(self, kind: int, score: float) -> str:
         parts = ([self.names[kind]] if self.labels else []) + ([f"{score:.2f}"] if self.scores else [])
         return " ".join(parts)
 
-    def _drawn_strip(self, text: str, colour: int, font_px: int) -> tuple[Plane, ...]:
-        """A label's planes, all of full resolution; sides are even."""
+    def _drawn_strip(self, text: str, colour: int, font_px: int, chroma_factor: int) -> tuple[Plane, ...]:
+        """A label's planes; sides are even."""
         font: Any = ImageFont.load_default(font_px)
         left, top, right, bottom = (int(side) for side in font.getbbox(text))
         size = 2 * ((right - left + 7) // 2), 2 * ((bottom - top + 5) // 2)
@@ -80,20 +84,8 @@ class Painter:
         ImageDraw.Draw(strip).text((3 - left, 2 - top), text, fill=ink, font=font)
         pixels = np.asarray(strip)
         converted = pixels if self.space == "rgb" else _as_yuv(pixels)
-        return tuple(np.ascontiguousarray(converted[..., channel]) for channel in range(3))
-
-    def _paste(self, planes: Sequence[Plane], strip: tuple[Plane, ...], box: tuple[int, int, int, int]) -> None:
-        """Above the box, where there is room, else inside; even places, since chroma may be halved."""
-        height, width = planes[0].shape
-        rows, columns = strip[0].shape
-        top = box[1] - rows if box[1] >= rows else box[1]
-        left = max(0, min(box[0], width - columns))
-        top, left = min(top, max(0, height - rows)) // 2 * 2, left // 2 * 2
-        for plane, picture in zip(planes, strip, strict=True):
-            factor = -(-width // plane.shape[1])
-            target = plane[top // factor : (top + rows) // factor, left // factor : (left + columns) // factor]
-            small = picture[::factor, ::factor]
-            target[:] = small[: target.shape[0], : target.shape[1]]
+        steps = (1, chroma_factor, chroma_factor)
+        return tuple(np.ascontiguousarray(converted[::step, ::step, channel]) for channel, step in enumerate(steps))
 
 
 def draw_detections(image: Tensor, detections: Tensor, names: Sequence[str]) -> Tensor:
@@ -110,14 +102,29 @@ def _within(place: float, size: int) -> int:
     return max(0, min(size - 1, round(place)))
 
 
-def _outline(plane: Plane, box: tuple[int, int, int, int], line: int, value: int, width: int) -> None:
-    factor = -(-width // plane.shape[1])
-    x1, y1, x2, y2 = (side // factor for side in box)
-    thick = max(1, line // factor)
-    plane[y1 : y1 + thick, x1 : x2 + 1] = value
-    plane[max(y1, y2 + 1 - thick) : y2 + 1, x1 : x2 + 1] = value
-    plane[y1 : y2 + 1, x1 : x1 + thick] = value
-    plane[y1 : y2 + 1, max(x1, x2 + 1 - thick) : x2 + 1] = value
+def _outline(plane: Plane, box: tuple[int, int, int, int], line: int, factor: int, value: int) -> None:
+    x1, y1, x2, y2 = box
+    if factor > 1:
+        x1, y1, x2, y2, line = x1 // factor, y1 // factor, x2 // factor, y2 // factor, max(1, line // factor)
+    x2, y2 = x2 + 1, y2 + 1
+    plane[y1 : y1 + line, x1:x2] = value
+    plane[max(y1, y2 - line) : y2, x1:x2] = value
+    plane[y1:y2, x1 : x1 + line] = value
+    plane[y1:y2, max(x1, x2 - line) : x2] = value
+
+
+def _place_of_label(
+    box: tuple[int, int, int, int], size_hw: tuple[int, ...], picture_hw: tuple[int, int]
+) -> tuple[int, int]:
+    """Top and left: above the box, where there is room, else inside; even, since chroma may be halved."""
+    (rows, columns), (height, width) = size_hw, picture_hw
+    top = box[1] - rows if box[1] >= rows else box[1]
+    return max(0, min(top, height - rows)) // 2 * 2, max(0, min(box[0], width - columns)) // 2 * 2
+
+
+def _paste(plane: Plane, picture: Plane, top: int, left: int) -> None:
+    target = plane[top : top + picture.shape[0], left : left + picture.shape[1]]
+    target[:] = picture[: target.shape[0], : target.shape[1]]
 
 
 def _values(rgb: Sequence[int], space: ColourSpace) -> tuple[int, int, int]:
