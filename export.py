@@ -174,21 +174,27 @@ def int8_writer(
 ) -> Callable[[Path], tuple[float, dict[str, Any]]]:
     """Writes a file in INT8: the float file's difference from torch, and what export.json says of AP. Reads the images."""
     # Imported here since it runs detectors, which are written by this script.
-    from quantisation import calibrate, write_quantised
+    from quantisation import calibrate, noisiest_blocks, write_quantised
 
     sides = flags.sides(network)
     calibrated = calibrate(network, config, sides, flags.calibration_images, flags.seed, flags.weights, flags.data)
     keep_float = [f"model.{len(network.model.model) - 1}", *flags.keep_float]
     nms = flags.suppression()
 
+    def write_float(path: Path, with_nms: bool) -> float:
+        return write(path, nms=nms if with_nms else None)
+
+    rank = functools.cache(lambda: noisiest_blocks(write_float, calibrated.images, keep_float))
+
     def write_int8(out: Path) -> tuple[float, dict[str, Any]]:
         difference, found = write_quantised(
-            lambda path, with_nms: write(path, nms=nms if with_nms else None),
+            write_float,
             out,
             calibrated,
             keep_float,
             has_nms=nms is not None,
             max_drop=flags.max_drop,
+            rank=rank,
         )
         if found.ap is None:
             print(f"{out}: AP not measured, since {calibrated.not_measured}")

@@ -14,7 +14,7 @@ import detection
 from data import DataError
 from data.sampling import Draw
 from deploy import OnnxQuantiser, OpenVinoQuantiser, Quantised, Quantiser, parts_of, quantise
-from deploy.accuracy import Measure
+from deploy.accuracy import Measure, noisiest
 from detector import AsModel
 from engine import EngineError
 
@@ -53,12 +53,10 @@ def calibrate(
         detection.check_classes(network, config, weights, data)
     except EngineError as error:
         return Calibrated(images, None, str(error))
-    if sides_px[0] != sides_px[1]:
-        return Calibrated(images, None, f"--img {sides_px[0]} {sides_px[1]} is no square; val.py measures the file")
-    dataset = detection.DetectionDataset(config, "val", sides_px[0])
+    dataset = detection.DetectionDataset(config, "val", max(sides_px))
     if not dataset.ground_truth()["annotations"]:
         return Calibrated(images, None, f"the val split of {data} has no labels")
-    evaluator = detection.Evaluator(dataset, batch_size=1, workers=0, device=torch.device("cpu"))
+    evaluator = detection.Evaluator(dataset, batch_size=1, workers=0, device=torch.device("cpu"), canvas_hw=sides_px)
     return Calibrated(images, lambda exported: evaluator(AsModel(exported)).ap)
 
 
@@ -66,13 +64,18 @@ def training_images(config: detection.DataConfig, sides_px: tuple[int, int], cou
     """Shuffled training images as evaluation sees them: float 0..1 [3, H, W] each, at most ``count``."""
     dataset = detection.DetectionDataset(config, "train", max(sides_px), cache="none")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
-    height, width = sides_px
-    images = []
-    for index in order.tolist():
-        image = dataset[Draw(index)].image
-        top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
-        images.append(image[:, top : top + height, left : left + width].float() / 255)
-    return images
+    return [dataset[Draw(index, sides_px)].image.float() / 255 for index in order.tolist()]
+
+
+def noisiest_blocks(
+    write_float: Callable[[Path, bool], float], images: list[Tensor], keep_float: list[str]
+) -> list[str]:
+    """``deploy.accuracy.noisiest`` of the ONNX file, for all formats: nncf would take minutes, and rounds alike."""
+    with TemporaryDirectory() as folder:
+        source = Path(folder) / "float.onnx"
+        write_float(source, False)
+        quantiser = OnnxQuantiser(source, images)
+        return noisiest(quantiser, quantiser.operators.within(keep_float))
 
 
 def write_quantised(
@@ -83,11 +86,12 @@ def write_quantised(
     *,
     has_nms: bool = False,
     max_drop: float | None = None,
+    rank: Callable[[], list[str]] | None = None,
 ) -> tuple[float, Quantised]:
     """The INT8 file ``out``, whole or not at all: the float file's difference from torch, and what INT8 made of it.
 
     ``write_float(path, with_nms)`` writes the float file. AP is measured, and blocks are chosen, on the decoded boxes; a
-    suppression stays float, so that a file which ends in one is quantised alike.
+    suppression stays float, so that a file which ends in one is quantised alike. ``rank``: see ``deploy.quantise``.
     """
     if max_drop is not None and calibrated.measure is None:
         raise EngineError(f"--max-drop {max_drop:g}: AP cannot be measured, since {calibrated.not_measured}")
@@ -96,7 +100,7 @@ def write_quantised(
     with TemporaryDirectory(dir=out.parent, prefix=".writing-") as folder:
         source, made = Path(folder) / f"float{out.suffix}", Path(folder) / out.name
         difference = write_float(source, False)
-        quantised = quantise(kind(source, calibrated.images), made, keep_float, calibrated.measure, max_drop)
+        quantised = quantise(kind(source, calibrated.images), made, keep_float, calibrated.measure, max_drop, rank)
         if has_nms:
             write_float(source, True)
             quantiser = kind(source, calibrated.images)

@@ -36,11 +36,13 @@ def quantise(
     keep_float: Sequence[str],
     measure: Measure | None = None,
     max_drop: float | None = None,
+    rank: Callable[[], Sequence[str]] | None = None,
 ) -> Quantised:
     """Write the INT8 file; modules that match ``keep_float`` stay in floating point.
 
     ``measure`` gives the AP of a file. With ``max_drop``, the AP that it may lose against the float file: while it loses
-    more, the noisiest 1, 2, 4 ... blocks stay float too, up to half of them; DeployError if that does not do.
+    more, the noisiest 1, 2, 4 ... blocks stay float too, up to half of them; DeployError if that does not do. ``rank`` says
+    which come first, instead of ``noisiest``.
     """
     fixed = quantiser.operators.within(keep_float)
     quantiser.write(path, fixed)
@@ -49,7 +51,7 @@ def quantise(
     before, after = measure(open_exported(quantiser.source, precision="float32")), measure(open_exported(path))
     if max_drop is None or before - after <= max_drop:
         return Quantised(after, before)
-    ranked = noisiest(quantiser, fixed)
+    ranked = list(rank() if rank else noisiest(quantiser, fixed))
     count, best = 1, after
     while count <= len(ranked) // 2:
         kept = ranked[:count]

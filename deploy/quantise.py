@@ -66,7 +66,9 @@ class OpenVinoQuantiser(Quantiser):
     def write(self, path: Path, kept: frozenset[str], *, rough: bool = False) -> None:
         import nncf  # takes seconds, and prints
 
-        images = tqdm([batch.numpy() for batch in self.batches(rough)], "calibration", disable=rough or None, leave=False)
+        images = tqdm(
+            [batch.numpy() for batch in self.batches(rough)], "calibration", disable=rough or None, leave=False
+        )
         network, _ = read_openvino(self.source)
         with _quiet(nncf):
             quantised = nncf.quantize(

@@ -160,8 +160,8 @@ def activation_ranges(proto: onnx.ModelProto, statistics: Statistics) -> dict[st
 
 
 def silu_floor(step: float) -> float:
-    """Below it SiLU differs from 0 by less than half of ``step``; never above SiLU's minimum near -1.28."""
-    floor = -2.0
+    """Below it SiLU differs from 0 by less than half of ``step``; at most -4, well below SiLU's minimum near -1.28."""
+    floor = -4.0
     while -floor / (1 + math.exp(-floor)) > step / 2:
         floor -= 0.25
     return floor
