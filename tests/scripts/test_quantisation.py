@@ -67,7 +67,9 @@ def test_ap_is_measured_at_any_size_and_not_with_other_classes(tiny: Path, netwo
     config = open_data(str(tiny), None)
     known = calibrate(network, config, (32, 64), 2, 0, "w.pt", "tiny.yaml")
     assert known.measure is not None
-    assert 0 <= known.measure(Decoded(network.model.eval())) < 1
+    detector, seen = Decoded(network.model.eval()), set()
+    detector.register_forward_pre_hook(lambda module, given: seen.add(tuple(given[0].shape)))
+    assert 0 <= known.measure(detector) < 1 and seen == {(1, 3, 32, 64)}
     other = calibrate(network, config.single(), (32, 64), 2, 0, "w.pt", "tiny.yaml")
     assert other.measure is None and "w.pt: detects 4 classes, tiny.yaml has 1" in other.not_measured
 
