@@ -22,7 +22,7 @@ from data.images import Canvas
 from data.media_pictures import ImagePicture, Picture, VideoPicture, planes_of, read_pictures
 from data.media_sources import Source, find_sources
 from data.media_writer import VideoWriter, write_image
-from deploy import Precision
+from deploy import SUFFIXES, Precision
 from deploy.open_file import Engine
 from detector import Detector, open_detector
 from engine import DetectionFiles, EngineError, Painter, RunFolder, StageTimes, Work, run_overlapped
@@ -108,7 +108,8 @@ class DetectFlags(RunFlags):
         """Of a source that does not wait the newest picture counts, which all cores together finish first."""
         if self.at_once:
             return self.at_once
-        if device.type != "cpu" or any(source.kind in ("camera", "stream") for source in sources):
+        on_gpu = device.type != "cpu" and Path(self.weights).suffix not in SUFFIXES
+        if on_gpu or any(source.kind in ("camera", "stream") for source in sources):
             return 1
         return min(self.cores, _MOST_AT_ONCE)
 
@@ -159,7 +160,8 @@ class Detection:
                 self.problems.append(str(error))
                 tqdm.write(f"warning: {error}", file=sys.stderr)
         if not given:
-            raise DataError(f"none of {len(self.sources)} sources can be read; the first: {self.problems[0]}")
+            reason = self.problems[0] if self.problems else f"{self.sources[0].where}: it holds no picture"
+            raise DataError(f"nothing to look at in {len(self.sources)} sources; the first: {reason}")
 
     def prepare(self, picture: Picture) -> tuple[Tensor, Letterbox]:
         return picture.letterboxed(self.canvas)

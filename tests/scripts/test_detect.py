@@ -237,6 +237,15 @@ def test_several_sources_of_which_some_are_broken(weights: Path, video: Path, sc
     assert len(json.loads((run / "detect.json").read_text())["problems"]) == 2
 
 
+def test_nothing_but_broken_sources(weights: Path, script: Runner, tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / name).write_bytes(b"noise")
+    done = script("detect", "--weights", weights, "--source", f"{tmp_path}/*.*g", "--img", 64, "--project", tmp_path)
+    assert done.code == 1
+    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert "nothing to look at in 2 sources; the first: " in line and "a.jpg: the image cannot be read" in line
+
+
 def test_a_truncated_video_alone_is_an_error_that_keeps_what_was_read(
     weights: Path, video: Path, script: Runner, tmp_path: Path
 ) -> None:
