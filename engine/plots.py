@@ -107,16 +107,20 @@ def plot_widths(before: Mapping[str, int], after: Mapping[str, int], path: str |
 def plot_trade_off(
     points: Mapping[str, tuple[float, float]], path: str | Path, xlabel: str, ylabel: str = "AP"
 ) -> Path:
-    """One labelled point for each name: (cost, quality)."""
+    """One labelled point for each name: (cost, quality). More than a few get a legend, since labels would overlap."""
+    is_crowded = len(points) > 6
 
     def draw(figure: Figure) -> None:
         axis: Axes = figure.subplots()
-        for name, (x, y) in points.items():
-            axis.plot([x], [y], marker="o")
-            axis.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4))
+        for number, (name, (x, y)) in enumerate(points.items()):
+            axis.plot([x], [y], marker="osD^v"[number // 10 % 5], linestyle="", label=name)
+            if not is_crowded:
+                axis.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4))
+        if is_crowded:
+            axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
         axis.set(xlabel=xlabel, ylabel=ylabel)
 
-    return _draw(path, (6, 4), draw)
+    return _draw(path, (9, 5) if is_crowded else (6, 4), draw)
 
 
 def side_by_side(columns: Mapping[str, Sequence[Tensor]]) -> Tensor:
