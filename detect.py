@@ -53,7 +53,7 @@ class DetectFlags(RunFlags):
     max_det: int = flag(300, "detections of a picture")
     classes: list[int | str] = flag([], "names or numbers of the classes to keep; else all")  # noqa: RUF009
     agnostic_nms: bool = flag(False, "boxes of different classes remove each other, too")
-    num_cores: int = flag(0, "CPU threads of the network, 0 for all")
+    num_cores: int = flag(2, "CPU threads of the network, 0 for all")
     at_once: int = flag(
         0,
         "pictures in inference side by side, which share --num-cores; 0: one a core, up to 4, and 1 for webcams, streams, GPUs",
