@@ -130,6 +130,7 @@ def test_one_target_at_a_time(clock: FakeClock, sparse_run: Path, tmp_path: Path
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
+@pytest.mark.long
 def test_the_engines_run_what_is_exported(small_cfg: Path) -> None:
     network = start_network("", str(small_cfg), ["a", "b"])
     images = torch.rand(2, 3, 64, 64)
@@ -172,6 +173,7 @@ def loop_arguments(sparse_run: Path, data: Path, project: Path, *more: Any) -> l
     return ["iterate", *given, "--project", project, "--name", "loop", "--num-cores", 1, *more]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_plots")
 def test_a_loop_comes_down_to_its_milliseconds_and_measures_nothing_twice(
     clock: FakeClock, sparse_run: Path, tiny: Path, tmp_path: Path, script: Runner, monkeypatch: pytest.MonkeyPatch

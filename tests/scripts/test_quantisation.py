@@ -74,6 +74,7 @@ def test_ap_is_measured_at_any_size_and_not_with_other_classes(tiny: Path, netwo
     assert other.measure is None and "w.pt: detects 4 classes, tiny.yaml has 1" in other.not_measured
 
 
+@pytest.mark.long
 def test_the_first_of_a_ranking_stays_float_in_every_format(
     write: Writer, network: Network, images: list[Tensor], tmp_path: Path
 ) -> None:
