@@ -16,8 +16,7 @@ import detection
 import slim
 from benchmarks.candidates import Candidate, Candidates, Sides, Wanted
 from benchmarks.speed_table import Row, machine_text, markdown, short_names, write
-from deploy import LayerTime, Precision, profile, profile_text
-from deploy.network import threads_of
+from deploy import LayerTime, Precision, profile, profile_text, threads_of, torch_threads
 from deploy.open_file import Engine
 from detector import evaluate_detector
 from engine import EngineError, Evaluation, RunFolder, Timing, Turns, rounds_for
@@ -116,8 +115,7 @@ def measure(flags: BenchmarkFlags) -> list[Row]:
     wanted = flags.wanted()
     rounds = rounds_for(flags.repeats, flags.warmup)
     measured = Measured(flags)
-    threads = torch.get_num_threads()
-    with Candidates(measured.images) as opened:
+    with Candidates(measured.images) as opened, torch_threads():
         candidates = opened.of(wanted)
         measured.check_classes(candidates)
         run = RunFolder.create(flags.project, flags.name)
@@ -134,7 +132,6 @@ def measure(flags: BenchmarkFlags) -> list[Row]:
                 write_profiles(profiled(candidates, names), run)
             finished = True
         finally:
-            torch.set_num_threads(threads)
             timings = turns.timings()
             if all(timing.runs_ms for timing in timings.values()):
                 rows = rows_of(candidates, timings, names, measured)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ from data.images import Canvas
 from data.media_pictures import ImagePicture, Picture, VideoPicture, planes_of, read_pictures
 from data.media_sources import Source, find_sources
 from data.media_writer import VideoWriter, write_image
-from deploy import SUFFIXES, Precision
+from deploy import SUFFIXES, Precision, threads_of, torch_threads
 from deploy.open_file import Engine
 from detector import Detector, open_detector
 from engine import DetectionFiles, EngineError, Painter, RunFolder, StageTimes, Work, run_overlapped
@@ -32,6 +30,8 @@ _SIDE_PX = 640
 _MOST_AT_ONCE = 4
 """Networks in memory, where the user does not say."""
 _WARM_UP = 2
+_BURST = 4
+"""Frames of videos in a row. Images are larger, and cameras are not to be kept waiting."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,7 @@ class DetectFlags(RunFlags):
 
     @property
     def cores(self) -> int:
-        return self.num_cores or (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        return threads_of(self.num_cores)
 
 
 @dataclass
@@ -126,7 +124,7 @@ class Detection:
 
     flags: DetectFlags
     sources: list[Source]
-    detectors: list[Detector]
+    detector: Detector
     folder: Path
     files: DetectionFiles
     problems: list[str] = field(default_factory=list)
@@ -136,14 +134,12 @@ class Detection:
     video_of: Source | None = None
 
     def __post_init__(self) -> None:
-        first, self.free = self.detectors[0], SimpleQueue[Detector]()
-        for detector in self.detectors:
-            self.free.put(detector)
-        self.canvas = self.flags.canvas(first)
-        self.classes = self.flags.wanted(first.names, first.weights)
+        self.canvas = self.flags.canvas(self.detector)
+        self.classes = self.flags.wanted(self.detector.names, self.detector.weights)
         style = {"labels": not self.flags.hide_labels, "scores": not self.flags.hide_conf}
         self.painters = {
-            space: Painter(first.names, space, line_px=self.flags.line_thickness, **style) for space in ("rgb", "yuv")
+            space: Painter(self.detector.names, space, line_px=self.flags.line_thickness, **style)
+            for space in ("rgb", "yuv")
         }
 
     def read(self) -> Iterator[Picture]:
@@ -167,16 +163,12 @@ class Detection:
         return picture.letterboxed(self.canvas)
 
     def infer(self, prepared: tuple[Tensor, Letterbox]) -> Tensor:
-        detector = self.free.get()
-        try:
-            return detector(prepared[0][None])
-        finally:
-            self.free.put(detector)
+        return self.detector(prepared[0][None])
 
     def interpret(self, picture: Picture, prepared: tuple[Tensor, Letterbox], output: Tensor) -> list[list[float]]:
         """Rows of x1, y1, x2, y2 in the picture's pixels, score, class."""
         with torch.inference_mode():  # a tenth cheaper
-            (found,) = self.detectors[0].detections(
+            (found,) = self.detector.detections(
                 output,
                 conf=self.flags.conf,
                 iou=self.flags.iou,
@@ -222,8 +214,8 @@ class Detection:
         pictures = self.read()
         first = next(pictures)
         image, _ = self.prepare(first)
-        for detector in self.detectors * _WARM_UP:
-            detector(image[None])
+        for _ in range(_WARM_UP * timing.at_once):
+            self.detector(image[None])
         work = Work(again(first, pictures), self.prepare, self.infer, self.interpret, self.write)
         with (
             contextlib.closing(self),
@@ -234,7 +226,8 @@ class Detection:
                 bar.set_postfix_str(f"{self.files.detections} detections", refresh=False)
                 bar.update(timing.items - bar.n)
 
-            run_overlapped(work, timing, on_progress=show)
+            videos = all(source.kind == "video" for source in self.sources)
+            run_overlapped(work, timing, burst=_BURST if videos else 1, on_progress=show)
 
     def _total(self, first: Picture) -> int | None:
         if len(self.sources) > 1:
@@ -257,35 +250,46 @@ def detect(flags: DetectFlags) -> Path:
     sources = find_sources(flags.source)
     device = choose_device(flags.device)
     at_once = flags.pictures_at_once(sources, device)
-    threads = max(1, flags.cores // at_once)
     timing = StageTimes(at_once)
-    with torch_threads(threads if is_torch(flags) else 1), contextlib.ExitStack() as stack:
-        options = {"num_cores": threads, "precision": flags.precision, "device": device}
-        detectors = [stack.enter_context(open_detector(flags.weights, flags.engine, **options)) for _ in range(at_once)]
-        flags.canvas(detectors[0]), flags.wanted(detectors[0].names, flags.weights)
+    with contextlib.ExitStack() as stack:
+        detector = stack.enter_context(
+            open_detector(
+                flags.weights,
+                flags.engine,
+                num_cores=flags.num_cores,
+                at_once=at_once,
+                precision=flags.precision,
+                device=device,
+            )
+        )
+        if (
+            detector.engine != "torch"
+        ):  # whose threads, when they have nothing to do, take the network's time with waiting
+            stack.enter_context(torch_threads(1))
+        flags.canvas(detector), flags.wanted(detector.names, flags.weights)
         run = RunFolder.create(flags.project, flags.name)
         run.write_config(asdict(flags), "detect.py")
         files = stack.enter_context(
             DetectionFiles(
-                run.path, detectors[0].names, text=flags.save_txt, scores=flags.save_conf, as_json=flags.save_json
+                run.path, detector.names, text=flags.save_txt, scores=flags.save_conf, as_json=flags.save_json
             )
         )
-        detection = Detection(flags, sources, detectors, run.path, files)
+        detection = Detection(flags, sources, detector, run.path, files)
         try:
             detection.run(timing)
         finally:
-            report(run.path, detection, timing, threads)
+            report(run.path, detection, timing)
     return run.path
 
 
-def report(folder: Path, detection: Detection, timing: StageTimes, threads: int) -> None:
+def report(folder: Path, detection: Detection, timing: StageTimes) -> None:
     """Print where the time went, and write it to detect.json."""
-    detector = detection.detectors[0]
+    detector, cores = detection.detector, detection.flags.cores
     summary = {
         "weights": detector.weights,
         "engine": detector.engine,
         "precision": detector.precision,
-        "threads_of_a_frame": threads,
+        "threads": cores,
         **timing.summary(),
         "detections": detection.files.detections,
         "outputs": detection.outputs,
@@ -295,7 +299,7 @@ def report(folder: Path, detection: Detection, timing: StageTimes, threads: int)
     if not timing.items:
         return
     print(
-        f"{detector.engine}, {detector.precision}, {timing.at_once} frames at once of {threads} CPU threads each: "
+        f"{detector.engine}, {detector.precision}, {timing.at_once} frames at once on {cores} CPU threads: "
         f"{timing.items} frames, {detection.files.detections} detections"
     )
     milliseconds = timing.milliseconds()
@@ -305,21 +309,6 @@ def report(folder: Path, detection: Detection, timing: StageTimes, threads: int)
         f"{timing.fps:.1f} FPS from end to end, {timing.fps / timing.engine_fps:.0%} of the {timing.engine_fps:.1f} FPS of "
         f"inference alone ({timing.at_once} x 1000 / {milliseconds['inference']:.2f} ms, as measured here); in {folder}"
     )
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """So many threads for torch; of more, those that have nothing to do would take the network's time with waiting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def is_torch(flags: DetectFlags) -> bool:
-    return flags.engine == "torch" or (flags.engine is None and Path(flags.weights).suffix not in (".onnx", ".xml"))
 
 
 def main(flags: DetectFlags) -> None:

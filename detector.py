@@ -6,7 +6,7 @@ import ast
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import detection
 import slim
-from deploy import SUFFIXES, Decoded, ExportedNetwork, Precision, open_exported
+from deploy import SUFFIXES, Decoded, ExportedNetwork, Precision, open_exported, threads_of, torch_threads
 from deploy.open_file import Engine
 from engine import EngineError, Evaluation
 from export import write_file
@@ -91,6 +91,7 @@ def open_detector(
     engine: Engine | None = None,
     *,
     num_cores: int = 0,
+    at_once: int = 1,
     precision: Precision = "auto",
     images: Tensor | None = None,
     device: torch.device | None = None,
@@ -99,21 +100,30 @@ def open_detector(
 
     A checkpoint under another engine than torch is exported for it to a temporary folder, with ``images`` [B, 3, H, W]
     (real ones, 0..1 in steps of 1/255), which give the size and on which it must equal torch. ``num_cores``: threads,
-    0 for all; the torch engine sets those of the whole process. ``device`` is for checkpoints under torch.
+    0 for all, shared by ``at_once`` calls from as many threads; under torch they are the whole process's until the end.
+    ``device`` is for checkpoints under torch.
     """
-    if is_exported(weights):
-        yield of_file(weights, open_exported(weights, engine, num_cores=num_cores, precision=precision))
-        return
-    network = detection.read_network(weights)
-    if engine in (None, "torch"):
-        yield of_checkpoint(weights, network, num_cores, precision, device or torch.device("cpu"))
-        return
-    if images is None:
-        raise EngineError(f"{weights}: --engine {engine} runs exported files; write one with export.py first")
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / ("network.onnx" if engine == "onnxruntime" else "network.xml")
-        write_file(network, out, images)
-        yield of_file(weights, open_exported(out, engine, num_cores=num_cores, precision=precision))
+    with ExitStack() as stack:
+        path = Path(weights)
+        if not is_exported(weights):
+            network = detection.read_network(weights)
+            if engine not in (None, "torch"):
+                if images is None:
+                    raise EngineError(
+                        f"{weights}: --engine {engine} runs exported files; write one with export.py first"
+                    )
+                folder = stack.enter_context(TemporaryDirectory())
+                path = Path(folder) / ("network.onnx" if engine == "onnxruntime" else "network.xml")
+                write_file(network, path, images)
+        if is_exported(str(path)):
+            exported = open_exported(path, engine, num_cores=num_cores, precision=precision, at_once=at_once)
+            detector = of_file(weights, exported)
+        else:
+            detector = of_checkpoint(weights, network, precision, device or torch.device("cpu"))
+        if detector.engine == "torch":
+            total = threads_of(num_cores) if num_cores else torch.get_num_threads()
+            stack.enter_context(torch_threads(max(1, total // at_once)))
+        yield detector
 
 
 def is_exported(weights: str) -> bool:
@@ -156,12 +166,8 @@ def of_file(weights: str, network: ExportedNetwork) -> Detector:
     )
 
 
-def of_checkpoint(
-    weights: str, network: detection.Network, num_cores: int, precision: Precision, device: torch.device
-) -> Detector:
+def of_checkpoint(weights: str, network: detection.Network, precision: Precision, device: torch.device) -> Detector:
     """The detector of a checkpoint in torch's eager mode: gates folded, batch norms fused."""
-    if num_cores:
-        torch.set_num_threads(num_cores)
     kind = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     model = fuse_norms(slim.fold_gates(copy.deepcopy(network.model)).eval())
     return Detector(
@@ -198,6 +204,6 @@ class Eager(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         device = next(self.network.parameters()).device
         images = images.to(device)
-        scaled = images.to(self.kind) / 255 if images.dtype == torch.uint8 else images.to(self.kind)
+        scaled = (images / 255 if images.dtype == torch.uint8 else images).to(self.kind)
         output: Tensor = self.network(scaled)
         return output.float().cpu()

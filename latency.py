@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 import detection
 import slim
-from deploy import Decoded, Precision, Trial, open_exported, search_latency
+from deploy import Decoded, Precision, Trial, open_exported, search_latency, threads_of, torch_threads
 from deploy.int8_timing import quantise_for_timing
-from deploy.network import threads_of
 from deploy.open_file import Engine
 from detector import Eager
 from engine import EngineError, Timing, Turns
@@ -139,16 +138,9 @@ class Measurer:
 
         return run
 
-    @contextlib.contextmanager
-    def threads(self) -> Iterator[None]:
+    def threads(self) -> contextlib.AbstractContextManager[None]:
         """Torch's threads, where it is torch that runs, for the time of a measurement."""
-        before = torch.get_num_threads()
-        try:
-            if self.flags.engine == "torch":
-                torch.set_num_threads(threads_of(self.flags.num_cores))
-            yield
-        finally:
-            torch.set_num_threads(before)
+        return torch_threads(threads_of(self.flags.num_cores) if self.flags.engine == "torch" else 0)
 
 
 PlanAt = Callable[[int | None, int], slim.Plan]

@@ -128,7 +128,7 @@ class Candidates:
             facts = facts_of(network, sides)
             if engine in (None, "torch"):
                 if (weights, precision) not in self._in_torch:
-                    made = of_checkpoint(weights, network, 0, precision, torch.device("cpu"))
+                    made = of_checkpoint(weights, network, precision, torch.device("cpu"))
                     self._in_torch[weights, precision] = made
                 detector = self._in_torch[weights, precision]
                 return Candidate(detector, images, num_cores, facts, lambda: detector)

@@ -34,9 +34,9 @@ import detection
 from data.media_pictures import read_pictures
 from data.media_sources import find_sources
 from data.moving_shapes import write_video
-from deploy import ENGINES, SUFFIXES
+from deploy import ENGINES, SUFFIXES, torch_threads
 from deploy.open_file import Engine
-from detect import DetectFlags, Detection, torch_threads
+from detect import DetectFlags, Detection
 from detector import Detector, open_detector
 from engine import DetectionFiles, EngineError, StageTimes
 from engine.command import flag, run_script
@@ -139,23 +139,22 @@ def measured(flags: DetectFlags, repeats: int, folder: Path) -> Row:
     """One engine, all ways in turns."""
     sources = find_sources(flags.source)
     at_once = flags.pictures_at_once(sources, torch.device("cpu"))
-    threads = max(1, flags.cores // at_once)
-    of_torch = flags.engine == "torch"
     found: dict[str, list[Speed]] = {"alone": [], "side": [], "whole": []}
     with contextlib.ExitStack() as stack:
-        alone = stack.enter_context(open_detector(flags.weights, flags.engine, num_cores=flags.cores))
-        side = [
-            stack.enter_context(open_detector(flags.weights, flags.engine, num_cores=threads)) for _ in range(at_once)
-        ]
-        canvas = flags.canvas(alone)
+        one, many = (
+            stack.enter_context(open_detector(flags.weights, flags.engine, num_cores=flags.cores, at_once=calls))
+            for calls in (1, at_once)
+        )
+        canvas = flags.canvas(one)
         images = [picture.letterboxed(canvas)[0][None] for picture in islice(read_pictures(sources[0]), _DIFFERENT)]
         count = sum(1 for _ in read_pictures(sources[0]))
         for _ in range(repeats):
+            of_torch = one.engine == "torch"
             with torch_threads(flags.cores if of_torch else 1):
-                found["alone"].append(inference([alone], images, count))
-            with torch_threads(threads if of_torch else 1):
-                found["side"].append(inference(side, images, count))
-                found["whole"].append(end_to_end(flags, side, folder, count))
+                found["alone"].append(inference(one, 1, images, count))
+            with torch_threads(max(1, flags.cores // at_once) if of_torch else 1):
+                found["side"].append(inference(many, at_once, images, count))
+                found["whole"].append(end_to_end(flags, many, at_once, folder, count))
     middle = {
         name: Speed(median(s.fps for s in speeds), median(s.cpu_ms for s in speeds)) for name, speeds in found.items()
     }
@@ -164,8 +163,8 @@ def measured(flags: DetectFlags, repeats: int, folder: Path) -> Row:
         for name in ("alone", "side")
     }
     return Row(
-        engine=alone.engine,
-        precision=alone.precision,
+        engine=one.engine,
+        precision=one.precision,
         at_once=at_once,
         alone=middle["alone"],
         side_by_side=middle["side"],
@@ -175,27 +174,27 @@ def measured(flags: DetectFlags, repeats: int, folder: Path) -> Row:
     )
 
 
-def inference(detectors: list[Detector], images: list[Tensor], count: int) -> Speed:
-    """So many frames, one detector each and a thread each."""
-    share = -(-count // len(detectors))
+def inference(detector: Detector, at_once: int, images: list[Tensor], count: int) -> Speed:
+    """So many frames, in as many threads as there are at once."""
+    share = -(-count // at_once)
 
-    def run(detector: Detector, times: int) -> None:
+    def run(times: int) -> None:
         for image in islice(cycle(images), times):
             detector(image)
 
-    with ThreadPoolExecutor(len(detectors)) as pool:
-        list(pool.map(lambda detector: run(detector, _WARM_UP), detectors))
-        with clocked(share * len(detectors)) as speed:
-            list(pool.map(lambda detector: run(detector, share), detectors))
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(run, [_WARM_UP] * at_once))
+        with clocked(share * at_once) as speed:
+            list(pool.map(run, [share] * at_once))
     return speed[0]
 
 
-def end_to_end(flags: DetectFlags, detectors: list[Detector], folder: Path, count: int) -> Speed:
-    """detect.py's stages, with detectors that are open already."""
-    with DetectionFiles(folder, detectors[0].names, text=False, scores=False, as_json=False) as files:
-        run = Detection(flags, find_sources(flags.source), detectors, folder / "annotated", files)
+def end_to_end(flags: DetectFlags, detector: Detector, at_once: int, folder: Path, count: int) -> Speed:
+    """detect.py's stages, with a detector that is open already."""
+    with DetectionFiles(folder, detector.names, text=False, scores=False, as_json=False) as files:
+        run = Detection(flags, find_sources(flags.source), detector, folder / "annotated", files)
         run.folder.mkdir(exist_ok=True)
-        timing = StageTimes(len(detectors))
+        timing = StageTimes(at_once)
         started = process_time()
         run.run(timing)
     # The CPU time of the warm-up before the clock starts is in it, too: to be spread over a video that is not too short.

@@ -4,7 +4,7 @@ from .accuracy import Quantised, quantise
 from .errors import DeployError
 from .graph_ends import Decoded, FromBytes, WithNms
 from .latency_search import Trial, search_latency
-from .network import ExportedNetwork, Precision, parts_of, size_text
+from .network import ExportedNetwork, Precision, parts_of, size_text, threads_of, torch_threads
 from .onnx_file import OnnxNetwork, export_onnx
 from .open_file import ENGINES, SUFFIXES, open_exported
 from .openvino_file import OpenVinoNetwork, export_openvino
@@ -44,4 +44,6 @@ __all__ = [
     "quantise",
     "search_latency",
     "size_text",
+    "threads_of",
+    "torch_threads",
 ]

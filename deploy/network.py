@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -22,7 +23,7 @@ class ExportedNetwork(nn.Module):
     """A file as a module: images in, float32 out.
 
     Images are float 0..1 or uint8, [B, 3, H, W]; whichever the file takes (``takes_bytes``), the other is converted. A
-    file of a fixed number of images runs any number of them, in turns.
+    file of a fixed number of images runs any number of them, in turns. Any number of threads may call it.
 
     ``precision`` is what it computes in: ``float32``, ``bfloat16``, or ``int8`` where a part of it is quantised.
     ``metadata``: what the file says of itself. ``input_shape``: [B, 3, H, W], None for what is free.
@@ -54,7 +55,7 @@ class ExportedNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self.check_size(images)
         if images.dtype == torch.uint8:
-            prepared = images if self.takes_bytes else images.float() / 255
+            prepared = images if self.takes_bytes else images / 255
         else:
             prepared = (images * 255).round().to(torch.uint8) if self.takes_bytes else images.float()
         at_once, count = self.input_shape[0], len(prepared)
@@ -91,6 +92,18 @@ def existing(path: str | Path, kind: str) -> Path:
         if not part.is_file():
             raise DeployError(f"{part}: no such file; expected {kind}, such as export.py writes")
     return path
+
+
+@contextmanager
+def torch_threads(count: int = 0) -> Iterator[None]:
+    """So many threads for torch in the whole process, 0: as many as it has; at the end of the block those from before."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def size_text(sizes: tuple[int | None, ...]) -> str:

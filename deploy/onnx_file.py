@@ -29,15 +29,19 @@ Proof = Callable[[Any, nn.Module, Tensor], float]
 
 
 class OnnxNetwork(ExportedNetwork):
-    """An ONNX file under ONNX Runtime. ``num_cores``: threads of the network, 0 for all; ``profile``: see profile.py."""
+    """An ONNX file under ONNX Runtime. ``num_cores``: threads of the network, 0 for all; ``profile``: see profile.py.
+
+    ``at_once`` calls may run side by side, on these threads together.
+    """
 
     engine = "onnxruntime"
 
-    def __init__(self, path: str | Path, num_cores: int = 0, profile: bool = False) -> None:
+    def __init__(self, path: str | Path, num_cores: int = 0, profile: bool = False, at_once: int = 1) -> None:
         path = existing(path, "an ONNX network")
         proto = read_onnx(path)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads_of(num_cores)
+        # The callers' own threads compute, too: the runtime counts one of them.
+        options.intra_op_num_threads = max(1, threads_of(num_cores) - at_once + 1)
         options.log_severity_level = 3
         profiles_to = TemporaryDirectory() if profile else None
         if profiles_to is not None:

@@ -28,10 +28,12 @@ def open_exported(
     num_cores: int = 0,
     precision: Precision = "auto",
     profile: bool = False,
+    at_once: int = 1,
 ) -> ExportedNetwork:
     """An exported file under an engine; DeployError where the engine does not run such files, or not in ``precision``.
 
-    With ``profile`` the engine measures every operator, see ``profile.py``.
+    With ``profile`` the engine measures every operator, see ``profile.py``. ``num_cores``: threads of the network, 0 for
+    all; ``at_once`` calls from as many threads share them. Those of torch are its process's, see ``torch_threads``.
     """
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
@@ -40,9 +42,9 @@ def open_exported(
     if chosen not in SUFFIXES[suffix]:
         raise DeployError(f"{path}: --engine {chosen} does not run {suffix} files; use {' or '.join(SUFFIXES[suffix])}")
     if chosen == "openvino":
-        return OpenVinoNetwork(path, num_cores, precision, profile)
+        return OpenVinoNetwork(path, num_cores, precision, profile, at_once)
     if precision == "bfloat16":
         raise DeployError(
             f"--precision bfloat16: {chosen} computes exported networks in float32; use --engine openvino"
         )
-    return OnnxNetwork(path, num_cores, profile) if chosen == "onnxruntime" else TorchScriptNetwork(path, num_cores)
+    return OnnxNetwork(path, num_cores, profile, at_once) if chosen == "onnxruntime" else TorchScriptNetwork(path)

@@ -138,7 +138,8 @@ def _of_openvino(network: OpenVinoNetwork, images: Tensor, runs: int) -> list[La
     rows: list[tuple[Row, float]] = []
     for _ in range(runs):
         network(images)
-        ran = [info for info in network.request.get_profiling_info() if info.status == info.Status.EXECUTED]
+        with network.request() as request:
+            ran = [info for info in request.get_profiling_info() if info.status == info.Status.EXECUTED]
         if not ran:
             raise DeployError(f"{network.path}: OpenVINO measured nothing; open it with profile=True")
         for name, info in zip(_numbered(_module_of(info.node_name) for info in ran), ran, strict=True):

@@ -15,7 +15,7 @@ import slim
 
 from .errors import DeployError
 from .graph_ends import FromBytes
-from .network import ExportedNetwork, existing, read_list, threads_of
+from .network import ExportedNetwork, existing, read_list
 from .onnx_file import Proof
 from .proof import prove_equal
 
@@ -24,11 +24,11 @@ INFO = "config.txt"
 
 
 class TorchScriptNetwork(ExportedNetwork):
-    """A TorchScript file. ``num_cores``: threads of all of torch, 0 leaves them as they are."""
+    """A TorchScript file. Its threads are those of all of torch, see ``torch_threads``."""
 
     engine = "torch"
 
-    def __init__(self, path: str | Path, num_cores: int = 0) -> None:
+    def __init__(self, path: str | Path) -> None:
         path = existing(path, "a TorchScript network")
         extra = {INFO: ""}
         try:
@@ -47,8 +47,6 @@ class TorchScriptNetwork(ExportedNetwork):
             takes_bytes=metadata.get("uint8_input") == "true",
             precision="float32",
         )
-        if num_cores:
-            torch.set_num_threads(threads_of(num_cores))
         self.script = script
 
     def run(self, images: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Painter:
 
     def _drawn_strip(self, text: str, colour: int, font_px: int, chroma_factor: int) -> tuple[Plane, ...]:
         """A label's planes; sides are even."""
-        font: Any = ImageFont.load_default(font_px)
+        font = _font(font_px)
         left, top, right, bottom = (int(side) for side in font.getbbox(text))
         size = 2 * ((right - left + 7) // 2), 2 * ((bottom - top + 5) // 2)
         red, green, blue = ImageColor.getrgb(PALETTE[colour])[:3]
@@ -96,6 +96,11 @@ def draw_detections(image: Tensor, detections: Tensor, names: Sequence[str]) -> 
     drawn = image.cpu().clone(memory_format=torch.contiguous_format)
     Painter(names, "rgb").draw(tuple(drawn.numpy()), detections.detach().float().cpu().tolist())
     return drawn
+
+
+@lru_cache(maxsize=8)
+def _font(size_px: int) -> Any:
+    return ImageFont.load_default(size_px)
 
 
 def _within(place: float, size: int) -> int:

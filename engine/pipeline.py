@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
@@ -15,6 +16,8 @@ from .interruption import Interruption
 
 STAGES = ("read", "pre-process", "inference", "post-process", "write")
 _LOOK_S = 0.1
+_SWITCH_S = 0.0005
+"""After which a thread that computes in Python makes way: stages are that short, and a network waits for its next input."""
 _LEAVE_READER_S = 3.0
 """How long a reader may take to notice the end: one that waits for a camera is left behind."""
 
@@ -74,20 +77,24 @@ class StageTimes:
 
 
 def run_overlapped(
-    work: Work, timing: StageTimes, *, waiting: int = 2, on_progress: Callable[[], None] = lambda: None
+    work: Work, timing: StageTimes, *, burst: int = 1, on_progress: Callable[[], None] = lambda: None
 ) -> None:
-    """All items through all stages; at most ``timing.at_once + waiting`` are on their way at any moment.
+    """All items through all stages; at most ``timing.at_once + 3 * burst`` are on their way at any moment.
+
+    ``burst`` items are read in a row, and written in a row: with short stages on few cores that saves a quarter of their time,
+    whose code and data the network would otherwise drive out of the caches between any two items.
 
     An error in any stage ends all of them once what stood before it in line is written, and is raised. Ctrl-C (or SIGTERM)
     ends the reading; what was read is still written, and KeyboardInterrupt raised. ``timing`` is filled, in either case,
     and ``on_progress`` called now and then, in this thread.
     """
     at_once = timing.at_once
-    if at_once < 1 or waiting < 0:
-        raise EngineError(f"{at_once} at once, {waiting} waiting: expected at least 1 and at least 0")
+    if at_once < 1 or burst < 1:
+        raise EngineError(f"{at_once} at once, bursts of {burst}: expected at least 1")
     with Interruption() as interruption, ThreadPoolExecutor(at_once, "inference") as pool:
-        line = _Line(work, pool, timing, at_once + waiting)
-        started = perf_counter()
+        line = _Line(work, pool, timing, burst)
+        started, switch_s = perf_counter(), sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_S)
         line.reader.start()
         line.writer.start()
         try:
@@ -103,6 +110,7 @@ def run_overlapped(
             line.stop()
             line.reader.join(_LEAVE_READER_S)
             timing.wall_s = perf_counter() - started
+            sys.setswitchinterval(switch_s)
         on_progress()
     if line.error is not None:
         raise line.error
@@ -110,14 +118,19 @@ def run_overlapped(
         raise KeyboardInterrupt
 
 
+_Entry = tuple[Any, Any, Future[Any]]
+"""An item, what the network takes of it, and its output to come."""
+
+
 class _Line:
     """The threads and what they share."""
 
-    def __init__(self, work: Work, pool: ThreadPoolExecutor, timing: StageTimes, places: int) -> None:
-        self.work, self.pool, self.timing = work, pool, timing
-        self.queue: SimpleQueue[tuple[Any, Any, Future[Any]] | None] = SimpleQueue()
-        self.room = threading.Semaphore(places)
+    def __init__(self, work: Work, pool: ThreadPoolExecutor, timing: StageTimes, burst: int) -> None:
+        self.work, self.pool, self.timing, self.burst = work, pool, timing, burst
+        self.queue: SimpleQueue[_Entry | None] = SimpleQueue()
+        self.room = threading.Semaphore(timing.at_once + 3 * burst)
         self.stopped = threading.Event()
+        self.ended = False
         self.error: BaseException | None = None
         self.inference_lock = threading.Lock()
         self.reader = threading.Thread(target=self._read_all, name="reader", daemon=True)
@@ -129,13 +142,14 @@ class _Line:
     def _read_all(self) -> None:
         try:
             while self._has_room():
-                with self._timed("read"):
-                    item = next(self.work.read, None)
-                if item is None or self.stopped.is_set():
-                    break
-                with self._timed("pre-process"):
-                    prepared = self.work.prepare(item)
-                self.queue.put((item, prepared, self.pool.submit(self._infer, prepared)))
+                for _ in range(self.burst):
+                    with self._timed("read"):
+                        item = next(self.work.read, None)
+                    if item is None or self.stopped.is_set():
+                        return
+                    with self._timed("pre-process"):
+                        prepared = self.work.prepare(item)
+                    self.queue.put((item, prepared, self.pool.submit(self._infer, prepared)))
         except BaseException as error:  # raised in the main thread, when all before it is written
             self._fail(error)
         finally:
@@ -145,10 +159,11 @@ class _Line:
                 close()
 
     def _has_room(self) -> bool:
-        while not self.stopped.is_set():
-            if self.room.acquire(timeout=_LOOK_S):
-                return True
-        return False
+        """For a burst, as soon as there is."""
+        missing = self.burst
+        while missing and not self.stopped.is_set():
+            missing -= self.room.acquire(timeout=_LOOK_S)
+        return not missing
 
     def _infer(self, prepared: Any) -> Any:
         started = perf_counter()
@@ -159,17 +174,27 @@ class _Line:
 
     def _write_all(self) -> None:
         try:
-            while (entry := self.queue.get()) is not None:
-                item, prepared, future = entry
-                output = future.result()
-                with self._timed("post-process"):
-                    found = self.work.interpret(item, prepared, output)
-                with self._timed("write"):
-                    self.work.write(item, found)
-                self.timing.items += 1
-                self.room.release()
+            while burst := self._next_burst():
+                wait([future for _, _, future in burst])
+                for item, prepared, future in burst:
+                    output = future.result()
+                    with self._timed("post-process"):
+                        found = self.work.interpret(item, prepared, output)
+                    with self._timed("write"):
+                        self.work.write(item, found)
+                    self.timing.items += 1
+                    self.room.release()
         except BaseException as error:
             self._fail(error)
+
+    def _next_burst(self) -> list[_Entry]:
+        """The next entries; fewer at the end, then none."""
+        entries: list[_Entry] = []
+        while not self.ended and len(entries) < self.burst:
+            entry = self.queue.get()
+            self.ended = entry is None
+            entries += [] if entry is None else [entry]
+        return entries
 
     def _fail(self, error: BaseException) -> None:
         if self.error is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,19 @@ def test_bytes_are_scaled_inside_and_any_number_of_images_runs(fixed: Path, name
         wanted = gated_network().eval()(images)
     for given in (images, (images * 255).round().to(torch.uint8)):
         assert torch.allclose(network(given), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("net.onnx", "onnxruntime"), ("net.onnx", "openvino"), ("net.xml", "openvino"), ("net.torchscript", "torch")],
+)
+def test_several_threads_may_call_a_network_at_once(fixed: Path, name: str, engine: Any) -> None:
+    network = open_exported(fixed / name, engine, num_cores=2, at_once=2)
+    images = [torch.rand(2, 3, 8, 12) for _ in range(200)]
+    wanted = [network(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(network, images))
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("name", ["net.onnx", "net.xml", "net.torchscript"])

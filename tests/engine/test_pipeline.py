@@ -68,12 +68,12 @@ class Recorded:
         return Work(self.read(), prepare, self.infer, interpret, self.write)
 
 
-@pytest.mark.parametrize(("at_once", "waiting"), [(1, 0), (1, 2), (3, 2)])
-def test_all_items_in_order_and_few_at_a_time(at_once: int, waiting: int) -> None:
+@pytest.mark.parametrize(("at_once", "burst"), [(1, 1), (1, 3), (3, 2), (2, 7)])
+def test_all_items_in_order_and_few_at_a_time(at_once: int, burst: int) -> None:
     recorded, timing, told = Recorded(40), StageTimes(at_once), []
-    run_overlapped(recorded.work(), timing, waiting=waiting, on_progress=lambda: told.append(timing.items))
+    run_overlapped(recorded.work(), timing, burst=burst, on_progress=lambda: told.append(timing.items))
     assert recorded.written == [(item, 10 * item + 1) for item in range(40)]
-    assert recorded.most_open <= at_once + waiting and recorded.most_inferring == at_once
+    assert recorded.most_open <= at_once + 3 * burst and recorded.most_inferring == at_once
     assert told[-1] == timing.items == 40 and recorded.closed
 
 
@@ -88,24 +88,26 @@ def test_the_time_of_each_stage() -> None:
     assert StageTimes().summary()["fps"] == 0 and StageTimes().summary()["share_of_engine_fps"] is None
 
 
+@pytest.mark.parametrize("burst", [1, 4])
 @pytest.mark.parametrize("stage", ["read", "prepare", "infer", "interpret", "write"])
-def test_an_error_anywhere_ends_all_after_what_came_before_it(stage: str) -> None:
+def test_an_error_anywhere_ends_all_after_what_came_before_it(stage: str, burst: int) -> None:
     def fail() -> None:
         raise EngineError(f"{stage} failed")
 
     recorded = Recorded(1000, **{stage: (7, fail)})
     before = threading.active_count()
     with pytest.raises(EngineError, match=f"{stage} failed"):
-        run_overlapped(recorded.work(), StageTimes(2))
+        run_overlapped(recorded.work(), StageTimes(2), burst=burst)
     assert [item for item, _ in recorded.written] == list(range(7))
     assert threading.active_count() == before and recorded.closed
 
 
-def test_ctrl_c_writes_what_was_read() -> None:
+@pytest.mark.parametrize("burst", [1, 4])
+def test_ctrl_c_writes_what_was_read(burst: int) -> None:
     recorded = Recorded(100_000, write=(9, lambda: os.kill(os.getpid(), signal.SIGINT)))
     timing, before = StageTimes(2), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        run_overlapped(recorded.work(), timing)
+        run_overlapped(recorded.work(), timing, burst=burst)
     assert 10 <= timing.items == len(recorded.written) < 1000 and recorded.open <= 1
     assert [item for item, _ in recorded.written] == list(range(timing.items))
     assert signal.getsignal(signal.SIGINT) is before and timing.fps > 0
