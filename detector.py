@@ -168,13 +168,12 @@ def of_file(weights: str, network: ExportedNetwork) -> Detector:
 
 def of_checkpoint(weights: str, network: detection.Network, precision: Precision, device: torch.device) -> Detector:
     """The detector of a checkpoint in torch's eager mode: gates folded, batch norms fused."""
-    kind = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-    model = fuse_norms(slim.fold_gates(copy.deepcopy(network.model)).eval())
+    eager = Eager.of(network.model, precision, device)
     return Detector(
         weights=weights,
         engine="torch",
-        precision=str(kind).removeprefix("torch."),
-        network=Eager(Decoded(model).to(device, kind), kind).eval(),
+        precision=eager.precision,
+        network=eager,
         names=network.names,
         stride_px=max(network.model.stride_px),
         sides_px=None,
@@ -200,6 +199,17 @@ class Eager(nn.Module):
     def __init__(self, network: nn.Module, kind: torch.dtype) -> None:
         super().__init__()
         self.network, self.kind = network, kind
+
+    @classmethod
+    def of(cls, model: nn.Module, precision: Precision, device: torch.device | None = None) -> Eager:
+        """A copy of a detector in evaluation mode: gates folded, batch norms fused, boxes decoded."""
+        kind = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+        fused = fuse_norms(slim.fold_gates(copy.deepcopy(model).cpu()).eval())
+        return cls(Decoded(fused).to(device or torch.device("cpu"), kind), kind).eval()
+
+    @property
+    def precision(self) -> str:
+        return str(self.kind).removeprefix("torch.")
 
     def forward(self, images: Tensor) -> Tensor:
         device = next(self.network.parameters()).device

@@ -17,6 +17,7 @@ import torch
 
 import detection
 import slim
+from deploy import parts_of
 from engine import (
     CARRIED_STATE_KEY,
     TRAINING_STATE_KEY,
@@ -39,7 +40,7 @@ from engine import (
 from engine.command import choose_device, flag, further_flags, run_on_all_ranks
 from engine.journal import Journal, emptied
 from engine.loop import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
-from export import write_file
+from export import SUFFIX_OF, write_file
 from finetune import FinetuneFlags
 from latency import TOLERANCE, LatencyFlags, LatencySearch, Measurer
 from prune import (
@@ -103,7 +104,9 @@ class IterateFlags(LatencyFlags):
         "kept widths are multiples of this many channels; else 8, for a latency 8 or 16, whichever measures faster",
     )
     min_channels: int = flag(8, "every group keeps at least this many channels")
-    export: Literal["onnx", "none"] = flag("onnx", "also leave the slim network as weights/slim.onnx, or not")
+    export: Literal["onnx", "openvino", "torchscript", "none"] = flag(
+        "onnx", "also leave the slim network for other runtimes: weights/slim.onnx, slim.xml, slim.torchscript, or none"
+    )
     train: list[str] = flag([], "further flags of every training, as name=value")  # noqa: RUF009
     sparse: list[str] = flag([], "further flags of the sparse trainings, as name=value")  # noqa: RUF009
     finetune: list[str] = flag([], "further flags of recovery and fine-tuning, as name=value")  # noqa: RUF009
@@ -379,16 +382,19 @@ class Loop:
         self.journal.phase("fold", act)
         return self.journal.folder / "fold" / "slim.pt"
 
-    def export(self, folded: Path) -> Path:
-        """The network for other runtimes, one image at a time, proven equal to torch."""
+    def export(self, folded: Path) -> list[Path]:
+        """The network's files for another runtime, one image at a time, proven equal to torch; none where none is wanted."""
+        if self.flags.export == "none":
+            return []
+        name = f"slim{SUFFIX_OF[self.flags.export]}"
 
         def act(work: Path) -> dict[str, Any]:
             images = detection.real_images(self.val_set, 1)
-            difference = write_file(detection.read_network(folded), work / "slim.onnx", images)
-            return {"max_difference": difference, "bytes": (work / "slim.onnx").stat().st_size}
+            difference = write_file(detection.read_network(folded), work / name, images)
+            return {"max_difference": difference, "bytes": sum(part.stat().st_size for part in parts_of(work / name))}
 
         self.journal.phase("export", act)
-        return self.journal.folder / "export" / "slim.onnx"
+        return parts_of(self.journal.folder / "export" / name)
 
 
 def proven_fold(model: torch.nn.Module, images: torch.Tensor) -> tuple[torch.nn.Module, float]:
@@ -502,7 +508,7 @@ def run_loop(loop: Loop) -> Path:
         )
         tuned = RunFolder(loop.training("finetune", tuning_flags, best.carried)).last
     folded = loop.fold(tuned)
-    exported = [loop.export(folded)] if flags.export == "onnx" else []
+    exported = loop.export(folded)
     final = loop.judge("evaluation", folded, baseline, (len(best.plans), 0))
     return conclude(loop, best, [folded, *exported], final, baseline)
 

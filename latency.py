@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import statistics
@@ -19,15 +18,14 @@ from tqdm import tqdm
 
 import detection
 import slim
-from deploy import Decoded, Precision, Trial, open_exported, search_latency, threads_of, torch_threads
-from deploy.int8_timing import quantise_for_timing
+from deploy import Precision, Trial, open_exported, search_latency, threads_of, torch_threads
 from deploy.open_file import Engine
 from detector import Eager
 from engine import EngineError, Timing, Turns
 from engine.command import flag
 from engine.comparison import Comparison, compare, summary
 from export import SUFFIX_OF, write_file
-from models import fuse_norms
+from quantisation import QUANTISERS
 
 TOLERANCE = 0.05
 """How far above the target a network may be when it is measured again."""
@@ -115,10 +113,8 @@ class Measurer:
         """One run of the network as the engine runs it after ``export.py``; torch runs it from its checkpoint."""
         flags, image = self.flags, self.images[:1]
         if flags.engine == "torch":
-            kind = torch.bfloat16 if flags.latency_precision == "bfloat16" else torch.float32
-            fused = fuse_norms(slim.fold_gates(copy.deepcopy(model).cpu()).eval())
-            network: nn.Module = Eager(Decoded(fused).to(kind), kind).eval()
-            self.precision = str(kind).removeprefix("torch.")
+            network: nn.Module = Eager.of(model, flags.latency_precision)
+            self.precision = network.precision
         else:
             suffix = SUFFIX_OF["openvino" if flags.engine == "openvino" else "onnx"]
             with TemporaryDirectory() as folder:
@@ -126,7 +122,9 @@ class Measurer:
                 write_file(detection.Network(model.cpu(), self.dense.build), out, image)
                 if flags.latency_int8:
                     written, out = out, Path(folder) / f"int8{suffix}"
-                    quantise_for_timing(written, out, self.images, rf"model\.{len(model.model) - 1}\..*")
+                    quantiser = QUANTISERS[suffix](written, list(self.images))
+                    head = f"model.{len(model.model) - 1}"
+                    quantiser.write(out, quantiser.operators.within([head]), rough=True)
                 exported = open_exported(
                     out, flags.engine, num_cores=flags.num_cores, precision=flags.latency_precision
                 )

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import iterate
 import prune
 import slim
-from deploy import OnnxNetwork
+from deploy import OnnxNetwork, open_exported
 from detection import build_network, read_network
 from tests.scripts.runs import SMALL, Runner, one_round
 
@@ -215,8 +215,9 @@ def test_labels_that_changed_between_two_starts_are_named(begun: Path, sparse_ru
 
 
 def test_other_settings_begin_another_loop(begun: Path, sparse_run: Path, script: Runner) -> None:
-    done = again(begun, sparse_run, script, "--seed", 1)
+    done = again(begun, sparse_run, script, "--seed", 1, "--export", "openvino")
     assert done.code == 0, done.err
+    assert open_exported(begun / "loop2" / "weights" / "slim.xml").engine == "openvino"
     assert (begun / "loop2" / "weights" / "slim.pt").is_file() and not (begun / "loop" / "pareto.csv").exists()
 
 
