@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,11 @@ def small_cfg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     description = {
         "nc": 4,
         "anchors": SMALL_ANCHORS,
-        "backbone": [[-1, 1, "Conv", [16, 6, 4, 2]], [-1, 1, "Conv", [16, 3, 2]], [-1, 1, "C3", [16]]],
+        "backbone": [[-1, 1, "Conv", [32, 6, 4, 2]], [-1, 1, "Conv", [32, 3, 2]], [-1, 1, "C3", [32]]],
         "head": [
             [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
             [[-1, 0], 1, "Concat", [1]],
-            [-1, 1, "C3", [16, "False"]],
+            [-1, 1, "C3", [32, "False"]],
             [[5, 2], 1, "Detect", ["nc", "anchors"]],
         ],
     }
@@ -80,27 +82,32 @@ def cut(sparse_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_plots() -> Iterator[None]:
+    with without_plots():
+        yield
+
+
+@contextmanager
+def without_plots() -> Iterator[None]:
     """Trainings without their plots, which take longer than the training of a test."""
     import train_sparse
 
-    for name in PLOTS:
-        monkeypatch.setattr(train_sparse, name, lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in PLOTS:
+            patch.setattr(train_sparse, name, lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")
 def small_weights(small_cfg: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a small network that was trained until it finds something."""
     import finetune
-    import train_sparse
 
     project = tmp_path_factory.mktemp("small")
     arguments = ["--weights", "", "--cfg", small_cfg, "--data", tiny, "--img", 64, "--batch-size", 4, "--workers", 0]
     same = [word for flag in ("--mosaic", "--scale", "--translate", "--hsv-v") for word in (flag, 0)]
     schedule = ["--epochs", 50, "--eval-every", 50, "--optimizer", "adamw", "--project", project, "--name", "small"]
-    with pytest.MonkeyPatch.context() as patch:
-        for name in PLOTS:
-            patch.setattr(train_sparse, name, lambda *_: None)
+    with without_plots():
         assert finetune.cli([*map(str, arguments), *map(str, schedule), *map(str, same)]) == 0
     return project / "small" / "weights" / "last.pt"
 

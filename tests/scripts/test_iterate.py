@@ -18,6 +18,7 @@ import prune
 import slim
 from deploy import OnnxNetwork, open_exported
 from detection import build_network, read_network
+from tests.scripts.conftest import without_plots
 from tests.scripts.runs import SMALL, Runner, one_round
 
 ONE_ROUND = one_round()
@@ -34,16 +35,17 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def loop(sparse_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def loop(small_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two rounds with recovery and fine-tuning; everything is accepted."""
     project = tmp_path_factory.mktemp("loops")
     steps = ["--rounds", 2, "--macs", 0.5, "--sparse-epochs", 2, "--recovery-epochs", 1, "--finetune-epochs", 1]
-    given = arguments(sparse_run / "weights" / "best.pt", tiny, project, *steps, "--max-drop", 1)
-    assert iterate.cli([str(a) for a in given]) == 0
+    given = arguments(small_run / "weights" / "best.pt", tiny, project, *steps, "--max-drop", 1)
+    with without_plots():
+        assert iterate.cli([str(a) for a in given]) == 0
     return project / "loop"
 
 
-def test_the_loop_ends_at_the_target_with_gates_folded(loop: Path, sparse_run: Path) -> None:
+def test_the_loop_ends_at_the_target_with_gates_folded(loop: Path, small_run: Path) -> None:
     network = read_network(loop / "weights" / "slim.pt")
     found = slim.cost(network.model, torch.zeros(1, 3, 64, 64)).macs
     dense = slim.cost(build_network(network.build), torch.zeros(1, 3, 64, 64)).macs
@@ -51,7 +53,7 @@ def test_the_loop_ends_at_the_target_with_gates_folded(loop: Path, sparse_run: P
     metrics = json.loads((loop / "metrics.json").read_text())
     assert metrics["macs"] == found and metrics["baseline"]["macs"] == dense
     whole = slim.Plan.from_json((loop / "plan.json").read_text())
-    from_dense = slim.apply_plan(read_network(sparse_run / "weights" / "best.pt").model, whole)
+    from_dense = slim.apply_plan(read_network(small_run / "weights" / "best.pt").model, whole)
     assert slim.widths_of(from_dense) == slim.widths_of(network.model), "the rounds' plans make one plan"
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
@@ -60,10 +62,10 @@ def test_the_loop_ends_at_the_target_with_gates_folded(loop: Path, sparse_run: P
 
 
 def test_rounding_of_folded_weights_is_no_wrong_fold(
-    sparse_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stored in float32, folded weights are rounded; in float64 they are folded anew."""
-    model = read_network(sparse_run / "weights" / "best.pt").model
+    model = read_network(small_run / "weights" / "best.pt").model
     monkeypatch.setattr(prune, "TOLERANCE", -1)
     folded, _ = iterate.proven_fold(model, torch.rand(1, 3, 64, 64))
     assert not slim.gate_vectors(folded) and "in float64 they differ by" in capsys.readouterr().out
@@ -121,7 +123,7 @@ def test_optimiser_and_average_continue_across_cuts(loop: Path) -> None:
 
 
 def test_a_finished_loop_is_only_read(
-    loop: Path, sparse_run: Path, tiny: Path, script: Runner, monkeypatch: pytest.MonkeyPatch
+    loop: Path, small_run: Path, tiny: Path, script: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished phase ran again")
@@ -130,14 +132,14 @@ def test_a_finished_loop_is_only_read(
     monkeypatch.setattr(iterate, "choose_plan", refuse)
     before = {p: p.read_bytes() for p in (loop / "weights" / "slim.pt", loop / "plan.json", loop / "pareto.csv")}
     steps = ["--rounds", 2, "--macs", 0.5, "--sparse-epochs", 2, "--recovery-epochs", 1, "--finetune-epochs", 1]
-    done = script("iterate", *arguments(sparse_run / "weights" / "best.pt", tiny, loop.parent, *steps, "--max-drop", 1))
+    done = script("iterate", *arguments(small_run / "weights" / "best.pt", tiny, loop.parent, *steps, "--max-drop", 1))
     assert done.code == 0, done.err
     assert all(p.read_bytes() == content for p, content in before.items())
     assert f"{loop}: continued" in done.out
 
 
 def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
-    sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
 ) -> None:
     """Round 1: the first cut fails, the second passes; round 2: all fail, so the loop stops at round 1's network."""
     calls: list[int] = []
@@ -148,7 +150,8 @@ def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
 
     monkeypatch.setattr(iterate, "judged", judged)
     steps = ["--rounds", 2, "--macs", 0.4, "--sparse-epochs", 2, "--recovery-epochs", 0, "--finetune-epochs", 0]
-    done = script("iterate", *arguments(sparse_run / "weights" / "best.pt", tiny, tmp_path, *steps, "--attempts", 2))
+    steps += ["--attempts", 2, "--export", "none"]
+    done = script("iterate", *arguments(small_run / "weights" / "best.pt", tiny, tmp_path, *steps))
     assert done.code == 0, done.err
     found = rows(tmp_path / "loop")
     assert [(row["round"], row["attempt"], row["accepted"]) for row in found] == [
@@ -169,17 +172,19 @@ def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
 
 
 def test_a_loop_without_an_accepted_cut_fails_in_one_line_and_keeps_its_candidates(
-    sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
 ) -> None:
     monkeypatch.setattr(iterate, "judged", lambda *_: (False, "too bad"))
-    given = arguments(sparse_run / "weights" / "best.pt", tiny, tmp_path, *ONE_ROUND, "--attempts", 1)
+    given = arguments(small_run / "weights" / "best.pt", tiny, tmp_path, *ONE_ROUND, "--attempts", 1)
     done = script("iterate", *given)
     assert done.code == 1 and done.err.count("\n") == 1 and "not one cut kept AP within --max-drop 0.02" in done.err
     assert [row["accepted"] for row in rows(tmp_path / "loop")] == ["True", "False"]
 
 
 @pytest.fixture
-def begun(sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def begun(
+    small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
+) -> Path:
     """A loop on a data set of its own that failed after its sparse training; its data.yaml lies beside it."""
     data = tmp_path / "data"
     shutil.copytree(tiny.parent / "tiny", data)
@@ -192,48 +197,48 @@ def begun(sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(iterate, "choose_plan", stop)
         done = script(
-            "iterate", *arguments(sparse_run / "weights" / "best.pt", tmp_path / "own.yaml", tmp_path, *ONE_ROUND)
+            "iterate", *arguments(small_run / "weights" / "best.pt", tmp_path / "own.yaml", tmp_path, *ONE_ROUND)
         )
     assert done.code == 130 and "the same command continues" in done.err
     assert (tmp_path / "loop" / "round1-sparse").is_dir()
     return tmp_path
 
 
-def again(begun: Path, sparse_run: Path, script: Runner, *more: Any) -> Any:
-    weights = sparse_run / "weights" / "best.pt"
+def again(begun: Path, small_run: Path, script: Runner, *more: Any) -> Any:
+    weights = small_run / "weights" / "best.pt"
     return script("iterate", *arguments(weights, begun / "own.yaml", begun, *ONE_ROUND, "--max-drop", 1, *more))
 
 
-def test_labels_that_changed_between_two_starts_are_named(begun: Path, sparse_run: Path, script: Runner) -> None:
+def test_labels_that_changed_between_two_starts_are_named(begun: Path, small_run: Path, script: Runner) -> None:
     label = next((begun / "data" / "labels" / "val").glob("*.txt"))
     label.write_text("0 0.5 0.5 0.25 0.25\n")
-    weights = sparse_run / "weights" / "best.pt"
+    weights = small_run / "weights" / "best.pt"
     done = script("iterate", *arguments(weights, begun / "own.yaml", begun, *ONE_ROUND))
     assert done.code == 1 and done.err.count("\n") == 1
     assert "begun with other settings or data (data:" in done.err and "choose another --name" in done.err
     assert (begun / "loop" / "round1-sparse" / "phase.json").is_file()
 
 
-def test_other_settings_begin_another_loop(begun: Path, sparse_run: Path, script: Runner) -> None:
-    done = again(begun, sparse_run, script, "--seed", 1, "--export", "openvino")
+def test_other_settings_begin_another_loop(begun: Path, small_run: Path, script: Runner) -> None:
+    done = again(begun, small_run, script, "--seed", 1, "--export", "openvino")
     assert done.code == 0, done.err
     assert open_exported(begun / "loop2" / "weights" / "slim.xml").engine == "openvino"
     assert (begun / "loop2" / "weights" / "slim.pt").is_file() and not (begun / "loop" / "pareto.csv").exists()
 
 
-def test_a_second_process_on_the_same_run_is_refused(begun: Path, sparse_run: Path, script: Runner) -> None:
+def test_a_second_process_on_the_same_run_is_refused(begun: Path, small_run: Path, script: Runner) -> None:
     from engine import RunFolder
 
     with RunFolder(begun / "loop").held():
-        weights = sparse_run / "weights" / "best.pt"
+        weights = small_run / "weights" / "best.pt"
         done = script("iterate", *arguments(weights, begun / "own.yaml", begun, *ONE_ROUND))
     assert done.code == 1 and done.err.count("\n") == 1 and "in use by another process" in done.err
 
 
-def test_a_damaged_phase_is_named_with_its_remedy(begun: Path, sparse_run: Path, script: Runner) -> None:
+def test_a_damaged_phase_is_named_with_its_remedy(begun: Path, small_run: Path, script: Runner) -> None:
     result = begun / "loop" / "round1-sparse" / "phase.json"
     result.write_text("{half")
-    weights = sparse_run / "weights" / "best.pt"
+    weights = small_run / "weights" / "best.pt"
     done = script("iterate", *arguments(weights, begun / "own.yaml", begun, *ONE_ROUND))
     assert done.code == 1 and f"remove the folder {result.parent} to run it again" in done.err
 
@@ -249,7 +254,7 @@ def test_a_damaged_phase_is_named_with_its_remedy(begun: Path, sparse_run: Path,
     ],
 )
 def test_impossible_settings_are_refused(
-    sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path, flags: list[Any], words: str
+    small_run: Path, tiny: Path, script: Runner, tmp_path: Path, flags: list[Any], words: str
 ) -> None:
-    done = script("iterate", *arguments(sparse_run / "weights" / "best.pt", tiny, tmp_path, *ONE_ROUND, *flags))
+    done = script("iterate", *arguments(small_run / "weights" / "best.pt", tiny, tmp_path, *ONE_ROUND, *flags))
     assert done.code == 1 and done.err.count("\n") == 1 and words in done.err
