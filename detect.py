@@ -28,7 +28,7 @@ from engine.command import RunFlags, choose_device, flag, run_script
 
 _SIDE_PX = 640
 _MOST_AT_ONCE = 4
-"""Networks in memory, where the user does not say."""
+"""Pictures in inference side by side, where the user does not say."""
 _WARM_UP = 2
 _BURST = 4
 """Frames of videos in a row. Images are larger, and cameras are not to be kept waiting."""
@@ -262,9 +262,7 @@ def detect(flags: DetectFlags) -> Path:
                 device=device,
             )
         )
-        if (
-            detector.engine != "torch"
-        ):  # whose threads, when they have nothing to do, take the network's time with waiting
+        if detector.engine != "torch":  # or torch's idle threads take the network's time with waiting
             stack.enter_context(torch_threads(1))
         flags.canvas(detector), flags.wanted(detector.names, flags.weights)
         run = RunFolder.create(flags.project, flags.name)

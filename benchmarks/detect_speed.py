@@ -148,8 +148,8 @@ def measured(flags: DetectFlags, repeats: int, folder: Path) -> Row:
         canvas = flags.canvas(one)
         images = [picture.letterboxed(canvas)[0][None] for picture in islice(read_pictures(sources[0]), _DIFFERENT)]
         count = sum(1 for _ in read_pictures(sources[0]))
+        of_torch = one.engine == "torch"
         for _ in range(repeats):
-            of_torch = one.engine == "torch"
             with torch_threads(flags.cores if of_torch else 1):
                 found["alone"].append(inference(one, 1, images, count))
             with torch_threads(max(1, flags.cores // at_once) if of_torch else 1):

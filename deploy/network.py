@@ -114,7 +114,8 @@ def threads_of(num_cores: int) -> int:
     """The number of threads for ``num_cores``, of which 0 stands for all that this process may use."""
     if num_cores < 0:
         raise DeployError(f"--num-cores {num_cores}: expected 0 (all) or more")
-    return num_cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else num_cores or 1
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return num_cores or own
 
 
 def read_list(metadata: Mapping[str, str], key: str) -> list[int]:
