@@ -251,16 +251,7 @@ def train_in(
     if resume_state is None and world.is_first:
         plot_labels(train_set.ground_truth(), train_set.names, run.path / "labels.png")
         log_start(run, network.model, train_set, flags)
-    trained, plain, rounded = network.model, lambda model: model, flags.rounding()
-    if rounded is not None:
-        if world.size > 1:
-            raise EngineError("--qat: runs in one process; start it without torchrun")
-        calibration = detection.DetectionDataset(config, "train", flags.img, seed=flags.seed)
-        images = detection.real_images(calibration, rounded.images)
-        trained, plain = rounded.make(network.model, images.split(flags.batch_size)), unrounded(network.model)
-        print(
-            f"rounds to 8 bits while it trains; ranges of {len(images)} training images; checkpoints hold the plain network"
-        )
+    trained, plain = rounding_network(flags, network.model, config, world)
     result = fit(
         trained,
         loss,
@@ -285,6 +276,24 @@ def train_in(
     )
     evaluation = world.from_first(lambda: finish(run, flags, evaluator, result))
     return TrainResult(run, result, evaluation)
+
+
+def rounding_network(
+    flags: TrainFlags, model: nn.Module, config: detection.DataConfig, world: World
+) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
+    """What is trained, and what makes of it the network of the checkpoints: ``model`` itself unless the flags round it."""
+    rounding = flags.rounding()
+    if rounding is None:
+        return model, lambda trained: trained
+    if world.size > 1:
+        raise EngineError("--qat: runs in one process; start it without torchrun")
+    calibration = detection.DetectionDataset(config, "train", flags.img, seed=flags.seed)
+    images = detection.real_images(calibration, rounding.images)
+    rounded = rounding.make(model, images.split(flags.batch_size))
+    print(
+        f"rounds to 8 bits while it trains; ranges of {len(images)} training images; checkpoints hold the plain network"
+    )
+    return rounded, unrounded(model)
 
 
 def unrounded(model: nn.Module) -> Callable[[nn.Module], nn.Module]:
