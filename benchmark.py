@@ -72,8 +72,7 @@ class Measured:
         if self.config is None:
             generator = torch.Generator().manual_seed(self.flags.seed)
             return torch.randint(0, 256, (count, 3, *sides), generator=generator).float() / 255
-        found = detection.real_images(self._data_set(max(sides)), count, sides)
-        return found[torch.arange(count) % len(found)]
+        return detection.so_many_images(self._data_set(max(sides)), count, sides)
 
     def check_classes(self, candidates: Sequence[Candidate]) -> None:
         """Before any of them is measured."""

@@ -248,6 +248,11 @@ def img_of(sides_px: tuple[int, int]) -> int | str:
     return height if height == width else f"{height}x{width}"
 
 
+def head_path(model: nn.Module) -> str:
+    """The path of a detector's last module, which predicts."""
+    return f"model.{len(model.model) - 1}"
+
+
 def check_image_size(model: nn.Module, img: int) -> None:
     """Sizes that are no multiple of the largest stride cannot be concatenated in the neck."""
     stride = max(model.stride_px)
@@ -405,3 +410,9 @@ def real_images(dataset: DetectionDataset, count: int, canvas_hw: tuple[int, int
     """The first images as a network input, float [count, 3, img, img], or of the height and width of ``canvas_hw``."""
     count = min(count, len(dataset))
     return torch.stack([dataset[Draw(i, canvas_hw)].image for i in range(count)]).float() / 255
+
+
+def so_many_images(dataset: DetectionDataset, count: int, sides_px: tuple[int, int]) -> Tensor:
+    """As ``real_images``, again from the first where there are too few."""
+    found = real_images(dataset, count, sides_px)
+    return found[torch.arange(count) % len(found)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import detection
 import slim
-from deploy import SUFFIXES, Decoded, ExportedNetwork, Precision, open_exported, threads_of, torch_threads
+from deploy import SUFFIX_FOR, SUFFIXES, Decoded, ExportedNetwork, Precision, open_exported, threads_of, torch_threads
 from deploy.open_file import Engine
 from engine import EngineError, Evaluation
 from export import write_file
@@ -107,13 +107,13 @@ def open_detector(
         path = Path(weights)
         if not is_exported(weights):
             network = detection.read_network(weights)
-            if engine not in (None, "torch"):
+            if engine is not None and engine != "torch":
                 if images is None:
                     raise EngineError(
                         f"{weights}: --engine {engine} runs exported files; write one with export.py first"
                     )
                 folder = stack.enter_context(TemporaryDirectory())
-                path = Path(folder) / ("network.onnx" if engine == "onnxruntime" else "network.xml")
+                path = Path(folder) / f"network{SUFFIX_FOR[engine]}"
                 write_file(network, path, images)
         if is_exported(str(path)):
             exported = open_exported(path, engine, num_cores=num_cores, precision=precision, at_once=at_once)

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 import detection
@@ -152,8 +151,7 @@ def export(flags: ExportFlags) -> list[Path]:
     config = flags.open_data()
     flags.check_int8(network, config)
     dataset = detection.DetectionDataset(config, "val", max(sides))
-    found = cropped(detection.real_images(dataset, flags.batch_size), sides)
-    images = found[torch.arange(flags.batch_size) % len(found)]
+    images = detection.so_many_images(dataset, flags.batch_size, sides)
     write = functools.partial(write_file, network, images=images, dynamic=flags.dynamic, uint8_input=flags.uint8_input)
     write_int8 = int8_writer(flags, network, config, write) if flags.int8 else None
     run = RunFolder.create(flags.project, flags.name)
@@ -178,7 +176,7 @@ def int8_writer(
 
     sides = flags.sides(network)
     calibrated = calibrate(network, config, sides, flags.calibration_images, flags.seed, flags.weights, flags.data)
-    keep_float = [f"model.{len(network.model.model) - 1}", *flags.keep_float]
+    keep_float = [detection.head_path(network.model), *flags.keep_float]
     nms = flags.suppression()
 
     def write_float(path: Path, with_nms: bool) -> float:
@@ -228,12 +226,6 @@ def described(kind: str, out: Path, difference: float) -> dict[str, Any]:
         "input": size,
         "max_difference": difference,
     }
-
-
-def cropped(images: Tensor, sides: tuple[int, int]) -> Tensor:
-    """The middle of square images, [B, 3, *sides]."""
-    top, left = ((images.shape[axis] - side) // 2 for axis, side in zip((2, 3), sides, strict=True))
-    return images[:, :, top : top + sides[0], left : left + sides[1]]
 
 
 def main(flags: ExportFlags) -> None:

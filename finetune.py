@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+import detection
 from deploy.qat import with_quantisers
 from engine import EngineError, World
 from engine.command import flag, run_on_all_ranks
@@ -36,13 +37,13 @@ class FinetuneFlags(TrainFlags):
             raise EngineError(f"--calibration-images {self.calibration_images}: expected at least 1")
 
         def make(model: nn.Module, images: Sequence[Tensor]) -> nn.Module:
-            return with_quantisers(model, images, head=f"model.{len(model.model) - 1}", keep_float=self.keep_float)
+            return with_quantisers(model, images, head=detection.head_path(model), keep_float=self.keep_float)
 
         return Rounding(make, self.calibration_images)
 
 
 def main(flags: FinetuneFlags, world: World) -> None:
-    flags.rounding()
+    flags.rounding()  # whose refusals come before anything is read or written
     train(flags, keep_gates=flags.keep_gates, world=world)
 
 

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 import detection
 import slim
-from deploy import Precision, Trial, open_exported, search_latency, threads_of, torch_threads
+from deploy import SUFFIX_FOR, Precision, Trial, open_exported, search_latency, threads_of, torch_threads
 from deploy.open_file import Engine
 from detector import Eager
 from engine import EngineError, Timing, Turns
 from engine.command import flag
 from engine.comparison import Comparison, compare, summary
-from export import SUFFIX_OF, write_file
+from export import write_file
 from quantisation import QUANTISERS
 
 TOLERANCE = 0.05
@@ -116,15 +116,15 @@ class Measurer:
             network: nn.Module = Eager.of(model, flags.latency_precision)
             self.precision = network.precision
         else:
-            suffix = SUFFIX_OF["openvino" if flags.engine == "openvino" else "onnx"]
+            suffix = SUFFIX_FOR[flags.engine]
             with TemporaryDirectory() as folder:
                 out = Path(folder) / f"network{suffix}"
                 write_file(detection.Network(model.cpu(), self.dense.build), out, image)
                 if flags.latency_int8:
                     written, out = out, Path(folder) / f"int8{suffix}"
                     quantiser = QUANTISERS[suffix](written, list(self.images))
-                    head = f"model.{len(model.model) - 1}"
-                    quantiser.write(out, quantiser.operators.within([head]), rough=True)
+                    kept = quantiser.operators.within([detection.head_path(model)])
+                    quantiser.write(out, kept, rough=True)
                 exported = open_exported(
                     out, flags.engine, num_cores=flags.num_cores, precision=flags.latency_precision
                 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import detection
 import slim
-from deploy import SUFFIXES, Precision, open_exported
+from deploy import SUFFIX_FOR, SUFFIXES, Precision, as_bytes, open_exported
 from deploy.network import read_list, threads_of
 from deploy.open_file import Engine
 from detector import Detector, is_exported, of_checkpoint, of_file
@@ -92,6 +92,7 @@ class Candidates:
         self._networks: dict[str, detection.Network] = {}
         self._exports: dict[tuple[object, ...], Path] = {}
         self._in_torch: dict[tuple[str, Precision], Detector] = {}
+        self._own_sides: dict[tuple[str, Engine | None], Sides | None] = {}
 
     def __enter__(self) -> Candidates:
         return self
@@ -142,7 +143,7 @@ class Candidates:
         detector = opened()
         detector.check_sides(sides)
         if getattr(detector.network, "takes_bytes", False):
-            images = (images * 255).round().to(torch.uint8)
+            images = as_bytes(images)
         facts = facts or facts_of_file(detector, sides)
         return Candidate(detector, images, num_cores, facts, lambda: opened(profile=True))
 
@@ -154,8 +155,7 @@ class Candidates:
     def _exported(self, weights: str, network: detection.Network, engine: Engine, images: Tensor) -> Path:
         key = (weights, engine, images.shape)
         if key not in self._exports:
-            suffix = ".onnx" if engine == "onnxruntime" else ".xml"
-            path = Path(self._folder.name) / f"{len(self._exports)}{suffix}"
+            path = Path(self._folder.name) / f"{len(self._exports)}{SUFFIX_FOR[engine]}"
             write_file(network, path, images)
             self._exports[key] = path
         return self._exports[key]
@@ -164,7 +164,9 @@ class Candidates:
         asked = tuple(dict.fromkeys(wanted.sides_px))
         if not is_exported(weights):
             return asked or (DEFAULT_SIDES,)
-        own = of_file(weights, open_exported(weights, engine)).sides_px
+        if (weights, engine) not in self._own_sides:
+            self._own_sides[weights, engine] = of_file(weights, open_exported(weights, engine)).sides_px
+        own = self._own_sides[weights, engine]
         if own is None or not asked:
             return asked or (own or DEFAULT_SIDES,)
         # Where it takes none of them, the first one's refusal says so.

@@ -34,7 +34,7 @@ import detection
 from data.media_pictures import read_pictures
 from data.media_sources import find_sources
 from data.moving_shapes import write_video
-from deploy import ENGINES, SUFFIXES, torch_threads
+from deploy import ENGINES, SUFFIX_FOR, SUFFIXES, torch_threads
 from deploy.open_file import Engine
 from detect import DetectFlags, Detection
 from detector import Detector, open_detector
@@ -129,7 +129,7 @@ def files_of(flags: SpeedFlags, folder: Path) -> dict[Engine, str]:
     for engine in flags.engines:
         files[engine] = flags.weights
         if engine != "torch":
-            out = folder / ("network.onnx" if engine == "onnxruntime" else "network.xml")
+            out = folder / f"network{SUFFIX_FOR[engine]}"
             write_file(network, out, images)
             files[engine] = str(out)
     return files

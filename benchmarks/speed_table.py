@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import slim
+from deploy import threads_of
 from engine import plot_trade_off
 
 Column = tuple[str, Callable[["Row"], str]]
@@ -122,9 +122,8 @@ def _names(path: Path) -> list[str]:
 
 def machine_text() -> str:
     """The processor, its cores and the runtimes' versions."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     runtimes = [f"{name} {version(name)}" for name in ("torch", "onnxruntime", "openvino")]
-    return f"{_processor()}, {cores} cores; {', '.join(runtimes)}"
+    return f"{_processor()}, {threads_of(0)} cores; {', '.join(runtimes)}"
 
 
 def _processor() -> str:

@@ -4,9 +4,9 @@ from .accuracy import Quantised, quantise
 from .errors import DeployError
 from .graph_ends import Decoded, FromBytes, WithNms
 from .latency_search import Trial, search_latency
-from .network import ExportedNetwork, Precision, parts_of, size_text, threads_of, torch_threads
+from .network import ExportedNetwork, Precision, as_bytes, parts_of, size_text, threads_of, torch_threads
 from .onnx_file import OnnxNetwork, export_onnx
-from .open_file import ENGINES, SUFFIXES, open_exported
+from .open_file import ENGINES, SUFFIX_FOR, SUFFIXES, open_exported
 from .openvino_file import OpenVinoNetwork, export_openvino
 from .profile import LayerTime, profile, profile_text
 from .proof import prove_equal, prove_same_detections
@@ -17,6 +17,7 @@ from .torchscript_file import TorchScriptNetwork, export_torchscript
 __all__ = [
     "ENGINES",
     "SUFFIXES",
+    "SUFFIX_FOR",
     "Decoded",
     "DeployError",
     "ExportedNetwork",
@@ -32,6 +33,7 @@ __all__ = [
     "TorchScriptNetwork",
     "Trial",
     "WithNms",
+    "as_bytes",
     "export_onnx",
     "export_openvino",
     "export_torchscript",

@@ -15,6 +15,13 @@ CANDIDATES = 10
 """So many times the number of detections enter the suppression."""
 
 
+def unwrapped(path: str) -> str:
+    """A module's path in the network alone; ``WRAPPED`` itself stays."""
+    while path.startswith(f"{WRAPPED}."):
+        path = path.removeprefix(f"{WRAPPED}.")
+    return path
+
+
 class Decoded(nn.Module):
     """A detector that gives its decoded boxes alone, [B, N, 5 + classes], as YOLOv5's own exports do."""
 

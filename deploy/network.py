@@ -57,7 +57,7 @@ class ExportedNetwork(nn.Module):
         if images.dtype == torch.uint8:
             prepared = images if self.takes_bytes else images / 255
         else:
-            prepared = (images * 255).round().to(torch.uint8) if self.takes_bytes else images.float()
+            prepared = as_bytes(images) if self.takes_bytes else images.float()
         at_once, count = self.input_shape[0], len(prepared)
         if at_once is None or at_once == count:
             return self.run(prepared.contiguous())
@@ -83,6 +83,11 @@ class ExportedNetwork(nn.Module):
 def parts_of(path: Path) -> list[Path]:
     """The files of an exported network: OpenVINO keeps the weights beside the graph."""
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    """Float 0..1 -> uint8 0..255."""
+    return (images * 255).round().to(torch.uint8)
 
 
 def existing(path: str | Path, kind: str) -> Path:

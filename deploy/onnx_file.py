@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import slim
 
 from .errors import DeployError
-from .graph_ends import WRAPPED, FromBytes
+from .graph_ends import WRAPPED, FromBytes, unwrapped
 from .network import INPUT, OUTPUT, ExportedNetwork, existing, threads_of
 from .proof import prove_equal
 
@@ -191,8 +191,7 @@ def name_by_modules(proto: onnx.ModelProto) -> None:
         path = ["", *ast.literal_eval(scopes)][-2]
         weight = next((name for name in node.input if name in weights and name.endswith(".weight")), None)
         path = weight.removesuffix(".weight") if weight else path
-        while path.startswith(f"{WRAPPED}."):
-            path = path.removeprefix(f"{WRAPPED}.")
+        path = unwrapped(path)
         name = f"{path}/{node.op_type}" if path and path != WRAPPED else node.op_type
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"

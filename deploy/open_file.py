@@ -19,6 +19,8 @@ SUFFIXES: dict[str, tuple[Engine, ...]] = {
     ".torchscript": ("torch",),
 }
 """The engines that run a kind of file, the one first that does so unless another is asked for."""
+SUFFIX_FOR: dict[Engine, str] = {engines[0]: suffix for suffix, engines in SUFFIXES.items()}
+"""The kind of file that is written for an engine."""
 
 
 def open_exported(

@@ -19,7 +19,7 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity
 
 from .errors import DeployError
-from .graph_ends import WRAPPED
+from .graph_ends import unwrapped
 from .onnx_file import OnnxNetwork, read_onnx
 from .openvino_file import OpenVinoNetwork
 from .torchscript_file import TorchScriptNetwork
@@ -265,7 +265,5 @@ def _scope_of(event: Any) -> str:
     """The innermost module that an operator ran in; the operator itself where there is none, as in TorchScript."""
     parent = event.cpu_parent
     own: str = event.name.split("::")[1]
-    path: str = parent.name.removeprefix(SCOPE)
-    while path.startswith(f"{WRAPPED}."):
-        path = path.removeprefix(f"{WRAPPED}.")
+    path = unwrapped(parent.name.removeprefix(SCOPE))
     return own if path.startswith("run ") or not parent.name.startswith(SCOPE) else path

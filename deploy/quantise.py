@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .errors import DeployError
 from .float_parts import operators_of
+from .network import as_bytes
 from .open_file import open_exported
 from .openvino_file import read_openvino, save_openvino
 
@@ -55,7 +56,7 @@ class Quantiser(ABC):
 
     def _batch(self, places: list[int]) -> Tensor:
         batch = torch.stack([self.images[i] for i in places])
-        return (batch * 255).round().to(torch.uint8) if self.takes_bytes else batch
+        return as_bytes(batch) if self.takes_bytes else batch
 
 
 class OpenVinoQuantiser(Quantiser):

@@ -15,7 +15,7 @@ import slim
 
 from .errors import DeployError
 from .graph_ends import FromBytes
-from .network import ExportedNetwork, existing, read_list
+from .network import ExportedNetwork, as_bytes, existing, read_list
 from .onnx_file import Proof
 from .proof import prove_equal
 
@@ -65,9 +65,7 @@ def export_torchscript(
 ) -> float:
     """As ``export_onnx``, for images of the shape of ``images`` alone: tracing writes sizes down as numbers."""
     folded = slim.fold_gates(copy.deepcopy(model).cpu(), (images,)).eval()
-    traced, example = (
-        (FromBytes(folded).eval(), (images * 255).round().to(torch.uint8)) if uint8_input else (folded, images)
-    )
+    traced, example = (FromBytes(folded).eval(), as_bytes(images)) if uint8_input else (folded, images)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         script = torch.jit.freeze(torch.jit.trace(traced, (example,), check_trace=False))
