@@ -30,17 +30,19 @@ from time import perf_counter, process_time
 import torch
 from torch import Tensor
 
-import detection
-from data.media_pictures import read_pictures
-from data.media_sources import find_sources
 from data.moving_shapes import write_video
 from deploy import ENGINES, SUFFIX_FOR, SUFFIXES, torch_threads
 from deploy.open_file import Engine
-from detect import DetectFlags, Detection
-from detector import Detector, open_detector
-from engine import DetectionFiles, EngineError, StageTimes
-from engine.command import flag, run_script
-from export import write_file
+from detection.command import flag, run_script
+from detection.detector import Detector, open_detector
+from detection.network import read_network
+from detection.video.detection_files import DetectionFiles
+from detection.video.job import DetectFlags, Detection
+from detection.video.pictures import read_pictures
+from detection.video.pipeline import StageTimes
+from detection.video.sources import find_sources
+from detection.write_file import write_file
+from slim import SlimError
 
 _WARM_UP = 3
 _DIFFERENT = 16
@@ -99,7 +101,7 @@ HEAD = (
 def measure(flags: SpeedFlags, on_row: Callable[[Row], None] = lambda row: None) -> list[Row]:
     """A row an engine."""
     if len(flags.img) != 2 or min(flags.frames, flags.repeats, flags.num_cores) < 1:
-        raise EngineError("expected a height and a width, and at least 1 frame, repeat and core")
+        raise SlimError("expected a height and a width, and at least 1 frame, repeat and core")
     rows = []
     with TemporaryDirectory() as folder:
         video = Path(folder) / "shapes.mp4"
@@ -124,7 +126,7 @@ def files_of(flags: SpeedFlags, folder: Path) -> dict[Engine, str]:
     suffix = Path(flags.weights).suffix
     if suffix in SUFFIXES:
         return {engine: flags.weights for engine in flags.engines if engine in SUFFIXES[suffix]}
-    network, images = detection.read_network(flags.weights), torch.rand(1, 3, *flags.img).mul(255).round() / 255
+    network, images = read_network(flags.weights), torch.rand(1, 3, *flags.img).mul(255).round() / 255
     files: dict[Engine, str] = {}
     for engine in flags.engines:
         files[engine] = flags.weights

@@ -43,8 +43,8 @@ from torch import Tensor, nn
 
 import models
 import slim
-from engine import EngineError
-from engine.command import flag, run_script
+from detection.command import flag, run_script
+from slim import SlimError
 
 YAMLS = Path(models.__file__).parent
 ROUND_TO = 8
@@ -132,7 +132,7 @@ class Row:
 
 
 def build(name: str, img: int, seed: int) -> Network:
-    """A network with random weights; EngineError for an unknown name."""
+    """A network with random weights; SlimError for an unknown name."""
     torch.manual_seed(seed)
     image = torch.rand(1, 3, img, img)
     if (YAMLS / f"{name}.yaml").is_file():
@@ -140,18 +140,18 @@ def build(name: str, img: int, seed: int) -> Network:
         head = tuple(f"model.{len(yolo.model) - 1}.m.{i}" for i in range(len(yolo.detect.m)))
         return Network(name, yolo, image, head, lambda outputs: outputs[1])
     if name not in torchvision.models.list_models(torchvision.models):
-        raise EngineError(f"--models {name}: neither a YAML of {YAMLS} nor a torchvision classifier, such as resnet50")
+        raise SlimError(f"--models {name}: neither a YAML of {YAMLS} nor a torchvision classifier, such as resnet50")
     model = torchvision.models.get_model(name, weights=None).eval()
     last = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
     return Network(name, model, image, tuple(last))
 
 
 def torch_pruning() -> Any:
-    """The module; EngineError where it is not installed."""
+    """The module; SlimError where it is not installed."""
     try:
         import torch_pruning as module
     except ImportError as error:
-        raise EngineError("torch-pruning is not installed; pip install '.[bench]' brings it") from error
+        raise SlimError("torch-pruning is not installed; pip install '.[bench]' brings it") from error
     return module
 
 
@@ -222,7 +222,7 @@ def search_on_copies(network: Network) -> Trial:
 
 
 def false_position(kept_at: Callable[[float], float]) -> int:
-    """Calls with pruning ratios until one keeps ``KEEP``; returns the number of calls. EngineError when none is found.
+    """Calls with pruning ratios until one keeps ``KEEP``; returns the number of calls. SlimError when none is found.
 
     MACs go with the square of the channels that are kept, so the root of what is kept is nearly a line, and a chord of it
     soon meets the target. The first ratio is what torch-pruning's own documentation advises: 0.29 for half.
@@ -258,8 +258,8 @@ def search_in_small_steps(network: Network) -> Trial:
     return watch.trial(model, taken)
 
 
-def missed(kept: float, tries: int) -> EngineError:
-    return EngineError(f"{kept:.4f} of the MACs left after {tries} prunings, aimed at {KEEP}")
+def missed(kept: float, tries: int) -> SlimError:
+    return SlimError(f"{kept:.4f} of the MACs left after {tries} prunings, aimed at {KEEP}")
 
 
 def in_turns(network: Network, jobs: Mapping[str, Job], repeats: int, warmup: int = 1) -> list[Row]:

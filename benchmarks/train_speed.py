@@ -25,26 +25,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import detection
 import slim
-from data import Augment, build_loader
-from engine import (
-    EngineError,
-    OptimConfig,
-    Precision,
-    Sparsity,
-    TrainConfig,
-    build_optimizer,
-)
+from data import Augment, DetectionDataset, build_loader
+from detection.command import flag, run_script
+from detection.datasets import open_data
+from detection.losses import make_loss
+from detection.network import check_image_size, example_image, start_network
+from engine import OptimConfig, Precision, Sparsity, TrainConfig, build_optimizer
 from engine.batch import network_input
 from engine.checkpoint import EpochSums, Trainee
-from engine.command import flag, run_script
 from engine.epoch import Epoch, clip_gradients, in_float32, train_one_epoch
 from engine.interruption import Interruption
 from engine.precision import compute_dtype
 from engine.trainee import build_trainee
 from engine.training import announce_epoch
 from models import DetectionLoss, LossGains
+from slim import SlimError
 
 PARTS = ("forward", "loss", "backward", "clip and step", "pull", "moving average")
 
@@ -73,18 +69,18 @@ class Bench:
 
     def __init__(self, flags: TrainSpeedFlags) -> None:
         self.flags = flags
-        config = detection.open_data(flags.data, flags.data_root)
-        self.network = detection.start_network(flags.weights, flags.cfg, config.names).model
-        detection.check_image_size(self.network, flags.img)
-        self.train_set = detection.DetectionDataset(config, "train", flags.img, Augment(), flags.seed)
+        config = open_data(flags.data, flags.data_root)
+        self.network = start_network(flags.weights, flags.cfg, config.names).model
+        check_image_size(self.network, flags.img)
+        self.train_set = DetectionDataset(config, "train", flags.img, Augment(), flags.seed)
         self.loader = build_loader(self.train_set, flags.batch_size, True, flags.workers, flags.seed)
         if len(self.train_set) < flags.batch_size:
-            raise EngineError(f"--batch-size {flags.batch_size}: the training split has {len(self.train_set)} images")
+            raise SlimError(f"--batch-size {flags.batch_size}: the training split has {len(self.train_set)} images")
         self.batch = next(batch for batch in self.loader if len(batch.images) == flags.batch_size)
         self.optim = OptimConfig()
 
     def loss_of(self, model: nn.Module) -> DetectionLoss:
-        return detection.make_loss(model, LossGains(), self.flags.img)
+        return make_loss(model, LossGains(), self.flags.img)
 
     def bare(self) -> Callable[[], None]:
         """One bare step."""
@@ -105,7 +101,7 @@ class Bench:
         model = copy.deepcopy(self.network)
         sparsity = None
         if gated:
-            slim.add_gates(model, slim.trace(model, detection.example_image(self.flags.img)))
+            slim.add_gates(model, slim.trace(model, example_image(self.flags.img)))
             sparsity = Sparsity(slim.SmallestHalfL1(model, strength=0.1))
         config = TrainConfig(epochs=self.flags.turns + 1, optim=self.optim, precision=precision)
         return build_trainee(model, config, len(self.loader), torch.device("cpu"), sparsity), config, sparsity

@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from boxes import Letterbox
-
 from .annotations import Annotations, Entry, as_rows, check_usable
 from .augment import MIXUP_BETA, Augment, Labels, Tile, augmented_scene, colour_and_flip, mix, mosaic_tiles
 from .cache import find_folder, name_of, read_annotations
 from .config import DataConfig
 from .errors import DataError
 from .images import IMAGE_SUFFIXES, grey, letterbox, letterbox_of, read_image, read_size, resize
+from .letterbox import Letterbox
 from .pixels import PixelFile, open_pixels
 from .sampling import Draw, weigh_images
 

@@ -1,7 +1,7 @@
 """What goes wrong with a user's data set."""
 
-from __future__ import annotations
+from slim import SlimError
 
 
-class DataError(ValueError):
+class DataError(SlimError):
     """A data set, its description or its labels cannot be used; the message is one line with the remedy."""

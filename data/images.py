@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from boxes import Letterbox
-
 from .errors import DataError
+from .letterbox import Letterbox
 
 FILL = 114
 """The grey of every pixel that no image covers: YOLOv5's, so that its checkpoints see what they were trained on."""

@@ -1,26 +1,11 @@
-"""Box arithmetic shared by models, data and engine; depends on torch alone.
-
-Formats are in the names: ``xyxy`` is (x1, y1, x2, y2), ``cxcywh`` is (centre x, centre y, width, height).
-"""
+"""Where an image lies in the square that the network sees."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
-from torchvision.ops import box_convert, clip_boxes_to_image
-
-
-def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
-    """[..., 4] -> [..., 4]; units are kept."""
-    boxes_xyxy: Tensor = box_convert(boxes_cxcywh, "cxcywh", "xyxy")
-    return boxes_xyxy
-
-
-def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
-    """[..., 4] -> [..., 4]; units are kept."""
-    boxes_cxcywh: Tensor = box_convert(boxes_xyxy, "xyxy", "cxcywh")
-    return boxes_cxcywh
+from torchvision.ops import clip_boxes_to_image
 
 
 @dataclass(frozen=True)

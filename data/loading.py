@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from boxes import Letterbox
-
 from .dataset import DetectionDataset, Sample
 from .errors import DataError
 from .images import letterbox_of
+from .letterbox import Letterbox
 from .sampling import Draw
 
 

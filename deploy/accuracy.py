@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import DeployError
+from slim import SlimError
+
 from .network import ExportedNetwork
 from .open_file import open_exported
-from .quantise import Quantiser
+from .quantiser import Quantiser
 
 PROBE_IMAGES = 4
 """On which a block's noise is measured."""
@@ -41,7 +42,7 @@ def quantise(
     """Write the INT8 file; modules that match ``keep_float`` stay in floating point.
 
     ``measure`` gives the AP of a file. With ``max_drop``, the AP that it may lose against the float file: while it loses
-    more, the noisiest 1, 2, 4 ... blocks stay float too, up to half of them; DeployError if that does not do. ``rank`` says
+    more, the noisiest 1, 2, 4 ... blocks stay float too, up to half of them; SlimError if that does not do. ``rank`` says
     which come first, instead of ``noisiest``.
     """
     fixed = quantiser.operators.within(keep_float)
@@ -60,7 +61,7 @@ def quantise(
         if before - after <= max_drop:
             return Quantised(after, before, tuple(kept))
         best, count = max(best, after), 2 * count
-    raise DeployError(
+    raise SlimError(
         f"--max-drop {max_drop:g}: AP {before:.4f} falls by {before - best:.4f} to {best:.4f} in INT8, also with {count // 2} of "
         f"{len(ranked)} blocks in float; nothing was written; allow more, or train with finetune.py --qat"
     )

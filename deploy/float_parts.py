@@ -12,7 +12,8 @@ from pathlib import Path
 
 import openvino
 
-from .errors import DeployError
+from slim import SlimError
+
 from .onnx_file import read_onnx
 from .openvino_file import read_openvino
 
@@ -30,14 +31,14 @@ class Operators:
     def within(self, patterns: Sequence[str]) -> frozenset[str]:
         """The operators in modules that match ``patterns`` (shell style), and those of no module.
 
-        A module is all that is in it. DeployError for a pattern that matches none.
+        A module is all that is in it. SlimError for a pattern that matches none.
         """
         found = {name for name, module in self.module_of.items() if not module}
         for pattern in patterns:
             hits = {name for name, module in self.module_of.items() if _matches(module, pattern)}
             if not hits:
                 some = sorted(set(self.module_of.values()) - {""})[:: max(1, len(set(self.module_of.values())) // 4)]
-                raise DeployError(
+                raise SlimError(
                     f"--keep-float {pattern}: matches no module of the network; its modules are such as {', '.join(some)}"
                 )
             found |= hits

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import nms
-
-from boxes import cxcywh_to_xyxy
+from torchvision.ops import box_convert, nms
 
 WRAPPED = "network"
 """The name of the network inside of each of these."""
@@ -69,7 +67,7 @@ class WithNms(nn.Module):
         """
         count = CANDIDATES * self.max_detections
         predictions = torch.cat([predictions, predictions.new_zeros(count, predictions.shape[1])])
-        boxes = cxcywh_to_xyxy(predictions[:, :4])
+        boxes = box_convert(predictions[:, :4], "cxcywh", "xyxy")
         scores, classes = (predictions[:, 5:] * predictions[:, 4:5]).max(1)
         scores = torch.where(scores > self.conf, scores, 0.0)
         best, places = scores.topk(count)

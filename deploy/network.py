@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import DeployError
+from slim import SlimError
 
 INPUT = "images"
 OUTPUT = "output0"
@@ -42,7 +42,7 @@ class ExportedNetwork(nn.Module):
     ) -> None:
         super().__init__()
         if len(input_shape) != 4:
-            raise DeployError(
+            raise SlimError(
                 f"{path}: its input has {len(input_shape)} axes, expected images as [batch, channels, height, width]"
             )
         self.path, self.metadata, self.input_shape = path, dict(metadata), input_shape
@@ -66,10 +66,10 @@ class ExportedNetwork(nn.Module):
         return torch.cat([self.run(part.contiguous()) for part in padded.split(at_once)])[:count]
 
     def check_size(self, images: Tensor) -> None:
-        """DeployError for images of a size that the file does not take."""
+        """SlimError for images of a size that the file does not take."""
         wanted, given = self.input_shape[1:], tuple(images.shape[1:])
         if images.ndim != 4 or any(a is not None and a != b for a, b in zip(wanted, given, strict=True)):
-            raise DeployError(
+            raise SlimError(
                 f"{self.path}: images of {size_text(given)} were given, expected {size_text(wanted)}; choose that size, or "
                 "export with the one that you want or with --dynamic"
             )
@@ -95,7 +95,7 @@ def existing(path: str | Path, kind: str) -> Path:
     path = Path(path)
     for part in parts_of(path):
         if not part.is_file():
-            raise DeployError(f"{part}: no such file; expected {kind}, such as export.py writes")
+            raise SlimError(f"{part}: no such file; expected {kind}, such as export.py writes")
     return path
 
 
@@ -118,7 +118,7 @@ def size_text(sizes: tuple[int | None, ...]) -> str:
 def threads_of(num_cores: int) -> int:
     """The number of threads for ``num_cores``, of which 0 stands for all that this process may use."""
     if num_cores < 0:
-        raise DeployError(f"--num-cores {num_cores}: expected 0 (all) or more")
+        raise SlimError(f"--num-cores {num_cores}: expected 0 (all) or more")
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return num_cores or own
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import slim
+from slim import SlimError
 
-from .errors import DeployError
 from .graph_ends import WRAPPED, FromBytes, unwrapped
 from .network import INPUT, OUTPUT, ExportedNetwork, existing, threads_of
 from .proof import prove_equal
@@ -51,11 +51,11 @@ class OnnxNetwork(ExportedNetwork):
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's errors have no common class but this
             first = str(error).strip().splitlines()[0]
-            raise DeployError(
+            raise SlimError(
                 f"{path}: not an ONNX network that ONNX Runtime can run ({first}); export it anew"
             ) from error
         if len(session.get_inputs()) != 1 or len(session.get_outputs()) != 1:
-            raise DeployError(
+            raise SlimError(
                 f"{path}: it has {len(session.get_inputs())} inputs and {len(session.get_outputs())} outputs, "
                 "expected one of each, as export.py writes"
             )
@@ -76,16 +76,16 @@ class OnnxNetwork(ExportedNetwork):
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
-    """The graph of a file; DeployError where it is none, or one of operators that are not known here."""
+    """The graph of a file; SlimError where it is none, or one of operators that are not known here."""
     try:
         proto = onnx.load(path)
         opset = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     except Exception as error:  # protobuf's errors have no common class but this
-        raise DeployError(f"{path}: not an ONNX network ({' '.join(str(error).split())}); export it anew") from error
+        raise SlimError(f"{path}: not an ONNX network ({' '.join(str(error).split())}); export it anew") from error
     if not opset or not proto.graph.node:
-        raise DeployError(f"{path}: not an ONNX network (it has no operators); export it anew")
+        raise SlimError(f"{path}: not an ONNX network (it has no operators); export it anew")
     if opset > NEWEST_OPSET:
-        raise DeployError(
+        raise SlimError(
             f"{path}: its operators are those of ONNX opset {opset}, expected at most {NEWEST_OPSET}; export it anew with "
             "export.py, or with a lower opset"
         )
@@ -107,7 +107,7 @@ def export_onnx(
     """Write a network of one input and one output; returns its largest relative difference from torch on ``images``.
 
     Gates are folded and batch norms fused; operators are named after their modules (``model.0.conv/Conv``). The file is
-    checked by ``onnx.checker``, run, and appears only if its outputs are torch's (``prove_equal``); DeployError otherwise.
+    checked by ``onnx.checker``, run, and appears only if its outputs are torch's (``prove_equal``); SlimError otherwise.
 
     Args:
         model: a copy of it is exported, in evaluation mode, on the CPU
@@ -172,7 +172,7 @@ def _converted(model: nn.Module, images: Tensor, shapes: tuple[Any, ...] | None)
             )
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise DeployError(f"torch cannot write this network as ONNX ({reason}); nothing was written") from error
+            raise SlimError(f"torch cannot write this network as ONNX ({reason}); nothing was written") from error
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     return proto

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from .errors import DeployError
+from slim import SlimError
+
 from .network import ExportedNetwork, Precision
 from .onnx_file import OnnxNetwork
 from .openvino_file import OpenVinoNetwork
@@ -32,21 +33,19 @@ def open_exported(
     profile: bool = False,
     at_once: int = 1,
 ) -> ExportedNetwork:
-    """An exported file under an engine; DeployError where the engine does not run such files, or not in ``precision``.
+    """An exported file under an engine; SlimError where the engine does not run such files, or not in ``precision``.
 
     With ``profile`` the engine measures every operator, see ``profile.py``. ``num_cores``: threads of the network, 0 for
     all; ``at_once`` calls from as many threads share them. Those of torch are its process's, see ``torch_threads``.
     """
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
-        raise DeployError(f"{path}: not an exported network; expected one of {', '.join(SUFFIXES)}")
+        raise SlimError(f"{path}: not an exported network; expected one of {', '.join(SUFFIXES)}")
     chosen = engine or SUFFIXES[suffix][0]
     if chosen not in SUFFIXES[suffix]:
-        raise DeployError(f"{path}: --engine {chosen} does not run {suffix} files; use {' or '.join(SUFFIXES[suffix])}")
+        raise SlimError(f"{path}: --engine {chosen} does not run {suffix} files; use {' or '.join(SUFFIXES[suffix])}")
     if chosen == "openvino":
         return OpenVinoNetwork(path, num_cores, precision, profile, at_once)
     if precision == "bfloat16":
-        raise DeployError(
-            f"--precision bfloat16: {chosen} computes exported networks in float32; use --engine openvino"
-        )
+        raise SlimError(f"--precision bfloat16: {chosen} computes exported networks in float32; use --engine openvino")
     return OnnxNetwork(path, num_cores, profile, at_once) if chosen == "onnxruntime" else TorchScriptNetwork(path)

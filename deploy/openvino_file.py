@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import slim
+from slim import SlimError
 
-from .errors import DeployError
 from .network import ExportedNetwork, Precision, existing, threads_of
 from .onnx_file import Proof, onnx_proto, read_onnx
 from .proof import prove_equal
@@ -48,7 +48,7 @@ class OpenVinoNetwork(ExportedNetwork):
         path = existing(path, "an OpenVINO or ONNX network")
         network, metadata = read_openvino(path)
         if len(network.inputs) != 1 or len(network.outputs) != 1:
-            raise DeployError(
+            raise SlimError(
                 f"{path}: it has {len(network.inputs)} inputs and {len(network.outputs)} outputs, expected one of each, "
                 "as export.py writes"
             )
@@ -65,7 +65,7 @@ class OpenVinoNetwork(ExportedNetwork):
         try:
             compiled = openvino_core().compile_model(network, "CPU", settings)
         except RuntimeError as error:
-            raise DeployError(f"{path}: OpenVINO cannot run it ({_first_line(error)}); export it anew") from error
+            raise SlimError(f"{path}: OpenVINO cannot run it ({_first_line(error)}); export it anew") from error
         quantised = any(operator.get_type_name() == "FakeQuantize" for operator in network.get_ops())
         own = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
         floating = own.get(compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), "float32")
@@ -108,7 +108,7 @@ def openvino_core() -> openvino.Core:
 
 
 def read_openvino(path: Path) -> tuple[openvino.Model, dict[str, str]]:
-    """The graph of an ``.xml`` or ``.onnx`` file and its metadata; DeployError where it is none."""
+    """The graph of an ``.xml`` or ``.onnx`` file and its metadata; SlimError where it is none."""
     if path.suffix == ".onnx":
         proto = read_onnx(path)
         metadata = {entry.key: entry.value for entry in proto.metadata_props}
@@ -118,7 +118,7 @@ def read_openvino(path: Path) -> tuple[openvino.Model, dict[str, str]]:
             known = network.get_rt_info(INFO).value if network.has_rt_info(INFO) else {}
             metadata = {key: str(getattr(value, "value", value)) for key, value in known.items()}
     except RuntimeError as error:
-        raise DeployError(
+        raise SlimError(
             f"{path}: not a network that OpenVINO can read ({_first_line(error)}); export it anew"
         ) from error
     return network, metadata

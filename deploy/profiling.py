@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity
 
-from .errors import DeployError
+from slim import SlimError
+
 from .graph_ends import unwrapped
 from .onnx_file import OnnxNetwork, read_onnx
 from .openvino_file import OpenVinoNetwork
@@ -62,7 +63,7 @@ def profile(network: nn.Module, images: Tensor, runs: int = 20) -> list[LayerTim
     Any other module is profiled by torch, operator by operator.
     """
     if runs < 1:
-        raise DeployError(f"profile: {runs} runs, expected at least 1")
+        raise SlimError(f"profile: {runs} runs, expected at least 1")
     with torch.no_grad():
         if isinstance(network, OpenVinoNetwork):
             return _of_openvino(network, images, runs)
@@ -141,7 +142,7 @@ def _of_openvino(network: OpenVinoNetwork, images: Tensor, runs: int) -> list[La
         with network.request() as request:
             ran = [info for info in request.get_profiling_info() if info.status == info.Status.EXECUTED]
         if not ran:
-            raise DeployError(f"{network.path}: OpenVINO measured nothing; open it with profile=True")
+            raise SlimError(f"{network.path}: OpenVINO measured nothing; open it with profile=True")
         for name, info in zip(_numbered(_module_of(info.node_name) for info in ran), ran, strict=True):
             precision = precisions.get(info.exec_type.rsplit("_", 1)[-1].lower(), "")
             rows.append(((name, info.node_type, precision), info.real_time.total_seconds() * 1000))
@@ -150,7 +151,7 @@ def _of_openvino(network: OpenVinoNetwork, images: Tensor, runs: int) -> list[La
 
 def _of_onnx(network: OnnxNetwork, images: Tensor, runs: int) -> list[LayerTime]:
     if network.profiles_to is None:
-        raise DeployError(f"{network.path}: ONNX Runtime measures nothing; open it with profile=True")
+        raise SlimError(f"{network.path}: ONNX Runtime measures nothing; open it with profile=True")
     for _ in range(WARMUP + runs):
         network(images)
     events = json.loads(Path(network.session.end_profiling()).read_text(encoding="utf-8"))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 import slim
+from slim import SlimError
 
-from .errors import DeployError
 from .graph_ends import WithNms
 
 LARGEST_DIFFERENCE = 1e-4
@@ -20,7 +20,7 @@ LARGEST_ROUNDING = 10
 
 
 def prove_equal(model: nn.Module, exported: nn.Module, images: Tensor) -> float:
-    """The largest difference, relative to the largest output (``slim.max_difference``); DeployError where it is too large.
+    """The largest difference, relative to the largest output (``slim.max_difference``); SlimError where it is too large.
 
     A network that magnifies float32's rounding is measured by how far torch itself is from float64.
     """
@@ -32,7 +32,7 @@ def prove_equal(model: nn.Module, exported: nn.Module, images: Tensor) -> float:
         wanted, precise = model(images), exact(images.double())
     rounding = float((wanted - precise).abs().max() / precise.abs().max())
     if not difference <= LARGEST_ROUNDING * rounding:
-        raise DeployError(
+        raise SlimError(
             f"the exported network differs from torch by {difference:.3g} of the largest output, expected at most "
             f"{LARGEST_DIFFERENCE:g}; nothing was written"
         )
@@ -50,7 +50,7 @@ def prove_same_detections(model: WithNms, exported: nn.Module, images: Tensor) -
         candidates = [model.candidates(predictions) for predictions in model.network(images)]
         worst = max(_of_one_image(model, *pair) for pair in zip(candidates, exported(images), strict=True))
     if not worst <= LARGEST_DIFFERENCE:
-        raise DeployError(
+        raise SlimError(
             f"the exported network's detections differ from torch's by {worst:.3g} of the largest coordinate, expected at "
             f"most {LARGEST_DIFFERENCE:g}; nothing was written"
         )

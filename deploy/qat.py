@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import DeployError
+from slim import SlimError
 
 HOOKS = "__nncf_hooks."
 """With this begin the names of what NNCF adds to a model's state."""
@@ -28,10 +28,10 @@ def with_quantisers(
     """A copy of a network that rounds weights and maps to 8 bits, their ranges found on ``images``, [B, 3, H, W] each.
 
     The layers of the module ``head`` (a path) and all that follows them stay as they are, and so do the layers of modules
-    that fit a pattern of ``keep_float``. DeployError where no module fits.
+    that fit a pattern of ``keep_float``. SlimError where no module fits.
     """
     if not len(images):
-        raise DeployError("no images to calibrate with; quantisation needs real ones, such as --data's")
+        raise SlimError("no images to calibrate with; quantisation needs real ones, such as --data's")
     os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")  # it compiles on first use, which may take minutes
     was_training = model.training
     for name in ("nncf", "torch.utils.cpp_extension"):
@@ -68,9 +68,7 @@ def left_alone(model: nn.Module, images: Tensor, head: str, patterns: Sequence[s
     for pattern in (head, *patterns):
         paths = {path for path, _ in model.named_modules() if path and fnmatch(path, pattern)}
         if not paths:
-            raise DeployError(
-                f"--keep-float {pattern}: no module has such a path; expected one as model.9 or model.9.*"
-            )
+            raise SlimError(f"--keep-float {pattern}: no module has such a path; expected one as model.9 or model.9.*")
         read = {f"{path}.{name}" for path in paths for name, _ in model.get_submodule(path).named_parameters()}
         waiting = [node for node in graph.get_all_nodes() if node.node_name in read]
         while waiting:

@@ -26,7 +26,7 @@ import slim
 
 from .network import INPUT
 from .onnx_file import read_onnx
-from .quantise import Quantiser
+from .quantiser import Quantiser
 
 Array = NDArray[np.float32]
 ON_INTEGERS = ("Conv", "Sigmoid", "Mul", "Add", "Concat", "MaxPool", "Resize", "Relu", "LeakyRelu", "Clip", "HardSwish")

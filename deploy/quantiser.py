@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .errors import DeployError
+from slim import SlimError
+
 from .float_parts import operators_of
 from .network import as_bytes
 from .open_file import open_exported
@@ -35,9 +36,7 @@ class Quantiser(ABC):
     def __init__(self, source: str | Path, images: Sequence[Tensor]) -> None:
         self.source = Path(source)
         if not len(images):
-            raise DeployError(
-                f"{source}: no images to calibrate on; INT8 needs some of those that the network will see"
-            )
+            raise SlimError(f"{source}: no images to calibrate on; INT8 needs some of those that the network will see")
         network = open_exported(source)
         network.check_size(images[0][None])
         self.images, self.batch_size, self.takes_bytes = images, network.input_shape[0] or 1, network.takes_bytes

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import slim
+from slim import SlimError
 
-from .errors import DeployError
 from .graph_ends import FromBytes
 from .network import ExportedNetwork, as_bytes, existing, read_list
 from .onnx_file import Proof
@@ -38,7 +38,7 @@ class TorchScriptNetwork(ExportedNetwork):
             metadata = {key: str(value) for key, value in json.loads(extra[INFO] or "{}").items()}
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
-            raise DeployError(f"{path}: not a TorchScript network ({first}); export it anew") from error
+            raise SlimError(f"{path}: not a TorchScript network ({first}); export it anew") from error
         sizes = tuple(read_list(metadata, "shape"))
         super().__init__(
             path,

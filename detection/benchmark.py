@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -12,19 +11,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import detection
 import slim
-from benchmarks.candidates import Candidate, Candidates, Sides, Wanted
-from benchmarks.speed_table import Row, machine_text, markdown, short_names, write
+from data import DetectionDataset
 from deploy import LayerTime, Precision, profile, profile_text, threads_of, torch_threads
 from deploy.open_file import Engine
-from detector import evaluate_detector
-from engine import EngineError, Evaluation, RunFolder, Timing, Turns, rounds_for
-from engine.command import flag, run_script
+from engine import Evaluation
+from slim import SlimError
+from tracking import RunFolder
+
+from .benchmark_candidates import Candidate, Candidates, Sides, Wanted
+from .benchmark_table import Row, machine_text, markdown, short_names, write
+from .command import flag
+from .datasets import DataFlags, so_many_images
+from .detector import evaluate_detector
+from .evaluator import Evaluator
+from .network import check_classes, img_of, sides_of
+from .timing import Timing, Turns, rounds_for
 
 
 @dataclass(frozen=True)
-class BenchmarkFlags(detection.DataFlags):
+class BenchmarkFlags(DataFlags):
     """A comparison of run times. Of engines, sizes, cores, batch sizes and precisions all combinations are measured."""
 
     project: str = flag("runs/benchmark", "folder that holds the run folders")
@@ -49,12 +55,12 @@ class BenchmarkFlags(detection.DataFlags):
     def wanted(self) -> Wanted:
         """What to measure."""
         if not self.weights:
-            raise EngineError("--weights: none given; name one or more checkpoints or exported files")
+            raise SlimError("--weights: none given; name one or more checkpoints or exported files")
         if min(self.batch_size, default=0) < 1:
-            raise EngineError(f"--batch-size {' '.join(map(str, self.batch_size))}: expected at least 1")
+            raise SlimError(f"--batch-size {' '.join(map(str, self.batch_size))}: expected at least 1")
         for cores in self.num_cores:
             threads_of(cores)
-        sides = [detection.sides_of(img) for img in self.img]
+        sides = [sides_of(img) for img in self.img]
         return Wanted(self.weights, self.engine, sides, self.num_cores, self.batch_size, self.precision)
 
 
@@ -64,7 +70,7 @@ class Measured:
     def __init__(self, flags: BenchmarkFlags) -> None:
         self.flags = flags
         self.config = None if flags.data is None else flags.open_data()
-        self._data_sets: dict[int, detection.DetectionDataset] = {}
+        self._data_sets: dict[int, DetectionDataset] = {}
         self._found: dict[tuple[object, ...], Evaluation] = {}
 
     def images(self, sides: Sides, count: int) -> Tensor:
@@ -72,13 +78,13 @@ class Measured:
         if self.config is None:
             generator = torch.Generator().manual_seed(self.flags.seed)
             return torch.randint(0, 256, (count, 3, *sides), generator=generator).float() / 255
-        return detection.so_many_images(self._data_set(max(sides)), count, sides)
+        return so_many_images(self._data_set(max(sides)), count, sides)
 
     def check_classes(self, candidates: Sequence[Candidate]) -> None:
         """Before any of them is measured."""
         if self.config is not None:
             for one in candidates:
-                detection.check_classes(one.detector, self.config, one.detector.weights, str(self.flags.data))
+                check_classes(one.detector, self.config, one.detector.weights, str(self.flags.data))
 
     def evaluation(self, candidate: Candidate) -> Evaluation | None:
         """Once for candidates that compute the same."""
@@ -86,7 +92,7 @@ class Measured:
             return None
         if candidate.ap_key not in self._found:
             candidate.set_threads()
-            evaluator = detection.Evaluator(
+            evaluator = Evaluator(
                 self._data_set(max(candidate.sides_px)),
                 batch_size=16,
                 workers=0,
@@ -102,10 +108,10 @@ class Measured:
         """As ``evaluation``, without measuring it."""
         return self._found.get(candidate.ap_key)
 
-    def _data_set(self, img: int) -> detection.DetectionDataset:
+    def _data_set(self, img: int) -> DetectionDataset:
         assert self.config is not None
         if img not in self._data_sets:
-            self._data_sets[img] = detection.DetectionDataset(self.config, self.flags.split, img)
+            self._data_sets[img] = DetectionDataset(self.config, self.flags.split, img)
         return self._data_sets[img]
 
 
@@ -168,7 +174,7 @@ def rows_of(
                 network=names[one.detector.weights],
                 engine=one.detector.engine,
                 precision=one.precision_text,
-                img=str(detection.img_of(one.sides_px)),
+                img=str(img_of(one.sides_px)),
                 batch_size=count,
                 num_cores=one.num_cores,
                 milliseconds=median_ms,
@@ -195,7 +201,7 @@ def profiled(candidates: Sequence[Candidate], names: dict[str, str]) -> dict[str
         one.set_threads()
         title = (
             f"{names[one.detector.weights]}, {one.detector.engine}, {one.precision_text}, "
-            f"{detection.img_of(one.sides_px)} pixels, cores: {one.num_cores or 'all'}, batch size {len(one.images)}"
+            f"{img_of(one.sides_px)} pixels, cores: {one.num_cores or 'all'}, batch size {len(one.images)}"
         )
         found[title] = profile(one.reopened().network, one.images)
         print(f"\n{title}: the engine's own time, medians\n\n{profile_text(found[title])}")
@@ -217,12 +223,3 @@ def write_profiles(profiles: dict[str, list[LayerTime]], run: RunFolder) -> None
 
 def main(flags: BenchmarkFlags) -> None:
     print(f"\n{markdown(measure(flags), machine_text())}")
-
-
-def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_script(BenchmarkFlags, main, __doc__ or "", argv)
-
-
-if __name__ == "__main__":
-    sys.exit(cli())

@@ -12,13 +12,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-import detection
 import slim
 from deploy import SUFFIX_FOR, SUFFIXES, Precision, as_bytes, open_exported
 from deploy.network import read_list, threads_of
 from deploy.open_file import Engine
-from detector import Detector, is_exported, of_checkpoint, of_file
-from export import write_file
+from detection.detector import Detector, is_exported, of_checkpoint, of_file
+from detection.network import Network, check_image_size, read_network
+from detection.write_file import write_file
 from models import activation_name
 
 Sides = tuple[int, int]
@@ -89,7 +89,7 @@ class Candidates:
     def __init__(self, images: Images) -> None:
         self.images = images
         self._folder = TemporaryDirectory()
-        self._networks: dict[str, detection.Network] = {}
+        self._networks: dict[str, Network] = {}
         self._exports: dict[tuple[object, ...], Path] = {}
         self._in_torch: dict[tuple[str, Precision], Detector] = {}
         self._own_sides: dict[tuple[str, Engine | None], Sides | None] = {}
@@ -103,7 +103,7 @@ class Candidates:
     def of(self, wanted: Wanted) -> list[Candidate]:
         """All combinations that there are, each once: what was asked for as ``auto`` may be float32 as well.
 
-        EngineError or DeployError for weights of which none of the engines, sizes or precisions can be had.
+        SlimError or SlimError for weights of which none of the engines, sizes or precisions can be had.
         """
         found: dict[tuple[object, ...], Candidate] = {}
         for weights in dict.fromkeys(wanted.weights):
@@ -125,7 +125,7 @@ class Candidates:
         else:
             network = self._network(weights)
             for side in sides:
-                detection.check_image_size(network.model, side)
+                check_image_size(network.model, side)
             facts = facts_of(network, sides)
             if engine in (None, "torch"):
                 if (weights, precision) not in self._in_torch:
@@ -147,12 +147,12 @@ class Candidates:
         facts = facts or facts_of_file(detector, sides)
         return Candidate(detector, images, num_cores, facts, lambda: opened(profile=True))
 
-    def _network(self, weights: str) -> detection.Network:
+    def _network(self, weights: str) -> Network:
         if weights not in self._networks:
-            self._networks[weights] = detection.read_network(weights)
+            self._networks[weights] = read_network(weights)
         return self._networks[weights]
 
-    def _exported(self, weights: str, network: detection.Network, engine: Engine, images: Tensor) -> Path:
+    def _exported(self, weights: str, network: Network, engine: Engine, images: Tensor) -> Path:
         key = (weights, engine, images.shape)
         if key not in self._exports:
             path = Path(self._folder.name) / f"{len(self._exports)}{SUFFIX_FOR[engine]}"
@@ -189,7 +189,7 @@ def can_run(weights: str, engine: Engine | None, precision: Precision) -> bool:
     return chosen in own and (precision != "bfloat16" or has_bfloat16)
 
 
-def facts_of(network: detection.Network, sides: Sides) -> Facts:
+def facts_of(network: Network, sides: Sides) -> Facts:
     """Of a checkpoint."""
     cost = slim.cost(network.model, torch.zeros(1, 3, *sides))
     return Facts(cost.macs, cost.params, activation_name(network.model))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import slim
 from deploy import threads_of
-from engine import plot_trade_off
+from tracking import plot_trade_off
 
 Column = tuple[str, Callable[["Row"], str]]
 

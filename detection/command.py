@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import jsonargparse
 import torch
 
-from .distributed import INTERRUPTED, RANK_VARIABLES, World
-from .errors import EngineError
+from engine.distributed import INTERRUPTED, RANK_VARIABLES, World
+from slim import SlimError
 
 Flags = TypeVar("Flags")
 
@@ -43,7 +43,7 @@ class RunFlags:
 def parse(kind: type[Flags], description: str, argv: Sequence[str] | None = None) -> Flags:
     """Flags from the command line and ``--config`` files; types are checked, unknown keys refused.
 
-    Raises EngineError with one line that names the flag, the value and what was expected.
+    Raises SlimError with one line that names the flag, the value and what was expected.
     """
     parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of flags, such as a run folder's config.yaml")
@@ -62,14 +62,14 @@ def parse(kind: type[Flags], description: str, argv: Sequence[str] | None = None
         parsed = parser.parse_args(argv)
     except jsonargparse.ArgumentError as error:
         text = " ".join(str(error).split())
-        raise EngineError(f"command line: {text}; --help lists the flags") from error
+        raise SlimError(f"command line: {text}; --help lists the flags") from error
     except TypeError as error:
-        raise EngineError(f"command line: {' '.join(str(error).split())}; --help lists the flags") from error
+        raise SlimError(f"command line: {' '.join(str(error).split())}; --help lists the flags") from error
     return kind(**{field.name: parsed[field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
 def further_flags(kind: type[Any], pairs: Sequence[str]) -> dict[str, Any]:
-    """name=value pairs as the typed values of a script's flags; EngineError for one that it does not have."""
+    """name=value pairs as the typed values of a script's flags; SlimError for one that it does not have."""
     given = parse(kind, "", as_arguments(pairs))
     names = {pair.split("=", 1)[0].replace("-", "_") for pair in pairs}
     return {name: getattr(given, name) for name in names}
@@ -81,7 +81,7 @@ def as_arguments(pairs: Sequence[str]) -> list[str]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise EngineError(f"{pair}: expected name=value, as in lr=0.002 or rect=true")
+            raise SlimError(f"{pair}: expected name=value, as in lr=0.002 or rect=true")
         arguments += ["--" + name, *([] if value.lower() == "true" else value.split(","))]
     return arguments
 
@@ -107,7 +107,7 @@ def run_on_all_ranks(
     """As `run_script`, on all ranks that torchrun starts: rank 0 prints, and of failures the first one is told."""
     try:
         world = World.join()
-    except EngineError as error:
+    except SlimError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     with contextlib.ExitStack() as silence:
@@ -121,7 +121,8 @@ def run_on_all_ranks(
 def _outcome(act: Callable[[list[str]], object], argv: Sequence[str] | None, world: World) -> tuple[int, bool]:
     """The exit code, and whether it was this rank's to explain a bad one."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger(__package__).setLevel(logging.INFO)
+    for package in ("engine", "detection"):
+        logging.getLogger(package).setLevel(logging.INFO)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         act(arguments)
@@ -150,7 +151,7 @@ def one_line(error: Exception) -> str:
 
 
 def choose_device(name: str, world: World | None = None) -> torch.device:
-    """``auto`` or a torch device name, on several ranks a GPU for each; EngineError when it is not there."""
+    """``auto`` or a torch device name, on several ranks a GPU for each; SlimError when it is not there."""
     if name == "auto":
         name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
@@ -160,12 +161,12 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0]
-        raise EngineError(f"--device {name}: not available ({first}); use cpu or auto") from error
+        raise SlimError(f"--device {name}: not available ({first}); use cpu or auto") from error
     return device
 
 
 def existing_file(path: str, what: str) -> Path:
     """A path that must be a file."""
     if not Path(path).is_file():
-        raise EngineError(f"{path}: no such file; expected {what}")
+        raise SlimError(f"{path}: no such file; expected {what}")
     return Path(path)

@@ -14,13 +14,16 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-import detection
 import slim
 from deploy import SUFFIX_FOR, SUFFIXES, Decoded, ExportedNetwork, Precision, open_exported, threads_of, torch_threads
 from deploy.open_file import Engine
-from engine import EngineError, Evaluation
-from export import write_file
+from engine import Evaluation
 from models import fuse_norms, non_max_suppression
+from slim import SlimError
+
+from .evaluator import AsModel, Evaluator
+from .network import Network, read_network
+from .write_file import write_file
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,15 @@ class Detector:
         return [rows[:max_detections] for rows in kept]
 
     def check_sides(self, sides_px: tuple[int, int]) -> None:
-        """EngineError for images of another height and width than the network takes."""
+        """SlimError for images of another height and width than the network takes."""
         if self.sides_px not in (None, sides_px):
             height, width = self.sides_px
-            raise EngineError(
+            raise SlimError(
                 f"{self.weights}: takes images of {height} x {width} pixels, {sides_px[0]} x {sides_px[1]} were asked for; "
                 "give that --img, or export with another size or --dynamic"
             )
         if any(side < self.stride_px or side % self.stride_px for side in sides_px):
-            raise EngineError(
+            raise SlimError(
                 f"--img {sides_px[0]} x {sides_px[1]}: expected multiples of the largest stride, {self.stride_px}"
             )
 
@@ -106,12 +109,10 @@ def open_detector(
     with ExitStack() as stack:
         path = Path(weights)
         if not is_exported(weights):
-            network = detection.read_network(weights)
+            network = read_network(weights)
             if engine is not None and engine != "torch":
                 if images is None:
-                    raise EngineError(
-                        f"{weights}: --engine {engine} runs exported files; write one with export.py first"
-                    )
+                    raise SlimError(f"{weights}: --engine {engine} runs exported files; write one with export.py first")
                 folder = stack.enter_context(TemporaryDirectory())
                 path = Path(folder) / f"network{SUFFIX_FOR[engine]}"
                 write_file(network, path, images)
@@ -131,7 +132,7 @@ def is_exported(weights: str) -> bool:
     return Path(weights).suffix in SUFFIXES
 
 
-def evaluate_detector(detector: Detector, evaluator: detection.Evaluator) -> Evaluation:
+def evaluate_detector(detector: Detector, evaluator: Evaluator) -> Evaluation:
     """AP; of a network that has its suppression inside at that one's threshold and IoU."""
 
     def final(output: Tensor) -> list[Tensor]:
@@ -148,7 +149,7 @@ def of_file(weights: str, network: ExportedNetwork) -> Detector:
         stride = int(float(metadata["stride"]))
         nms = json.loads(metadata.get("nms", "null"))
     except (KeyError, ValueError, SyntaxError, AttributeError) as error:
-        raise EngineError(
+        raise SlimError(
             f"{weights}: its metadata do not name its classes and its stride ({error!r}); expected a detector as export.py "
             "or YOLOv5's own export writes it"
         ) from error
@@ -166,7 +167,7 @@ def of_file(weights: str, network: ExportedNetwork) -> Detector:
     )
 
 
-def of_checkpoint(weights: str, network: detection.Network, precision: Precision, device: torch.device) -> Detector:
+def of_checkpoint(weights: str, network: Network, precision: Precision, device: torch.device) -> Detector:
     """The detector of a checkpoint in torch's eager mode: gates folded, batch norms fused."""
     eager = Eager.of(network.model, precision, device)
     return Detector(
@@ -180,17 +181,6 @@ def of_checkpoint(weights: str, network: detection.Network, precision: Precision
         has_nms=False,
         file_bytes=Path(weights).stat().st_size,
     )
-
-
-class AsModel(nn.Module):
-    """A network [B, N, 5 + classes] as a detector in evaluation mode gives it: with no raw maps."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self.network(images), []
 
 
 class Eager(nn.Module):

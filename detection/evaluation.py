@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import detection
 import slim
+from data import DetectionDataset
 from deploy import Precision
 from deploy.open_file import Engine
-from detector import AsModel, evaluate_detector, is_exported, open_detector
-from engine import EngineError, Evaluation, RunFolder, save_coco_json, save_png, write_report
-from engine.command import choose_device, flag, run_script
+from engine import Evaluation, save_coco_json
+from slim import SlimError
+from tracking import RunFolder, save_png, write_report
+
+from .command import choose_device, existing_file, flag
+from .datasets import DataFlags, real_images
+from .detector import evaluate_detector, is_exported, open_detector
+from .evaluator import AsModel, Evaluator, draw_networks
+from .network import Named, Network, check_classes, check_image_size, img_of, read_network, sides_of
 
 DEFAULT_IMG = 320
 DEFAULT_SIDES = (DEFAULT_IMG, DEFAULT_IMG)
 
 
 @dataclass(frozen=True)
-class ValFlags(detection.DataFlags):
+class ValFlags(DataFlags):
     """Evaluation."""
 
     project: str = flag("runs/val", "folder that holds the run folders")
@@ -62,7 +67,7 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
     as_trained = (flags.engine, flags.precision, flags.num_cores) == (None, "auto", 0)
     found = evaluate_trained(flags) if as_trained and not is_exported(flags.weights) else evaluate_deployed(flags)
     run = RunFolder.create(flags.project, flags.name)
-    run.write_config({**asdict(flags), "img": detection.img_of(found.sides_px)}, "val.py")
+    run.write_config({**asdict(flags), "img": img_of(found.sides_px)}, "val.py")
     run.write_metrics({**found.evaluation.metrics(), **found.facts})
     save_png(torch.cat(found.tiles, 2), run.path / "detections.png")
     run.log_picture("detections", torch.cat(found.tiles, 2))
@@ -77,14 +82,14 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
 
 def evaluate_trained(flags: ValFlags) -> Evaluated:
     """A checkpoint's network as it was trained, with its gates and batch norms, on any device."""
-    network = detection.read_network(flags.weights)
+    network = read_network(flags.weights)
     sides = checkpoint_sides(flags, network)
     evaluator = evaluator_of(flags, network, sides, max(network.model.stride_px), choose_device(flags.device))
     evaluation = evaluator(network.model)
     cost = slim.cost(network.model.cpu(), torch.zeros(1, 3, *sides))
-    size = detection.existing_file(flags.weights, "a checkpoint").stat().st_size
+    size = existing_file(flags.weights, "a checkpoint").stat().st_size
     facts = {"params": cost.params, "macs": cost.macs, "engine": "torch", "precision": "float32", "bytes": size}
-    (tiles,) = detection.draw_networks({"": network.model}, evaluator.dataset, canvas_hw=sides).values()
+    (tiles,) = draw_networks({"": network.model}, evaluator.dataset, canvas_hw=sides).values()
     line = f"{cost.macs / 1e6:.1f} M MACs, {cost.params / 1e6:.3f} M parameters"
     return Evaluated(evaluation, sides, facts, tiles, line)
 
@@ -96,12 +101,12 @@ def evaluate_deployed(flags: ValFlags) -> Evaluated:
     if not is_exported(flags.weights) and flags.engine in (None, "torch"):
         device = choose_device(flags.device)
     elif flags.device not in ("auto", "cpu"):
-        raise EngineError(f"--device {flags.device}: {flags.weights} runs on the CPU here; use --device cpu or auto")
+        raise SlimError(f"--device {flags.device}: {flags.weights} runs on the CPU here; use --device cpu or auto")
     if not is_exported(flags.weights):
-        network = detection.read_network(flags.weights)
+        network = read_network(flags.weights)
         sides = checkpoint_sides(flags, network)
         evaluator = evaluator_of(flags, network, sides, max(network.model.stride_px), device)
-        images = detection.real_images(evaluator.dataset, 1, sides)
+        images = real_images(evaluator.dataset, 1, sides)
         cost = slim.cost(network.model, images)
         facts = {"params": cost.params, "macs": cost.macs}
     opened = open_detector(
@@ -114,16 +119,16 @@ def evaluate_deployed(flags: ValFlags) -> Evaluated:
     )
     with opened as detector:
         if evaluator is None:
-            sides = detection.sides_of(flags.img) if flags.img else detector.sides_px or DEFAULT_SIDES
+            sides = sides_of(flags.img) if flags.img else detector.sides_px or DEFAULT_SIDES
             detector.check_sides(sides)
             evaluator = evaluator_of(flags, detector, sides, detector.stride_px, device)
         if flags.rect and detector.sides_px is not None:
-            raise EngineError(
+            raise SlimError(
                 f"--rect: {flags.weights} takes images of {sides[0]} x {sides[1]} pixels alone; leave it out, or export "
                 "with --dynamic"
             )
         evaluation = evaluate_detector(detector, evaluator)
-        (tiles,) = detection.draw_networks(
+        (tiles,) = draw_networks(
             {"": AsModel(detector.network)}, evaluator.dataset, canvas_hw=sides, postprocess=detector.detections
         ).values()
     line = (
@@ -135,24 +140,24 @@ def evaluate_deployed(flags: ValFlags) -> Evaluated:
     return Evaluated(evaluation, sides, facts, tiles, line)
 
 
-def checkpoint_sides(flags: ValFlags, network: detection.Network) -> tuple[int, int]:
+def checkpoint_sides(flags: ValFlags, network: Network) -> tuple[int, int]:
     """Height and width that --img asks for, or the default, as the network can take them."""
-    sides = detection.sides_of(flags.img or DEFAULT_IMG)
+    sides = sides_of(flags.img or DEFAULT_IMG)
     for side in sides:
-        detection.check_image_size(network.model, side)
+        check_image_size(network.model, side)
     return sides
 
 
 def evaluator_of(
-    flags: ValFlags, network: detection.Named, sides: tuple[int, int], stride_px: int, device: torch.device
-) -> detection.Evaluator:
+    flags: ValFlags, network: Named, sides: tuple[int, int], stride_px: int, device: torch.device
+) -> Evaluator:
     """Of the flags' data set, whose classes must be the network's."""
     config = flags.open_data()
-    detection.check_classes(network, config, flags.weights, flags.data)
+    check_classes(network, config, flags.weights, flags.data)
     if flags.rect and sides[0] != sides[1]:
-        raise EngineError(f"--rect with --img {sides[0]}x{sides[1]}: expected one side, the longer one of each batch")
-    return detection.Evaluator(
-        detection.DetectionDataset(config, flags.split, max(sides)),
+        raise SlimError(f"--rect with --img {sides[0]}x{sides[1]}: expected one side, the longer one of each batch")
+    return Evaluator(
+        DetectionDataset(config, flags.split, max(sides)),
         batch_size=flags.batch_size,
         workers=flags.workers,
         device=device,
@@ -165,12 +170,3 @@ def evaluator_of(
 
 def main(flags: ValFlags) -> None:
     evaluate_weights(flags)
-
-
-def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_script(ValFlags, main, __doc__ or "", argv)
-
-
-if __name__ == "__main__":
-    sys.exit(cli())

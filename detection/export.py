@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
-
-import detection
 import slim
+from data import DataConfig, DetectionDataset
 from deploy import (
-    Decoded,
-    WithNms,
-    export_onnx,
-    export_openvino,
-    export_torchscript,
     open_exported,
-    prove_same_detections,
     size_text,
 )
-from engine import EngineError, RunFolder
-from engine.command import flag, run_script
-from models import activation_name
+from slim import SlimError
+from tracking import RunFolder
+
+from .command import flag
+from .datasets import DataFlags, so_many_images
+from .network import Network, check_image_size, head_path, read_network
+from .write_file import SUFFIX_OF, Nms, write_file
 
 DEFAULT_DATA = "data/shapes.yaml"
 
 
 @dataclass(frozen=True)
-class ExportFlags(detection.DataFlags):
+class ExportFlags(DataFlags):
     """An export."""
 
     project: str = flag("runs/export", "folder that holds the run folders")
@@ -56,12 +51,12 @@ class ExportFlags(detection.DataFlags):
     )
     data: str = flag(DEFAULT_DATA, "data set on whose val images the file is compared with torch")
 
-    def sides(self, network: detection.Network) -> tuple[int, int]:
+    def sides(self, network: Network) -> tuple[int, int]:
         """Height and width."""
         if len(self.img) not in (1, 2):
-            raise EngineError(f"--img {' '.join(map(str, self.img))}: expected one side, or height and width")
+            raise SlimError(f"--img {' '.join(map(str, self.img))}: expected one side, or height and width")
         for side in self.img:
-            detection.check_image_size(network.model, side)
+            check_image_size(network.model, side)
         return self.img[0], self.img[-1]
 
     def suppression(self) -> Nms | None:
@@ -69,89 +64,32 @@ class ExportFlags(detection.DataFlags):
         if not self.nms:
             return None
         if not (0 <= self.conf <= 1 and 0 <= self.iou <= 1 and self.max_det > 0):
-            raise EngineError(
+            raise SlimError(
                 f"--conf {self.conf:g}, --iou {self.iou:g}, --max-det {self.max_det}: expected 0 to 1, 0 to 1 and above 0"
             )
         return Nms(self.conf, self.iou, self.max_det)
 
-    def check_int8(self, network: detection.Network, config: detection.DataConfig) -> None:
-        """EngineError for what --int8 cannot do."""
+    def check_int8(self, network: Network, config: DataConfig) -> None:
+        """SlimError for what --int8 cannot do."""
         if not self.int8:
             if self.keep_float or self.max_drop is not None:
-                raise EngineError("--keep-float and --max-drop are for --int8; add that, or leave them out")
+                raise SlimError("--keep-float and --max-drop are for --int8; add that, or leave them out")
         elif "torchscript" in self.include:
-            raise EngineError("--int8: TorchScript files stay in float; --include onnx or openvino")
+            raise SlimError("--int8: TorchScript files stay in float; --include onnx or openvino")
         elif self.data == DEFAULT_DATA and list(config.names) != network.names:
-            raise EngineError("--int8: give --data, a data set of images like those that the network will see")
-
-
-@dataclass(frozen=True)
-class Nms:
-    """A suppression inside of a file."""
-
-    conf: float
-    iou: float
-    max_detections: int
-
-
-SUFFIX_OF: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".torchscript"}
-
-
-def write_file(
-    network: detection.Network,
-    out: Path,
-    images: Tensor,
-    *,
-    dynamic: bool = False,
-    uint8_input: bool = False,
-    nms: Nms | None = None,
-) -> float:
-    """A detector as a file of the kind that ``out``'s suffix names; its relative difference from torch on ``images``.
-
-    ``images`` [B, 3, H, W] are real ones, 0..1 in steps of 1/255; without ``dynamic`` the file takes their shape alone.
-    The output is [B, N, 5 + classes] as in YOLOv5's exports, with ``nms`` [B, D, 6] of box, score and class. The metadata
-    are those of YOLOv5's exports (names as a Python literal, the largest stride) and more.
-    """
-    model = network.model
-    cost = slim.cost(model, images[:1])
-    metadata = {
-        "names": repr(dict(enumerate(network.names))),
-        "stride": str(max(model.stride_px)),
-        "strides": json.dumps(list(model.stride_px)),
-        "anchors_px": json.dumps(model.anchors_px.tolist()),
-        "imgsz": json.dumps(list(images.shape[2:])),
-        "batch": str(len(images)),
-        "dynamic": json.dumps(dynamic),
-        "nms": json.dumps(asdict(nms) if nms else None),
-        "activation": activation_name(model),
-        "macs": str(cost.macs),
-        "params": str(cost.params),
-    }
-    detector: nn.Module = Decoded(model)
-    common: dict[str, Any] = {"uint8_input": uint8_input, "metadata": metadata}
-    if nms:
-        detector = WithNms(detector, nms.conf, nms.iou, nms.max_detections)
-        common["prove"] = prove_same_detections
-    if out.suffix == ".torchscript":
-        if dynamic:
-            raise EngineError("--dynamic: TorchScript files take one size; leave it out, or --include onnx or openvino")
-        return export_torchscript(detector, out, images, **common)
-    write = export_onnx if out.suffix == ".onnx" else export_openvino
-    return write(
-        detector, out, images, stride_px=max(model.stride_px), dynamic=dynamic, free_batch=nms is None, **common
-    )
+            raise SlimError("--int8: give --data, a data set of images like those that the network will see")
 
 
 def export(flags: ExportFlags) -> list[Path]:
     """The files that were written; fills the run folder."""
     if flags.batch_size < 1:
-        raise EngineError(f"--batch-size {flags.batch_size}: expected at least 1")
-    network = detection.read_network(flags.weights)
+        raise SlimError(f"--batch-size {flags.batch_size}: expected at least 1")
+    network = read_network(flags.weights)
     sides = flags.sides(network)
     config = flags.open_data()
     flags.check_int8(network, config)
-    dataset = detection.DetectionDataset(config, "val", max(sides))
-    images = detection.so_many_images(dataset, flags.batch_size, sides)
+    dataset = DetectionDataset(config, "val", max(sides))
+    images = so_many_images(dataset, flags.batch_size, sides)
     write = functools.partial(write_file, network, images=images, dynamic=flags.dynamic, uint8_input=flags.uint8_input)
     write_int8 = int8_writer(flags, network, config, write) if flags.int8 else None
     run = RunFolder.create(flags.project, flags.name)
@@ -168,15 +106,15 @@ def export(flags: ExportFlags) -> list[Path]:
 
 
 def int8_writer(
-    flags: ExportFlags, network: detection.Network, config: detection.DataConfig, write: Callable[..., float]
+    flags: ExportFlags, network: Network, config: DataConfig, write: Callable[..., float]
 ) -> Callable[[Path], tuple[float, dict[str, Any]]]:
     """Writes a file in INT8: the float file's difference from torch, and what export.json says of AP. Reads the images."""
     # Imported here since it runs detectors, which are written by this script.
-    from quantisation import calibrate, noisiest_blocks, write_quantised
+    from .quantise import calibrate, noisiest_blocks, write_quantised
 
     sides = flags.sides(network)
     calibrated = calibrate(network, config, sides, flags.calibration_images, flags.seed, flags.weights, flags.data)
-    keep_float = [detection.head_path(network.model), *flags.keep_float]
+    keep_float = [head_path(network.model), *flags.keep_float]
     nms = flags.suppression()
 
     def write_float(path: Path, with_nms: bool) -> float:
@@ -230,12 +168,3 @@ def described(kind: str, out: Path, difference: float) -> dict[str, Any]:
 
 def main(flags: ExportFlags) -> None:
     export(flags)
-
-
-def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_script(ExportFlags, main, __doc__ or "", argv)
-
-
-if __name__ == "__main__":
-    sys.exit(cli())

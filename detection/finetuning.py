@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-import detection
 from deploy.qat import with_quantisers
-from engine import EngineError, World
-from engine.command import flag, run_on_all_ranks
-from train_sparse import Rounding, TrainFlags, train
+from engine import World
+from slim import SlimError
+
+from .command import flag
+from .network import head_path
+from .training import Rounding, TrainFlags, train
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class FinetuneFlags(TrainFlags):
         """Of --qat: the network with quantisers everywhere but in the head."""
         if not self.qat:
             if self.keep_float:
-                raise EngineError("--keep-float: says what --qat leaves alone; add --qat, or leave it out")
+                raise SlimError("--keep-float: says what --qat leaves alone; add --qat, or leave it out")
             return None
         if self.keep_gates:
-            raise EngineError("--qat and --keep-gates: gates are folded before a network is quantised; leave one out")
+            raise SlimError("--qat and --keep-gates: gates are folded before a network is quantised; leave one out")
         if self.calibration_images < 1:
-            raise EngineError(f"--calibration-images {self.calibration_images}: expected at least 1")
+            raise SlimError(f"--calibration-images {self.calibration_images}: expected at least 1")
 
         def make(model: nn.Module, images: Sequence[Tensor]) -> nn.Module:
-            return with_quantisers(model, images, head=detection.head_path(model), keep_float=self.keep_float)
+            return with_quantisers(model, images, head=head_path(model), keep_float=self.keep_float)
 
         return Rounding(make, self.calibration_images)
 
@@ -45,12 +46,3 @@ class FinetuneFlags(TrainFlags):
 def main(flags: FinetuneFlags, world: World) -> None:
     flags.rounding()  # whose refusals come before anything is read or written
     train(flags, keep_gates=flags.keep_gates, world=world)
-
-
-def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_on_all_ranks(FinetuneFlags, main, __doc__ or "", argv)
-
-
-if __name__ == "__main__":
-    sys.exit(cli())

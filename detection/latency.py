@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import detection
 import slim
 from deploy import SUFFIX_FOR, Precision, Trial, open_exported, search_latency, threads_of, torch_threads
 from deploy.open_file import Engine
-from detector import Eager
-from engine import EngineError, Timing, Turns
-from engine.command import flag
-from engine.comparison import Comparison, compare, summary
-from export import write_file
-from quantisation import QUANTISERS
+from slim import SlimError
+
+from .command import flag
+from .comparison import Comparison, compare, summary
+from .datasets import DataFlags
+from .detector import Eager
+from .network import Network, head_path
+from .quantise import QUANTISERS
+from .timing import Timing, Turns
+from .write_file import write_file
 
 TOLERANCE = 0.05
 """How far above the target a network may be when it is measured again."""
@@ -38,7 +41,7 @@ Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class LatencyFlags(detection.DataFlags):
+class LatencyFlags(DataFlags):
     """A latency as the target, and how it is measured."""
 
     latency_ms: float | None = flag(
@@ -59,25 +62,25 @@ class LatencyFlags(detection.DataFlags):
         return self.latency_ms is not None or self.latency_share is not None
 
     def check_latency(self) -> None:
-        """EngineError for a latency that cannot be meant."""
+        """SlimError for a latency that cannot be meant."""
         if self.latency_ms is not None and self.latency_share is not None:
-            raise EngineError("--latency-ms and --latency-share: give one of them")
+            raise SlimError("--latency-ms and --latency-share: give one of them")
         if self.latency_ms is not None and not 0 < self.latency_ms < float("inf"):
-            raise EngineError(f"--latency-ms {self.latency_ms:g}: expected milliseconds, above 0")
+            raise SlimError(f"--latency-ms {self.latency_ms:g}: expected milliseconds, above 0")
         if self.latency_share is not None and not 0 < self.latency_share < 1:
-            raise EngineError(
+            raise SlimError(
                 f"--latency-share {self.latency_share:g}: expected above 0 and below 1, the share of the dense network's"
             )
         if self.latency_int8 and not self.by_latency:
-            raise EngineError("--latency-int8: needs --latency-ms or --latency-share")
+            raise SlimError("--latency-int8: needs --latency-ms or --latency-share")
         if self.latency_int8 and self.engine == "torch":
-            raise EngineError("--latency-int8 --engine torch: torch runs no INT8 files; use openvino or onnxruntime")
+            raise SlimError("--latency-int8 --engine torch: torch runs no INT8 files; use openvino or onnxruntime")
 
 
 class Measurer:
     """Networks under the engine of a latency, one image at a time, against the dense one."""
 
-    def __init__(self, flags: LatencyFlags, dense: detection.Network, images: Tensor) -> None:
+    def __init__(self, flags: LatencyFlags, dense: Network, images: Tensor) -> None:
         """``images`` [B, 3, H, W], float 0..1: the first is what is run, the others calibrate INT8."""
         self.flags, self.dense, self.images = flags, dense, images
         self.precision = "int8" if flags.latency_int8 else flags.latency_precision
@@ -119,11 +122,11 @@ class Measurer:
             suffix = SUFFIX_FOR[flags.engine]
             with TemporaryDirectory() as folder:
                 out = Path(folder) / f"network{suffix}"
-                write_file(detection.Network(model.cpu(), self.dense.build), out, image)
+                write_file(Network(model.cpu(), self.dense.build), out, image)
                 if flags.latency_int8:
                     written, out = out, Path(folder) / f"int8{suffix}"
                     quantiser = QUANTISERS[suffix](written, list(self.images))
-                    kept = quantiser.operators.within([detection.head_path(model)])
+                    kept = quantiser.operators.within([head_path(model)])
                     quantiser.write(out, kept, rough=True)
                 exported = open_exported(
                     out, flags.engine, num_cores=flags.num_cores, precision=flags.latency_precision
@@ -174,14 +177,14 @@ class LatencySearch:
     def choose(self, cutter: Cutter) -> tuple[slim.Plan, dict[str, Any]]:
         """The plan with the most MACs that meets the target when it is measured twice, and what metrics.json says of it.
 
-        EngineError, which the record repeats, where the dense network meets the target already, where no plan does, and
+        SlimError, which the record repeats, where the dense network meets the target already, where no plan does, and
         where the machine does not say the same thing twice.
         """
         self.cutter = cutter
         try:
             with tqdm(desc="latency", unit=" measurements", disable=None) as self.bar:
                 plan = self.searched()
-        except EngineError as error:
+        except SlimError as error:
             self.known["reason"] = str(error)
             self.write()
             print(self.table())
@@ -199,13 +202,13 @@ class LatencySearch:
         for _ in range(ATTEMPTS):
             target = self.target()
             if target >= self.cutter.latency:
-                raise EngineError(
+                raise SlimError(
                     f"{self.asked}: the uncut network takes {self.cutter.latency * self.dense_ms:.2f} ms, which meets it; "
                     "nothing was cut"
                 )
             found = search_latency(self.trial, target, least, whole=self.cutter.latency)
             if found is None:
-                raise EngineError(self.unreachable())
+                raise SlimError(self.unreachable())
             plan = self.plans[found.widths]
             rows = self.rows_of(found.widths)
             if len(rows) == 1 or not self.is_met(rows[-1]):
@@ -221,7 +224,7 @@ class LatencySearch:
                     "round_to": found.round_to,
                 }
                 return plan
-        raise EngineError(
+        raise SlimError(
             f"{self.asked}: networks that met it took longer when they were measured again ({ATTEMPTS} of them; {self.record} "
             "lists all); stop what else this machine does, or allow more time"
         )

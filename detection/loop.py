@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,35 +14,33 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-import detection
 import slim
+from data import DataConfig, DetectionDataset
 from deploy import parts_of
 from engine import (
     CARRIED_STATE_KEY,
     TRAINING_STATE_KEY,
-    EngineError,
     Evaluation,
-    RunFolder,
     WeightAverage,
     World,
     build_optimizer,
-    milliseconds_per_image,
     pack_carried_state,
-    plot_widths,
-    read_png,
     read_state,
     recalibrate,
-    save_png,
-    side_by_side,
-    write_report,
 )
-from engine.command import choose_device, flag, further_flags, run_on_all_ranks
-from engine.journal import Journal, emptied
-from engine.loop import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
-from export import SUFFIX_OF, write_file
-from finetune import FinetuneFlags
-from latency import TOLERANCE, LatencyFlags, LatencySearch, Measurer
-from prune import (
+from slim import SlimError
+from slim.atomic import WRITING
+from tracking import RunFolder, plot_widths, read_png, save_png, side_by_side, write_report
+from tracking.journal import Journal, emptied
+
+from .candidates import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
+from .command import choose_device, flag, further_flags
+from .datasets import DataFlags, data_digest, real_images, training_images
+from .evaluator import Evaluator, draw_networks
+from .finetuning import FinetuneFlags
+from .latency import TOLERANCE, LatencyFlags, LatencySearch, Measurer
+from .network import check_classes, check_image_size, example_image, file_digest, read_network, save_network
+from .pruning import (
     PROOF_IMAGES,
     ROUND_TO,
     Cut,
@@ -55,13 +52,14 @@ from prune import (
     output_widths,
     prove,
 )
-from slim.atomic import WRITING
-from train_sparse import SparseFlags, TrainFlags, TrainResult, train_in
+from .timing import milliseconds_per_image
+from .training import SparseFlags, TrainFlags, TrainResult, train_in
+from .write_file import SUFFIX_OF, write_file
 
 NOT_OF_THE_RUN = {"project", "name", "device", "workers", "cache", "debug", "data_root", "download"}
 """Flags that may change when a loop continues: what it finds does not depend on them."""
 
-LATENCY_FLAGS = {field.name for field in fields(LatencyFlags)} - {field.name for field in fields(detection.DataFlags)}
+LATENCY_FLAGS = {field.name for field in fields(LatencyFlags)} - {field.name for field in fields(DataFlags)}
 KEEP_MACS = 0.4
 
 Kind = TypeVar("Kind")
@@ -112,15 +110,15 @@ class IterateFlags(LatencyFlags):
     finetune: list[str] = flag([], "further flags of recovery and fine-tuning, as name=value")  # noqa: RUF009
 
     def check(self) -> None:
-        """EngineError for what no loop can do."""
+        """SlimError for what no loop can do."""
         for name, least in (("rounds", 1), ("attempts", 1), ("recovery_epochs", 0), ("recalibrate", 0)):
             if getattr(self, name) < least:
-                raise EngineError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
+                raise SlimError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
         self.check_latency()
         if self.by_latency and self.macs is not None:
-            raise EngineError("--macs and a latency: give one target")
+            raise SlimError("--macs and a latency: give one target")
         if self.macs is not None and not 0 < self.macs <= 1:
-            raise EngineError(f"--macs {self.macs}: expected above 0 to 1, the share to keep")
+            raise SlimError(f"--macs {self.macs}: expected above 0 to 1, the share to keep")
 
     def resolved(self) -> IterateFlags:
         """With what stands in place of flags that were not given."""
@@ -149,7 +147,7 @@ class Loop:
     def __init__(
         self,
         flags: IterateFlags,
-        config: detection.DataConfig,
+        config: DataConfig,
         run: RunFolder,
         journal: Journal,
         world: World | None = None,
@@ -157,14 +155,14 @@ class Loop:
         self.flags, self.run, self.journal, self.world = flags, run, journal, world or World()
         self.world.share(flags.batch_size)
         self.device = choose_device(flags.device, self.world)
-        self.dense = detection.read_network(flags.weights)
-        detection.check_image_size(self.dense.model, flags.img)
-        detection.check_classes(self.dense, config, flags.weights, flags.data)
+        self.dense = read_network(flags.weights)
+        check_image_size(self.dense.model, flags.img)
+        check_classes(self.dense, config, flags.weights, flags.data)
         self.config = config
-        self.val_set = detection.DetectionDataset(config, "val", flags.img)
-        self.evaluator = detection.Evaluator(self.val_set, batch_size=flags.batch_size, workers=0, device=self.device)
+        self.val_set = DetectionDataset(config, "val", flags.img)
+        self.evaluator = Evaluator(self.val_set, batch_size=flags.batch_size, workers=0, device=self.device)
         self.candidates: list[Candidate] = []
-        images = detection.real_images(self.val_set, PROOF_IMAGES)
+        images = real_images(self.val_set, PROOF_IMAGES)
         self.measurer = Measurer(flags, self.dense, images) if flags.by_latency else None
 
     def flags_of(self, kind: type[Kind], further: list[str], **given: Any) -> Kind:
@@ -183,7 +181,7 @@ class Loop:
         return self.journal.phase("baseline", act)
 
     def found(self, model: torch.nn.Module, evaluation: Evaluation) -> dict[str, Any]:
-        cost = slim.cost(model.cpu(), detection.example_image(self.flags.img))
+        cost = slim.cost(model.cpu(), example_image(self.flags.img))
         channels = output_widths(model)
         return {**evaluation.metrics(), "macs": cost.macs, "params": cost.params, "channels": channels}
 
@@ -194,7 +192,7 @@ class Loop:
             run, state = RunFolder(work), None
             try:
                 state = read_state(run.last, TRAINING_STATE_KEY)
-            except EngineError as error:
+            except SlimError as error:
                 if run.last.exists():
                     print(f"{error}; the phase starts again")
             if state is None:
@@ -245,7 +243,7 @@ class Loop:
             return flags.latency_share
         assert flags.latency_ms is not None
         if flags.latency_ms >= dense_ms:
-            raise EngineError(
+            raise SlimError(
                 f"--latency-ms {flags.latency_ms:g}: the dense network takes {dense_ms:.2f} ms, which meets it; nothing to cut"
             )
         return float(flags.latency_ms / dense_ms)
@@ -308,7 +306,7 @@ class Loop:
         optimizer.load_state_dict(state["optimizer"])
         raw, optimizer, average = slim.apply_plan(raw, plan, optimizer=optimizer, ema=average)
         if self.flags.recalibrate:
-            images = detection.training_images(
+            images = training_images(
                 self.config, self.flags.img, self.flags.batch_size, self.flags.recalibrate, self.flags.seed
             )
             recalibrate(raw, images, self.device)
@@ -319,7 +317,7 @@ class Loop:
         """AP and milliseconds of a candidate, and whether it is accepted."""
 
         def act(work: Path) -> dict[str, Any]:
-            model = detection.read_network(weights).model
+            model = read_network(weights).model
             evaluation = self.evaluator(model)
             accepted, reason = judged(evaluation.ap, evaluation.per_class, baseline, self.flags.max_drop)
             times = self.milliseconds(model)
@@ -343,7 +341,7 @@ class Loop:
             dense_ms = self.dense_latency()["dense_ms"]
             return {"dense": dense_ms, "candidate": self.measurer.against_dense(model).ratio * dense_ms}
         networks = {"dense": slim.fold_gates(self.dense.model.cpu()), "candidate": slim.fold_gates(model.cpu())}
-        return milliseconds_per_image(networks, detection.example_image(self.flags.img), repeats=15, warmup=3)
+        return milliseconds_per_image(networks, example_image(self.flags.img), repeats=15, warmup=3)
 
     def candidate_of(
         self,
@@ -374,9 +372,9 @@ class Loop:
         """The network without gates, proven equal to the one with them."""
 
         def act(work: Path) -> dict[str, Any]:
-            network = detection.read_network(weights)
-            folded, difference = proven_fold(network.model, detection.real_images(self.val_set, 4))
-            detection.save_network(work / "slim.pt", folded, network.build)
+            network = read_network(weights)
+            folded, difference = proven_fold(network.model, real_images(self.val_set, 4))
+            save_network(work / "slim.pt", folded, network.build)
             return {"max_difference": difference, "gates_left": len(slim.gate_vectors(folded))}
 
         self.journal.phase("fold", act)
@@ -389,8 +387,8 @@ class Loop:
         name = f"slim{SUFFIX_OF[self.flags.export]}"
 
         def act(work: Path) -> dict[str, Any]:
-            images = detection.real_images(self.val_set, 1)
-            difference = write_file(detection.read_network(folded), work / name, images)
+            images = real_images(self.val_set, 1)
+            difference = write_file(read_network(folded), work / name, images)
             return {"max_difference": difference, "bytes": sum(part.stat().st_size for part in parts_of(work / name))}
 
         self.journal.phase("export", act)
@@ -454,15 +452,15 @@ def iterate(flags: IterateFlags, world: World | None = None) -> Path:
             raise KeyboardInterrupt(f"{str(stop) or 'left at once'}; the same command continues {run.path}") from stop
 
 
-def open_loop(flags: IterateFlags, config: detection.DataConfig) -> tuple[RunFolder, dict[str, Any]]:
+def open_loop(flags: IterateFlags, config: DataConfig) -> tuple[RunFolder, dict[str, Any]]:
     """The folder of a loop with these very settings, else a new one; and what its journal begins with."""
     not_of_it = NOT_OF_THE_RUN if flags.by_latency else NOT_OF_THE_RUN | LATENCY_FLAGS
     settings = {name: value for name, value in asdict(flags).items() if name not in not_of_it}
     opening = {
         "settings": settings,
-        "weights": detection.file_digest(flags.weights),
-        "teacher": detection.file_digest(flags.teacher) if flags.teacher else None,
-        "data": {split: detection.data_digest(config, split, flags.img) for split in ("train", "val")},
+        "weights": file_digest(flags.weights),
+        "teacher": file_digest(flags.teacher) if flags.teacher else None,
+        "data": {split: data_digest(config, split, flags.img) for split in ("train", "val")},
     }
     number = 1
     while True:
@@ -497,7 +495,7 @@ def run_loop(loop: Loop) -> Path:
         if loop.measurer and best.latency <= loop.final_target(baseline) * (1 + TOLERANCE):
             break  # a round whose widths fell below its target
     if not best.plans:
-        raise EngineError(
+        raise SlimError(
             f"{loop.run.path}: not one cut kept AP within --max-drop {flags.max_drop:g} (pareto.csv lists them); "
             "allow a larger drop, keep more, or train longer (--recovery-epochs)"
         )
@@ -543,8 +541,8 @@ def conclude(loop: Loop, best: Accepted, networks: list[Path], final: Candidate,
 def show(loop: Loop, out: Path, found: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
     """Pictures, metrics and reports, the phases' too: those were written before the phases had their names."""
     run, rounds = loop.run, len({c.round for c in loop.candidates}) - 1
-    networks = {"dense": loop.dense.model, "slim": detection.read_network(out).model}
-    picture = side_by_side(detection.draw_networks(networks, loop.val_set))
+    networks = {"dense": loop.dense.model, "slim": read_network(out).model}
+    picture = side_by_side(draw_networks(networks, loop.val_set))
     save_png(picture, run.path / "side_by_side.png")
     run.log_picture("detections", picture, rounds)
     widths = plot_widths(baseline["channels"], found["channels"], run.path / "widths.png")
@@ -586,12 +584,3 @@ def main(flags: IterateFlags, world: World) -> None:
         world.from_first(no_order)
     else:
         follow(world)
-
-
-def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_on_all_ranks(IterateFlags, main, __doc__ or "", argv)
-
-
-if __name__ == "__main__":
-    sys.exit(cli())

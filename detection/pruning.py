@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,23 +15,19 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-import detection
 import slim
-from data import DataConfig
-from engine import (
-    EngineError,
-    Evaluation,
-    RunFolder,
-    plot_widths,
-    read_png,
-    recalibrate,
-    save_png,
-    side_by_side,
-    write_report,
-)
-from engine.command import choose_device, flag, run_script
-from latency import ROUNDINGS, Cutter, LatencyFlags, LatencySearch, Measurer
-from unstructured import share_of_zeros, zero_smallest
+from data import DataConfig, DetectionDataset
+from engine import Evaluation, recalibrate
+from slim import SlimError
+from tracking import RunFolder, plot_widths, read_png, save_png, side_by_side, write_report
+
+from .command import choose_device, flag
+from .datasets import real_images, training_images
+from .evaluator import Evaluator, draw_networks
+from .latency import ROUNDINGS, Cutter, LatencyFlags, LatencySearch, Measurer
+from .losses import training_loss
+from .network import Network, check_classes, check_image_size, example_image, read_network, save_network
+from .unstructured import share_of_zeros, zero_smallest
 
 TOLERANCE = 1e-4
 EXACT_TOLERANCE = 1e-6  # decoded boxes are float32 whatever the network computes in
@@ -83,21 +78,21 @@ class PruneFlags(LatencyFlags):
     out: str | None = flag(None, "file for the narrow network; else weights/pruned.pt in the run folder")
 
     def check(self) -> None:
-        """EngineError for a target that cannot be meant."""
+        """SlimError for a target that cannot be meant."""
         self.check_latency()
         if self.recalibrate and self.data is None:
-            raise EngineError("--recalibrate needs --data: statistics are re-estimated on its training images")
+            raise SlimError("--recalibrate needs --data: statistics are re-estimated on its training images")
         given = [f"--{name}" for name in TARGETS if getattr(self, name) is not None]
         given += ["--latency-ms"] if self.latency_ms is not None else []
         given += ["--latency-share"] if self.latency_share is not None else []
         if self.by_latency and len(given) > 1:
-            raise EngineError(f"{' and '.join(given)}: give exactly one target")
+            raise SlimError(f"{' and '.join(given)}: give exactly one target")
         if self.unstructured is None:
             return
         if not 0 < self.unstructured < 1:
-            raise EngineError(f"--unstructured {self.unstructured:g}: expected above 0 and below 1, the share to zero")
+            raise SlimError(f"--unstructured {self.unstructured:g}: expected above 0 and below 1, the share to zero")
         if others := [*given, *(["--recalibrate"] if self.recalibrate else [])]:
-            raise EngineError(
+            raise SlimError(
                 f"--unstructured and {', '.join(others)}: zeroed weights leave every width as it is; cut channels in a run of "
                 "its own"
             )
@@ -129,11 +124,11 @@ class Choice:
 class Material:
     """What is cut, and on what the cut is judged."""
 
-    network: detection.Network
+    network: Network
     device: torch.device
     images: torch.Tensor
     config: DataConfig | None
-    evaluator: detection.Evaluator | None
+    evaluator: Evaluator | None
 
 
 @dataclass(frozen=True)
@@ -160,10 +155,10 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
     run = run or open_run(flags)
     slim.write_text_atomically(run.path / "plan.json", choice.plan.to_json())
     out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
-    detection.save_network(out, done.model, material.network.build)
+    save_network(out, done.model, material.network.build)
     if material.evaluator:
         networks = {"before the cut": material.network.model, "after it": done.model}
-        picture = side_by_side(detection.draw_networks(networks, material.evaluator.dataset))
+        picture = side_by_side(draw_networks(networks, material.evaluator.dataset))
         save_png(picture, run.path / "side_by_side.png")
         run.log_picture("detections", picture, pruning_round)
     record(run, choice, material.network.model, done, flags.criterion, pruning_round)
@@ -182,17 +177,17 @@ def open_run(flags: PruneFlags) -> RunFolder:
 
 def open_material(flags: PruneFlags) -> Material:
     """The network of --weights and the images to prove its cut on: real ones with --data, else noise."""
-    network = detection.read_network(flags.weights)
-    detection.check_image_size(network.model, flags.img)
+    network = read_network(flags.weights)
+    check_image_size(network.model, flags.img)
     device = choose_device(flags.device)
     if flags.data is None:
         images = torch.rand(2, 3, flags.img, flags.img, generator=torch.Generator().manual_seed(flags.seed))
         return Material(network, device, images, None, None)
     config = flags.open_data()
-    detection.check_classes(network, config, flags.weights, flags.data)
-    dataset = detection.DetectionDataset(config, "val", flags.img)
-    evaluator = detection.Evaluator(dataset, batch_size=flags.batch_size, workers=0, device=device)
-    return Material(network, device, detection.real_images(dataset, PROOF_IMAGES), config, evaluator)
+    check_classes(network, config, flags.weights, flags.data)
+    dataset = DetectionDataset(config, "val", flags.img)
+    evaluator = Evaluator(dataset, batch_size=flags.batch_size, workers=0, device=device)
+    return Material(network, device, real_images(dataset, PROOF_IMAGES), config, evaluator)
 
 
 def choose_plan(
@@ -201,7 +196,7 @@ def choose_plan(
     """Trace, score, plan; by ``search`` where the target is a latency. ``latency`` is the network's before the cut, as a
     share of the latency of the dense network of the search."""
     model = material.network.model
-    graph = slim.trace(model, detection.example_image(flags.img))
+    graph = slim.trace(model, example_image(flags.img))
     scores = judge(flags, model, graph, material)
     bounds: dict[str, Any] = {
         "min_channels": flags.min_channels,
@@ -240,7 +235,7 @@ def cut(flags: PruneFlags, material: Material, plan: slim.Plan) -> Cut:
     if flags.recalibrate:
         assert material.config is not None
         batch_size, seed = flags.batch_size, flags.seed
-        batches = detection.training_images(material.config, flags.img, batch_size, flags.recalibrate, seed)
+        batches = training_images(material.config, flags.img, batch_size, flags.recalibrate, seed)
         recalibrate(pruned, batches, material.device)
     pruned_evaluation = evaluator(pruned) if evaluator else None
     if pruned_evaluation:
@@ -253,10 +248,10 @@ def judge(flags: PruneFlags, model: nn.Module, graph: slim.ChannelGraph, materia
     batches, loss = None, None
     if flags.criterion == "taylor":
         if material.config is None or flags.taylor_batches < 1:
-            raise EngineError(
+            raise SlimError(
                 "--criterion taylor needs --data, whose training images it averages, and --taylor-batches >= 1"
             )
-        batches, loss = detection.training_loss(
+        batches, loss = training_loss(
             model.to(material.device), material.config, flags.img, flags.batch_size, flags.seed
         )
         batches = itertools.islice(batches, flags.taylor_batches)
@@ -280,7 +275,7 @@ def width_override(text: str) -> tuple[str, float]:
     try:
         return pattern, int(width) if width.strip().isdigit() else float(width)
     except ValueError as error:
-        raise EngineError(
+        raise SlimError(
             f"--overrides {text}: expected PATTERN=WIDTH, such as 'model.0*=0.5' or 'model.0*=32'"
         ) from error
 
@@ -294,7 +289,7 @@ def prove(
     images: torch.Tensor,
     remade: Callable[[nn.Module], nn.Module] | None = None,
 ) -> float:
-    """The largest difference between masked and pruned, relative; EngineError when it is no proof.
+    """The largest difference between masked and pruned, relative; SlimError when it is no proof.
 
     A network that has hardly been trained may magnify float32's rounding beyond the tolerance; float64 tells that from a
     wrong cut, which differs as much in any precision. ``remade`` makes pruned of masked anew, where that rounds weights.
@@ -305,7 +300,7 @@ def prove(
         second = copy.deepcopy(pruned).double() if remade is None else remade(first)
         exact = slim.max_difference(first, second, images.double())
         if not exact <= EXACT_TOLERANCE:
-            raise EngineError(
+            raise SlimError(
                 f"the cut is wrong: pruned and masked differ by {difference:.1e} of the largest output, expected at most "
                 f"{TOLERANCE:g} (in float64 {exact:.1e}); nothing was saved; please report the model description"
             )
@@ -363,7 +358,7 @@ def zero_weights(flags: PruneFlags) -> RunFolder:
     folded = slim.fold_gates(material.network.model, material.images)
     already = share_of_zeros(folded)
     if already > flags.unstructured:
-        raise EngineError(
+        raise SlimError(
             f"--unstructured {flags.unstructured:g}: {already:.1%} of the convolutions' weights are zero already (gates are "
             "folded first, closed ones leave zeros); give a larger share, or a network that was not trained sparsely"
         )
@@ -372,8 +367,8 @@ def zero_weights(flags: PruneFlags) -> RunFolder:
     after = material.evaluator(zeroed) if material.evaluator else None
     run = open_run(flags)
     out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
-    detection.save_network(out, zeroed.cpu(), material.network.build)
-    cost = slim.cost(zeroed, detection.example_image(flags.img))
+    save_network(out, zeroed.cpu(), material.network.build)
+    cost = slim.cost(zeroed, example_image(flags.img))
     zeros, size = (sum(counts[i] for counts in layers.values()) for i in (0, 1))
     found = {
         "zeros": zeros,
@@ -399,12 +394,3 @@ def main(flags: PruneFlags) -> None:
         zero_weights(flags)
     else:
         prune(flags)
-
-
-def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_script(PruneFlags, main, __doc__ or "", argv)
-
-
-if __name__ == "__main__":
-    sys.exit(cli())

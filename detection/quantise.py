@@ -10,13 +10,14 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-import detection
-from data import DataError
+from data import DataConfig, DataError, DetectionDataset
 from data.sampling import Draw
 from deploy import OnnxQuantiser, OpenVinoQuantiser, Quantised, Quantiser, parts_of, quantise
 from deploy.accuracy import Measure, noisiest
-from detector import AsModel
-from engine import EngineError
+from slim import SlimError
+
+from .evaluator import AsModel, Evaluator
+from .network import Network, check_classes
 
 QUANTISERS: dict[str, type[Quantiser]] = {kind.suffix: kind for kind in (OnnxQuantiser, OpenVinoQuantiser)}
 """By the suffix of the file."""
@@ -32,8 +33,8 @@ class Calibrated:
 
 
 def calibrate(
-    network: detection.Network,
-    config: detection.DataConfig,
+    network: Network,
+    config: DataConfig,
     sides_px: tuple[int, int],
     count: int,
     seed: int,
@@ -42,27 +43,27 @@ def calibrate(
 ) -> Calibrated:
     """``count`` shuffled training images, and the AP on the val split where that has labels of the network's classes."""
     if count < 1:
-        raise EngineError(f"--calibration-images {count}: expected at least 1")
+        raise SlimError(f"--calibration-images {count}: expected at least 1")
     try:
         images = training_images(config, sides_px, count, seed)
     except DataError as error:
-        raise EngineError(
+        raise SlimError(
             f"--int8: no calibration images ({error}); give a --data with images like those that the network will see"
         ) from error
     try:
-        detection.check_classes(network, config, weights, data)
-    except EngineError as error:
+        check_classes(network, config, weights, data)
+    except SlimError as error:
         return Calibrated(images, None, str(error))
-    dataset = detection.DetectionDataset(config, "val", max(sides_px))
+    dataset = DetectionDataset(config, "val", max(sides_px))
     if not dataset.ground_truth()["annotations"]:
         return Calibrated(images, None, f"the val split of {data} has no labels")
-    evaluator = detection.Evaluator(dataset, batch_size=1, workers=0, device=torch.device("cpu"), canvas_hw=sides_px)
+    evaluator = Evaluator(dataset, batch_size=1, workers=0, device=torch.device("cpu"), canvas_hw=sides_px)
     return Calibrated(images, lambda exported: evaluator(AsModel(exported)).ap)
 
 
-def training_images(config: detection.DataConfig, sides_px: tuple[int, int], count: int, seed: int) -> list[Tensor]:
+def training_images(config: DataConfig, sides_px: tuple[int, int], count: int, seed: int) -> list[Tensor]:
     """Shuffled training images as evaluation sees them: float 0..1 [3, H, W] each, at most ``count``."""
-    dataset = detection.DetectionDataset(config, "train", max(sides_px), cache="none")
+    dataset = DetectionDataset(config, "train", max(sides_px), cache="none")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count]
     return [dataset[Draw(index, sides_px)].image.float() / 255 for index in order.tolist()]
 
@@ -94,7 +95,7 @@ def write_quantised(
     suppression stays float, so that a file which ends in one is quantised alike. ``rank``: see ``deploy.quantise``.
     """
     if max_drop is not None and calibrated.measure is None:
-        raise EngineError(f"--max-drop {max_drop:g}: AP cannot be measured, since {calibrated.not_measured}")
+        raise SlimError(f"--max-drop {max_drop:g}: AP cannot be measured, since {calibrated.not_measured}")
     kind = QUANTISERS[out.suffix]
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=".writing-") as folder:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import EngineError
-from .evaluation import evaluating
+from engine.evaluation import evaluating
+from slim import SlimError
 
 BLOCK = 3
 """Measured runs in a row of a call in a round."""
@@ -62,7 +62,7 @@ class Turns(Generic[Key]):
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if block < 1:
-            raise EngineError(f"timing: blocks of {block} runs; expected at least 1")
+            raise SlimError(f"timing: blocks of {block} runs; expected at least 1")
         self.calls, self.block, self.settle_ms, self.before, self.clock = dict(calls), block, settle_ms, before, clock
         self._runs_ms: dict[Key, list[float]] = {key: [] for key in self.calls}
 
@@ -109,7 +109,7 @@ def milliseconds_per_image(
 def rounds_for(repeats: int, warmup: int, block: int = BLOCK) -> list[bool]:
     """Rounds that give each call ``repeats`` measured runs, rounded up to whole blocks, as whether they count."""
     if repeats < 1 or warmup < 0:
-        raise EngineError(f"timing: repeats={repeats}, warmup={warmup}; expected at least 1 and at least 0")
+        raise SlimError(f"timing: repeats={repeats}, warmup={warmup}; expected at least 1 and at least 0")
     return [False] * warmup + [True] * math.ceil(repeats / block)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,36 +11,52 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
-import detection
 import slim
-from data import Augment, build_loader, multi_scale_sizes
+from data import Augment, DataConfig, DetectionDataset, build_loader, multi_scale_sizes
 from deploy.qat import plain_state
 from engine import (
-    EngineError,
     Evaluation,
     FitResult,
     LossFunction,
     OptimConfig,
     Precision,
-    RunFolder,
     Sparsity,
     TrainConfig,
     World,
-    draw_detections,
     fit,
     learning_rate_sum,
+    read_training_state,
+    seed_generators,
+)
+from models import DistillGains, LossGains
+from slim import SlimError
+from tracking import (
+    RunFolder,
+    draw_detections,
     plot_gates,
     plot_labels,
     plot_results,
-    read_training_state,
     save_png,
-    seed_generators,
     summarise_gates,
     write_report,
 )
-from engine.command import choose_device, flag, run_on_all_ranks
-from models import DistillGains, LossGains
+
+from .command import choose_device, flag
+from .datasets import DataFlags, real_images
+from .evaluator import Evaluator, draw_networks
+from .losses import add_teacher, fit_anchors, make_loss
+from .network import (
+    Network,
+    check_image_size,
+    example_image,
+    freeze_layers,
+    read_network,
+    save_network,
+    start_network,
+    with_activation,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class TrainFlags(detection.DataFlags):
+class TrainFlags(DataFlags):
     """What every training takes."""
 
     weights: str = flag("", "checkpoint to start from (ours or a published YOLOv5 .pt); '' trains --cfg from scratch")
@@ -139,7 +154,7 @@ class TrainFlags(detection.DataFlags):
     def mosaic_epochs(self) -> int:
         """The first epoch without mosaic and mixup."""
         if not 0 <= self.close_mosaic <= self.epochs:
-            raise EngineError(f"--close-mosaic {self.close_mosaic}: expected 0 to --epochs, {self.epochs}")
+            raise SlimError(f"--close-mosaic {self.close_mosaic}: expected 0 to --epochs, {self.epochs}")
         return self.epochs - self.close_mosaic
 
     def optim(self) -> OptimConfig:
@@ -214,15 +229,15 @@ def train_in(
     seed_generators(flags.seed)
     config = world.from_first(flags.open_data)
     network = starting_network(flags, run, resume_state, config.names, keep_gates)
-    detection.check_image_size(network.model, flags.img)
+    check_image_size(network.model, flags.img)
     print(network.note or f"weights {flags.weights}")
-    frozen = detection.freeze_layers(network.model, flags.freeze)
+    frozen = freeze_layers(network.model, flags.freeze)
     if frozen is not None:
         print(frozen)
     train_set = training_set(flags, config, world)
     if network.new_head and not flags.noautoanchor and not flags.teacher:  # a teacher's maps are for its anchors
-        print(detection.fit_anchors(network, train_set, flags.gains().anchor_t, flags.seed))
-    loss = make_loss(flags, network, device, world)
+        print(fit_anchors(network, train_set, flags.gains().anchor_t, flags.seed))
+    loss = training_criterion(flags, network, device, world)
     loader = build_loader(
         train_set,
         batch_size,
@@ -233,8 +248,8 @@ def train_in(
         num_ranks=world.size,
         sizes_px=multi_scale_sizes(flags.img, max(network.model.stride_px)) if flags.multi_scale else (),
     )
-    val_set = detection.DetectionDataset(config, "val", flags.img, cache=flags.cache if world.is_first else "none")
-    evaluator = detection.Evaluator(
+    val_set = DetectionDataset(config, "val", flags.img, cache=flags.cache if world.is_first else "none")
+    evaluator = Evaluator(
         val_set,
         batch_size=flags.batch_size,
         workers=0,
@@ -266,7 +281,7 @@ def train_in(
             seed=flags.seed,
         ),
         run=run,
-        save=lambda path, model, state: detection.save_network(path, plain(model), network.build, state),
+        save=lambda path, model, state: save_network(path, plain(model), network.build, state),
         device=device,
         evaluate=evaluator,
         sparsity=sparsity,
@@ -279,16 +294,16 @@ def train_in(
 
 
 def rounding_network(
-    flags: TrainFlags, model: nn.Module, config: detection.DataConfig, world: World
+    flags: TrainFlags, model: nn.Module, config: DataConfig, world: World
 ) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
     """What is trained, and what makes of it the network of the checkpoints: ``model`` itself unless the flags round it."""
     rounding = flags.rounding()
     if rounding is None:
         return model, lambda trained: trained
     if world.size > 1:
-        raise EngineError("--qat: runs in one process; start it without torchrun")
-    calibration = detection.DetectionDataset(config, "train", flags.img, seed=flags.seed)
-    images = detection.real_images(calibration, rounding.images)
+        raise SlimError("--qat: runs in one process; start it without torchrun")
+    calibration = DetectionDataset(config, "train", flags.img, seed=flags.seed)
+    images = real_images(calibration, rounding.images)
     rounded = rounding.make(model, images.split(flags.batch_size))
     print(
         f"rounds to 8 bits while it trains; ranges of {len(images)} training images; checkpoints hold the plain network"
@@ -307,11 +322,9 @@ def unrounded(model: nn.Module) -> Callable[[nn.Module], nn.Module]:
     return plain
 
 
-def training_set(
-    flags: TrainFlags, config: detection.DataConfig, world: World | None = None
-) -> detection.DetectionDataset:
+def training_set(flags: TrainFlags, config: DataConfig, world: World | None = None) -> DetectionDataset:
     """The training split, augmented."""
-    return detection.DetectionDataset(
+    return DetectionDataset(
         config,
         "train",
         flags.img,
@@ -340,7 +353,7 @@ def open_run(flags: TrainFlags) -> tuple[RunFolder, TrainFlags]:
         if p.name.removeprefix(flags.name).isdigit() or p.name == flags.name
     }
     if not numbered:
-        raise EngineError(
+        raise SlimError(
             f"{flags.project}/{flags.name}: no run with weights/last.pt to resume; start one without --resume"
         )
     run = RunFolder.open(numbered[max(numbered)])
@@ -350,30 +363,30 @@ def open_run(flags: TrainFlags) -> tuple[RunFolder, TrainFlags]:
 
 def starting_network(
     flags: TrainFlags, run: RunFolder, resume_state: object, names: tuple[str, ...], keep_gates: bool
-) -> detection.Network:
+) -> Network:
     """The network in the state in which its training begins or continues: gates placed, kept or folded."""
     if resume_state is not None:
-        return detection.read_network(run.last)
-    network = detection.start_network(flags.weights, flags.cfg, names)
-    detection.check_image_size(network.model, flags.img)
+        return read_network(run.last)
+    network = start_network(flags.weights, flags.cfg, names)
+    check_image_size(network.model, flags.img)
     if flags.act != "keep":
-        network = detection.with_activation(network, flags.act)
+        network = with_activation(network, flags.act)
     if isinstance(flags, SparseFlags):
-        graph = slim.trace(network.model, detection.example_image(flags.img))
+        graph = slim.trace(network.model, example_image(flags.img))
         slim.add_gates(network.model, graph, tie=flags.tie)
     elif not keep_gates:
         network.model = slim.fold_gates(network.model)
     return network
 
 
-def make_loss(
-    flags: TrainFlags, network: detection.Network, device: torch.device, world: World | None = None
+def training_criterion(
+    flags: TrainFlags, network: Network, device: torch.device, world: World | None = None
 ) -> LossFunction:
     """The labels' loss, with --teacher also the teacher's."""
-    loss = detection.make_loss(network.model, flags.gains(), flags.img, world)
+    loss = make_loss(network.model, flags.gains(), flags.img, world)
     if not flags.teacher:
         return loss
-    distilling = detection.add_teacher(loss, network, flags.teacher, flags.distill_gains(), device)
+    distilling = add_teacher(loss, network, flags.teacher, flags.distill_gains(), device)
     print(f"teacher: {flags.teacher}, weight {flags.distill_weight:g}")
     return distilling
 
@@ -384,7 +397,7 @@ def make_sparsity(flags: TrainFlags, model: nn.Module, steps: int) -> Sparsity |
         trained = [vector for vector in slim.gate_vectors(model).values() if vector.requires_grad]
         return Sparsity(slim.SmallestHalfL1(model, strength=0.0), None, None) if trained else None
     if flags.pull_from >= flags.epochs:
-        raise EngineError(
+        raise SlimError(
             f"--pull-from {flags.pull_from} leaves no epoch with the pull; expected less than --epochs {flags.epochs}"
         )
     total_lr = learning_rate_sum(flags.optim(), steps, flags.epochs, flags.pull_from)
@@ -395,30 +408,30 @@ def make_sparsity(flags: TrainFlags, model: nn.Module, steps: int) -> Sparsity |
         print(f"pull: strength {strength:.4g} on {what}")
         return Sparsity(pull, from_epoch=flags.pull_from)
     if flags.strength != "auto":
-        raise EngineError(f"--strength {strength:g} and --closed-share {flags.closed_share:g}: give one of them")
+        raise SlimError(f"--strength {strength:g} and --closed-share {flags.closed_share:g}: give one of them")
     print(f"pull: on {what}, as strong as closes {flags.closed_share:.0%} of all gates")
     return Sparsity(pull, slim.ClosedShareController(pull, flags.closed_share, total_lr), flags.pull_from)
 
 
-def log_start(run: RunFolder, model: nn.Module, train_set: detection.DetectionDataset, flags: TrainFlags) -> None:
+def log_start(run: RunFolder, model: nn.Module, train_set: DetectionDataset, flags: TrainFlags) -> None:
     """The batch as the network sees it, and what the network costs."""
-    cost = slim.cost(model, detection.example_image(flags.img))
+    cost = slim.cost(model, example_image(flags.img))
     run.log_scalars({"cost/macs": float(cost.macs), "cost/params": float(cost.params)}, 0)
     tiles = []
     for i in range(min(4, len(train_set))):
         sample = train_set[i]
-        boxes = detection.cxcywh_to_xyxy(sample.targets[:, 1:]) * flags.img
+        boxes = box_convert(sample.targets[:, 1:], "cxcywh", "xyxy") * flags.img
         ones = torch.ones(len(boxes), 1)
         tiles.append(draw_detections(sample.image, torch.cat([boxes, ones, sample.targets[:, :1]], 1), train_set.names))
     run.log_picture("train_batch", torch.cat(tiles, 2))
     save_png(torch.cat(tiles, 2), run.path / "train_batch.png")
 
 
-def finish(run: RunFolder, flags: TrainFlags, evaluator: detection.Evaluator, result: FitResult) -> Evaluation:
+def finish(run: RunFolder, flags: TrainFlags, evaluator: Evaluator, result: FitResult) -> Evaluation:
     """metrics.json and the plots, from the weights in last.pt."""
-    network = detection.read_network(run.last)
+    network = read_network(run.last)
     evaluation = evaluator.last or evaluator(network.model)
-    cost = slim.cost(network.model.cpu(), detection.example_image(flags.img))
+    cost = slim.cost(network.model.cpu(), example_image(flags.img))
     metrics = {**evaluation.metrics(), "params": cost.params, "macs": cost.macs, "seconds": result.seconds}
     gates = slim.gate_vectors(network.model)
     run.write_metrics(
@@ -434,7 +447,7 @@ def finish(run: RunFolder, flags: TrainFlags, evaluator: detection.Evaluator, re
     plot_results(run)
     if gates:
         plot_gates(gates, run.path / "gates.png")
-    (tiles,) = detection.draw_networks({"": network.model}, evaluator.dataset).values()
+    (tiles,) = draw_networks({"": network.model}, evaluator.dataset).values()
     picture = torch.cat(tiles, 2)
     save_png(picture, run.path / "detections.png")
     run.log_picture("detections", picture, flags.epochs)
@@ -447,12 +460,3 @@ def finish(run: RunFolder, flags: TrainFlags, evaluator: detection.Evaluator, re
 
 def main(flags: SparseFlags, world: World) -> None:
     train(flags, world=world)
-
-
-def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_on_all_ranks(SparseFlags, main, __doc__ or "", argv)
-
-
-if __name__ == "__main__":
-    sys.exit(cli())

@@ -8,7 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from boxes import Letterbox
+
+class Letterbox(Protocol):
+    """How an image was resized and padded to what the network sees."""
+
+    def to_original(self, boxes_xyxy: Tensor) -> Tensor:
+        """[n, 4] pixels of the network's input -> [n, 4] pixels of the original image."""
+        ...
 
 
 class Batch(Protocol):

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from slim import SlimError
+
 from .distributed import World
-from .errors import EngineError
 from .optimiser import WeightAverage
 
 TRAINING_STATE_KEY = "training_state"
@@ -105,10 +106,10 @@ def pack_training_state(trainee: Trainee, progress: Progress, world: World) -> d
 def unpack_training_state(state: dict[str, Any], trainee: Trainee, world: World) -> Progress:
     """Put `state` back into `trainee` and into the random generators; with more ranks than before the further ones keep theirs.
 
-    Raises EngineError when the state is of another format or of another network.
+    Raises SlimError when the state is of another format or of another network.
     """
     if state.get("format") != _FORMAT:
-        raise EngineError(
+        raise SlimError(
             f"training state of format {state.get('format')!r}, expected {_FORMAT}; start a new run from its weights"
         )
     try:
@@ -125,7 +126,7 @@ def unpack_training_state(state: dict[str, Any], trainee: Trainee, world: World)
         progress = state["progress"]
         return Progress(**{**progress, "so_far": EpochSums(**progress["so_far"])})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise EngineError(
+        raise SlimError(
             f"training state does not fit this run ({type(error).__name__}: {first_line(error)}); "
             "resume with the run's own config.yaml, or start a new run from its weights"
         ) from error
@@ -145,7 +146,7 @@ def pack_carried_state(
 def unpack_carried_state(state: Mapping[str, Any], trainee: Trainee) -> None:
     """Put weights, optimiser state and moving average of an earlier training into `trainee`; its schedule stays new.
 
-    Raises EngineError when they are of another network or optimiser.
+    Raises SlimError when they are of another network or optimiser.
     """
     own = trainee.optimizer.state_dict()
     try:
@@ -154,7 +155,7 @@ def unpack_carried_state(state: Mapping[str, Any], trainee: Trainee) -> None:
         assert not own["state"], "an optimiser that has stepped takes nothing over"
         trainee.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": own["param_groups"]})
     except (KeyError, ValueError, RuntimeError) as error:
-        raise EngineError(
+        raise SlimError(
             f"the state carried over does not fit this training ({type(error).__name__}: {first_line(error)}); "
             "use the --optimizer of the run before, or train from the weights alone"
         ) from error
@@ -204,11 +205,11 @@ def read_training_state(path: str | Path) -> dict[str, Any]:
     """The training state inside a `last.pt`, on the CPU; runs no code of the file.
 
     It lies under TRAINING_STATE_KEY, where ``slim.save(..., extra={TRAINING_STATE_KEY: state})`` puts it. Raises
-    EngineError when the file is missing, damaged or holds weights alone.
+    SlimError when the file is missing, damaged or holds weights alone.
     """
     state = read_state(path, TRAINING_STATE_KEY)
     if state is None:
-        raise EngineError(
+        raise SlimError(
             f"{path}: holds no training state (best.pt and cut models hold weights alone); resume from last.pt, "
             "or start a new run with --weights"
         )
@@ -219,10 +220,10 @@ def read_state(path: str | Path, key: str) -> dict[str, Any] | None:
     """An entry of a checkpoint of this project, on the CPU; None where it has no such entry."""
     path = Path(path)
     if not path.is_file():
-        raise EngineError(f"{path}: no such file; to resume give a run folder that holds weights/last.pt")
+        raise SlimError(f"{path}: no such file; to resume give a run folder that holds weights/last.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise EngineError(f"{path}: not a readable checkpoint of this project ({type(error).__name__})") from error
+        raise SlimError(f"{path}: not a readable checkpoint of this project ({type(error).__name__})") from error
     state = content.get(key) if isinstance(content, dict) else None
     return state if isinstance(state, dict) else None

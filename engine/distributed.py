@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import EngineError
+from slim import SlimError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """What torchrun tells each process."""
@@ -49,18 +49,18 @@ class World:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """What torchrun's variables say, without joining anybody; EngineError where they make no sense."""
+        """What torchrun's variables say, without joining anybody; SlimError where they make no sense."""
         found = {name: environment[name] for name in RANK_VARIABLES if name in environment}
         if "WORLD_SIZE" not in found or found["WORLD_SIZE"] == "1":
             return cls()
         listed = ", ".join(f"{name}={value}" for name, value in found.items())
         if len(found) < len(RANK_VARIABLES) or not all(value.isdecimal() for value in found.values()):
-            raise EngineError(
+            raise SlimError(
                 f"environment: found {listed}, expected {', '.join(RANK_VARIABLES)}; start the run with torchrun"
             )
         rank, size, local_rank, local_size = (int(found[name]) for name in RANK_VARIABLES)
         if not (rank < size and local_rank < local_size <= size):
-            raise EngineError(f"environment: {listed} contradict each other; start the run with torchrun")
+            raise SlimError(f"environment: {listed} contradict each other; start the run with torchrun")
         return cls(rank, size, local_rank, local_size)
 
     @classmethod
@@ -77,7 +77,7 @@ class World:
             )
         except (ValueError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
-            raise EngineError(
+            raise SlimError(
                 f"rank {world.rank} of {world.size}: cannot join the others ({first}); start all of them with torchrun"
             ) from error
         return replace(world, store=PrefixStore("endings", store))
@@ -116,10 +116,10 @@ class World:
         return "python" if self.size == 1 else f"torchrun --nproc-per-node {self.local_size}"
 
     def share(self, batch_size: int) -> int:
-        """The images of a step that are this rank's; EngineError where they cannot be shared evenly."""
+        """The images of a step that are this rank's; SlimError where they cannot be shared evenly."""
         if batch_size % self.size:
             nearest = max(1, round(batch_size / self.size)) * self.size
-            raise EngineError(
+            raise SlimError(
                 f"--batch-size {batch_size}: expected a multiple of the {self.size} ranks, over which the images of a step "
                 f"are shared; the nearest is {nearest}"
             )
@@ -130,7 +130,7 @@ class World:
         if self.size == 1 or device.type != "cuda":
             return device
         if device.index not in (None, 0) or self.local_size > torch.cuda.device_count():
-            raise EngineError(
+            raise SlimError(
                 f"--device {device}: {self.local_size} ranks need a GPU each, found {torch.cuda.device_count()}; choose which "
                 "with CUDA_VISIBLE_DEVICES, as many with torchrun --nproc-per-node, or use --device cpu"
             )

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from slim import SlimError
+
 from .batch import Batch, network_input
 from .batch_norm import average_statistics
 from .checkpoint import EpochSums, Trainee
 from .distributed import World
-from .errors import EngineError
 from .freezing import enter_training
 from .interruption import Interruption
 from .memory import OUT_OF_MEMORY, batch_that_may_fit
@@ -76,7 +77,7 @@ def train_one_epoch(trainee: Trainee, loss_fn: LossFunction, batches: Loader, ep
                     loss, parts = loss_fn(in_float32(outputs), targets, images)
                 values = {name: float(part) for name, part in parts.items()}
                 if not torch.isfinite(loss):
-                    raise EngineError(_not_finite(where, f"loss is {float(loss.detach())}", values, lr))
+                    raise SlimError(_not_finite(where, f"loss is {float(loss.detach())}", values, lr))
                 # The mean of gradients over ranks, times their number, is the gradient of the sum of losses.
                 loss = loss if world.size == 1 else loss * world.size
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -87,7 +88,7 @@ def train_one_epoch(trainee: Trainee, loss_fn: LossFunction, batches: Loader, ep
             if not torch.isfinite(norm):
                 skipped_in_a_row += 1
                 if not scaler.is_enabled() or skipped_in_a_row > MAX_SKIPPED_STEPS:
-                    raise EngineError(_not_finite(where, f"gradient norm is {float(norm)}", values, lr))
+                    raise SlimError(_not_finite(where, f"gradient norm is {float(norm)}", values, lr))
                 scaler.update()  # half precision overflowed: a smaller scale, and nothing else moves
                 continue
             skipped_in_a_row = 0
@@ -119,7 +120,7 @@ def _naming_the_batch_size(batch: Batch, where: str, world: World) -> Iterator[N
         remedy = batch_that_may_fit(error, len(batch.images), tuple(batch.images.shape[2:]), world.size)
         if remedy is None:
             raise
-        raise EngineError(f"{where}: {remedy}; the last finished epoch is in weights/last.pt") from error
+        raise SlimError(f"{where}: {remedy}; the last finished epoch is in weights/last.pt") from error
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

@@ -17,10 +17,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from slim import evaluation_mode, write_text_atomically
+from slim import SlimError, evaluation_mode, write_text_atomically
 
 from .batch import Batch, network_input
-from .errors import EngineError
 
 CocoDict = dict[str, Any]
 
@@ -83,7 +82,7 @@ def evaluate(
     [n, 6] of x1, y1, x2, y2 (pixels of the network's input), score, class. `ground_truth` is a COCO dict
     whose categories are in the order of `names`. FP32, so that figures do not depend on the device.
 
-    Raises EngineError when the ground truth is empty or the loader does not give each of its images once.
+    Raises SlimError when the ground truth is empty or the loader does not give each of its images once.
     """
     _check_ground_truth(ground_truth, names)
     device = torch.device(device)
@@ -103,7 +102,7 @@ def evaluate(
                 detections += _coco_results(int(image_id), found, category_ids)
     expected = sorted(image["id"] for image in ground_truth["images"])
     if sorted(seen) != expected:
-        raise EngineError(
+        raise SlimError(
             f"evaluation: the loader gave {len(seen)} images ({len(set(seen))} different), the ground truth has "
             f"{len(expected)}; use a loader that gives each image once (drop_last=False, same split)"
         )
@@ -157,11 +156,9 @@ def _coco_results(image_id: int, found: Tensor, category_ids: Sequence[int]) -> 
 def _check_ground_truth(ground_truth: CocoDict, names: Sequence[str]) -> None:
     found = len(ground_truth["categories"])
     if found != len(names):
-        raise EngineError(
-            f"evaluation: the ground truth has {found} classes, expected {len(names)}: {', '.join(names)}"
-        )
+        raise SlimError(f"evaluation: the ground truth has {found} classes, expected {len(names)}: {', '.join(names)}")
     if not _counted(ground_truth):
-        raise EngineError(
+        raise SlimError(
             f"evaluation: no labelled box in {len(ground_truth['images'])} images, so there is no AP; "
             "check the split's label files"
         )

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .errors import EngineError
+from slim import SlimError
+
 from .optimiser import NORMS
 
 
@@ -34,7 +35,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> Frozen:
 
     Their parameters get no gradient and no optimiser, so that neither weights nor gates move, and `fit` keeps their
     norms in evaluation mode. A gate vector that a frozen module shares with others is frozen for all of them.
-    ``model.1.*`` matches everything in ``model.1``, which ``model.1`` alone takes too. Raises EngineError for a pattern
+    ``model.1.*`` matches everything in ``model.1``, which ``model.1`` alone takes too. Raises SlimError for a pattern
     without a match and when nothing is left to train.
     """
     paths = [path for path, _ in model.named_modules() if path]
@@ -43,13 +44,13 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> Frozen:
         matched = [path for path in paths if fnmatchcase(path, pattern)]
         if not matched:
             near = get_close_matches(pattern.strip("*."), paths, cutoff=0.4) or paths[:5]
-            raise EngineError(f"freeze: no module is named {pattern!r}; near names: {', '.join(near)}")
+            raise SlimError(f"freeze: no module is named {pattern!r}; near names: {', '.join(near)}")
         chosen += matched
     for path in chosen:
         model.get_submodule(path).requires_grad_(False)
     parameters = list(model.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
-        raise EngineError(f"freeze: {' '.join(patterns)} leaves nothing to train; leave out a layer, such as the head")
+        raise SlimError(f"freeze: {' '.join(patterns)} leaves nothing to train; leave out a layer, such as the head")
     outermost = [path for path in dict.fromkeys(chosen) if not any(path.startswith(f"{other}.") for other in chosen)]
     return Frozen(
         modules=tuple(outermost),

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from slim import Gate
-
-from .errors import EngineError
+from slim import Gate, SlimError
 
 MAX_WARMUP_SHARE = 0.1  # of all steps: a short run on a small data set must not spend itself warming up
 
@@ -54,18 +52,18 @@ class OptimConfig:
         allowed: dict[str, tuple[str, ...]] = {"optimizer": ("sgd", "adamw"), "schedule": ("linear", "cosine")}
         for field, names in allowed.items():
             if getattr(self, field) not in names:
-                raise EngineError(f"{field}={getattr(self, field)!r}: expected one of {', '.join(names)}")
+                raise SlimError(f"{field}={getattr(self, field)!r}: expected one of {', '.join(names)}")
         for field in ("lr", "clip_norm", "ema_warmup_steps"):
             if not getattr(self, field) > 0:
-                raise EngineError(f"{field}={getattr(self, field)}: expected a number above 0")
+                raise SlimError(f"{field}={getattr(self, field)}: expected a number above 0")
         for field in ("weight_decay", "warmup_epochs"):
             if not getattr(self, field) >= 0:
-                raise EngineError(f"{field}={getattr(self, field)}: expected a number of at least 0")
+                raise SlimError(f"{field}={getattr(self, field)}: expected a number of at least 0")
         for field in ("momentum", "ema_decay"):
             if not 0 <= getattr(self, field) < 1:
-                raise EngineError(f"{field}={getattr(self, field)}: expected at least 0 and below 1")
+                raise SlimError(f"{field}={getattr(self, field)}: expected at least 0 and below 1")
         if not 0 <= self.final_lr_ratio <= 1:
-            raise EngineError(f"final_lr_ratio={self.final_lr_ratio}: expected 0 to 1")
+            raise SlimError(f"final_lr_ratio={self.final_lr_ratio}: expected 0 to 1")
 
 
 def gate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -92,7 +90,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             is_weight = parameter.ndim > 1 and id(parameter) not in never_decayed
             (decayed if is_weight else plain).append(parameter)
     if not decayed and not plain:
-        raise EngineError("the model has no parameter that requires a gradient: nothing can be trained")
+        raise SlimError("the model has no parameter that requires a gradient: nothing can be trained")
     groups = [
         {"name": "decayed", "params": decayed, "weight_decay": config.weight_decay},
         {"name": "plain", "params": plain, "weight_decay": 0.0},

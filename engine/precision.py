@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from .errors import EngineError
+from slim import SlimError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -15,14 +15,14 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """What autocast multiplies in; float32 means none.
 
     "auto" is float16 on a GPU (Micikevicius et al., "Mixed Precision Training", 2018), bfloat16 on a CPU with
-    instructions for it (Kalamkar et al., arXiv:1905.12322), and float32 elsewhere. EngineError for float16 on a CPU.
+    instructions for it (Kalamkar et al., arXiv:1905.12322), and float32 elsewhere. SlimError for float16 on a CPU.
     """
     if precision == "auto":
         if device.type == "cuda":
             return torch.float16
         return torch.bfloat16 if device.type == "cpu" and multiplies_bfloat16() else torch.float32
     if precision == "float16" and device.type == "cpu":
-        raise EngineError("precision float16 on a CPU: expected auto, float32 or bfloat16, float16 needs a GPU")
+        raise SlimError("precision float16 on a CPU: expected auto, float32 or bfloat16, float16 needs a GPU")
     dtype: torch.dtype = getattr(torch, precision)
     return dtype
 

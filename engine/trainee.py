@@ -8,9 +8,10 @@ from typing import get_args
 import torch
 from torch import nn
 
+from slim import SlimError
+
 from .checkpoint import Trainee
 from .distributed import World
-from .errors import EngineError
 from .optimiser import OptimConfig, WeightAverage, build_optimizer, build_scheduler
 from .precision import Precision, compute_dtype
 from .sparsity import Sparsity
@@ -45,9 +46,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("eval_every", 1), ("patience", 0)):
             if getattr(self, name) < least:
-                raise EngineError(f"{name}={getattr(self, name)}: expected at least {least}")
+                raise SlimError(f"{name}={getattr(self, name)}: expected at least {least}")
         if self.precision not in get_args(Precision):
-            raise EngineError(f"precision={self.precision!r}: expected one of {', '.join(get_args(Precision))}")
+            raise SlimError(f"precision={self.precision!r}: expected one of {', '.join(get_args(Precision))}")
 
 
 def build_trainee(

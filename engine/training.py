@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from slim import SmallestHalfL1
+from slim import SlimError, SmallestHalfL1
+from tracking.run_folder import RunFolder
 
 from .batch_norm import synchronised_norms
 from .checkpoint import (
@@ -28,10 +29,8 @@ from .checkpoint import (
 )
 from .distributed import World
 from .epoch import Epoch, Loader, LossFunction, train_one_epoch
-from .errors import EngineError
 from .evaluation import Evaluation
 from .interruption import Interruption
-from .run_folder import RunFolder
 from .sparsity import Sparsity
 from .trainee import TrainConfig, build_trainee
 
@@ -90,13 +89,13 @@ def fit(
     Interrupted on any rank, all stop after the same step.
 
     The first Ctrl-C or SIGTERM finishes the step, saves weights/last.pt there, in the middle of the epoch, and raises
-    KeyboardInterrupt; a second one leaves at once. Raises EngineError when a loss or gradient is not finite, before the
+    KeyboardInterrupt; a second one leaves at once. Raises SlimError when a loss or gradient is not finite, before the
     step that it would have spoiled, and when memory runs out; weights/last.pt then holds the last finished epoch.
     """
     started = time.perf_counter()
     device, world = torch.device(device), world or World()
     if len(train_loader) == 0:
-        raise EngineError("the training loader has no batch: check the data set's train split and --batch-size")
+        raise SlimError("the training loader has no batch: check the data set's train split and --batch-size")
     seed_generators(config.seed + world.rank)
     trainee = build_trainee(model, config, len(train_loader), device, sparsity, world)
     progress = Progress()
@@ -247,6 +246,6 @@ def _save(save: SaveFunction, path: Path, model: nn.Module, state: dict[str, Any
         save(path, model, state)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise EngineError(
+        raise SlimError(
             f"{path}: cannot be written ({reason}); the file of the epoch before is kept; free disk space and resume"
         ) from error

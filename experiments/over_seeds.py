@@ -16,9 +16,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import slim
-from engine import EngineError
-from engine.command import flag, further_flags, run_script
+from detection.command import flag, further_flags, run_script
 from experiments.slimming import ROWS, SlimmingFlags, compare
+from slim import SlimError
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def table(spreads: list[Spread], seeds: list[int]) -> str:
 def repeat(flags: SeedsFlags) -> list[Spread]:
     """A comparison a seed, then every row over the seeds."""
     if not flags.seeds:
-        raise EngineError("--seeds: none given; name one or more whole numbers")
+        raise SlimError("--seeds: none given; name one or more whole numbers")
     given = further_flags(SlimmingFlags, flags.comparison)
     common = replace(SlimmingFlags(), **given, project=flags.project, resume=True)
     found = []

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 import slim
-from engine import COMPARISON_FILE, EngineError, RunFolder, write_report
-from engine.command import RunFlags, as_arguments, flag, run_script
+from detection.command import RunFlags, as_arguments, flag, run_script
+from slim import SlimError
+from tracking import COMPARISON_FILE, RunFolder, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 # From scratch on small images the default gains, made for COCO at 640 pixels, train boxes and classes too little.
@@ -135,7 +136,7 @@ class Branch:
         threads = {} if self.flags.in_turn else {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // 2))}
         code = execute([sys.executable, *command], {**threads, **os.environ}, self.log, self.stop)
         if code:
-            raise EngineError(f"{name}.py ended with exit code {code}; its message {self.last_words()}")
+            raise SlimError(f"{name}.py ended with exit code {code}; its message {self.last_words()}")
         return made
 
     def last_words(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from models.errors import ModelError
+from .errors import ModelError
 
 ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
     "silu": nn.SiLU,

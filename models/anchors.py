@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.errors import ModelError
+from .errors import ModelError
 
 LOWEST_RECALL = 0.98
 """Anchors that can recall fewer of the boxes are worth refitting (YOLOv5's bound)."""

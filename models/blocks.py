@@ -15,7 +15,7 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
-from models.activations import DEFAULT_ACTIVATION, make_activation
+from .activations import DEFAULT_ACTIVATION, make_activation
 
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.03

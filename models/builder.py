@@ -11,24 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from models.activations import DEFAULT_ACTIVATION, make_activation
-from models.blocks import (
-    C3,
-    SPP,
-    SPPF,
-    Bottleneck,
-    BottleneckCSP,
-    Concat,
-    Conv,
-    DWConv,
-    Focus,
-    batch_norm,
-)
-from models.description import LayerSpec, check_description, layer_specs
-from models.detect import Detect
-from models.errors import ModelError
-from models.ghost import C3Ghost, GhostBottleneck, GhostConv
-from models.yolo import YOLO
+from .activations import DEFAULT_ACTIVATION, make_activation
+from .blocks import C3, SPP, SPPF, Bottleneck, BottleneckCSP, Concat, Conv, DWConv, Focus, batch_norm
+from .description import LayerSpec, check_description, layer_specs
+from .detect import Detect
+from .errors import ModelError
+from .ghost import C3Ghost, GhostBottleneck, GhostConv
+from .yolo import YOLO
 
 # Blocks whose first argument is a width, scaled by width_multiple, and whose constructor starts (in, out, ...).
 WIDE_BLOCKS: dict[str, Callable[..., nn.Module]] = {

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from models.errors import ModelError
-from models.restricted_pickle import StoredTensor, Stub, read_checkpoint
+from .errors import ModelError
+from .restricted_pickle import StoredTensor, Stub, read_checkpoint
 
 # Derived from anchors and strides; early releases saved it.
 _DERIVED = ("anchor_grid",)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from models.errors import ModelError
+from .errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.errors import ModelError
+from .errors import ModelError
 
 _logger = logging.getLogger(__name__)
 

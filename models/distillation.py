@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.detect import Detect
-from models.errors import ModelError
-from models.loss import DetectionLoss, cell_boxes_xyxy, complete_iou, level_balance
+from .detect import Detect
+from .errors import ModelError
+from .loss import DetectionLoss, cell_boxes_xyxy, complete_iou, level_balance
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""The one error of this package that a user can cause."""
+"""The error of this package that a user can cause."""
 
-from __future__ import annotations
+from slim import SlimError
 
 
-class ModelError(ValueError):
+class ModelError(SlimError):
     """A model description, a checkpoint or an input that cannot be used: what, where, and what to do."""

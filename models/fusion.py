@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from models.blocks import Conv
-from models.yolo import YOLO
+from .blocks import Conv
+from .yolo import YOLO
 
 
 def fuse_norms(model: YOLO) -> YOLO:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.blocks import C3, DEFAULT_ACTIVATION, Conv, DWConv
+from .activations import DEFAULT_ACTIVATION
+from .blocks import C3, Conv, DWConv
 
 
 class GhostConv(nn.Module):

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import complete_box_iou_loss
+from torchvision.ops import box_convert, complete_box_iou_loss
 
-from boxes import cxcywh_to_xyxy
-from models.detect import Detect
-from models.errors import ModelError
+from .detect import Detect
+from .errors import ModelError
 
 # Weight of each level's objectness: fine maps have many more cells, most of them empty.
 _BALANCE_OF_THREE = (4.0, 1.0, 0.4)
@@ -147,7 +146,7 @@ class DetectionLoss:
         if len(matches.image):
             predicted = raw[matches.image, matches.anchor, matches.row, matches.column]
             boxes_xyxy = cell_boxes_xyxy(predicted[:, :4], matches.anchors)
-            iou = complete_iou(boxes_xyxy, cxcywh_to_xyxy(matches.boxes_cxcywh))
+            iou = complete_iou(boxes_xyxy, box_convert(matches.boxes_cxcywh, "cxcywh", "xyxy"))
             box = (1 - iou).mean()
             _write_last(wanted, matches, iou.detach().clamp(min=0))
             num_classes = predicted.shape[1] - 5
@@ -195,7 +194,7 @@ def cell_boxes_xyxy(logits: Tensor, anchors: Tensor) -> Tensor:
     """Raw box outputs [K, 4] and anchors [K, 2] -> [K, 4] in grid units, relative to the cell's upper left corner."""
     p = logits.sigmoid()
     sizes = ((p[:, 2:] * 2) ** 2 * anchors).clamp(min=_MIN_SIDE)
-    return cxcywh_to_xyxy(torch.cat((p[:, :2] * 2 - 0.5, sizes), 1))
+    return box_convert(torch.cat((p[:, :2] * 2 - 0.5, sizes), 1), "cxcywh", "xyxy")
 
 
 def complete_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import batched_nms, box_convert, nms
 
-from boxes import cxcywh_to_xyxy
-from models.errors import ModelError
+from .errors import ModelError
 
 _MAX_CANDIDATES = 30000
 
@@ -66,4 +65,4 @@ def _candidates(
     if len(scores) > _MAX_CANDIDATES:
         scores, best = scores.topk(_MAX_CANDIDATES)
         rows, labels = rows[best], labels[best]
-    return cxcywh_to_xyxy(predictions[rows, :4]), scores, labels
+    return box_convert(predictions[rows, :4], "cxcywh", "xyxy"), scores, labels

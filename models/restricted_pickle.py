@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import ModelError
+from .errors import ModelError
 
 # Modules whose classes become stubs; by convention a class starts with a capital, a function does not.
 _STUB_PREFIXES = ("models.", "utils.", "ultralytics.", "torch.nn.modules.", "torch.nn.parallel.")

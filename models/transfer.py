@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.builder import build_model
-from models.errors import ModelError
-from models.yolo import YOLO
+from .builder import build_model
+from .errors import ModelError
+from .yolo import YOLO
 
 
 @dataclass(frozen=True)

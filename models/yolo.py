@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.detect import Detect
+from .detect import Detect
 
 
 class YOLO(nn.Module):

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slim import write_text_atomically
+from slim import SlimError, write_text_atomically
 
-from .errors import EngineError
 from .run_folder import plain
 
 RESULT = "phase.json"
@@ -31,7 +30,7 @@ class Journal:
     def __init__(self, folder: Path, opening: Mapping[str, Any]) -> None:
         """Open the journal of `folder`, or begin it; `opening` says what the run is and must not change.
 
-        Raises EngineError when the folder holds the journal of another run.
+        Raises SlimError when the folder holds the journal of another run.
         """
         self.folder = folder
         self.opening = plain(opening)
@@ -41,7 +40,7 @@ class Journal:
             write_text_atomically(file, json.dumps(self.opening, indent=2) + "\n")
         elif known != self.opening:
             changed = sorted(key for key in {*known, *self.opening} if known.get(key) != self.opening.get(key))
-            raise EngineError(
+            raise SlimError(
                 f"{folder}: begun with other settings or data ({described_changes(changed, known, self.opening)}); "
                 "restore them to continue, or choose another --name"
             )
@@ -85,15 +84,15 @@ def emptied(folder: Path) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A journal's file; EngineError with the remedy when it is missing or damaged."""
+    """A journal's file; SlimError with the remedy when it is missing or damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EngineError(
+        raise SlimError(
             f"{file}: cannot be read as JSON ({type(error).__name__}); remove the folder {file.parent} to run it again"
         ) from error
     if not isinstance(content, dict):
-        raise EngineError(
+        raise SlimError(
             f"{file}: found {type(content).__name__}, expected an object; remove {file.parent} to run it again"
         )
     return content

@@ -16,9 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from slim import CLOSED, write_atomically
+from slim import CLOSED, SlimError, write_atomically
 
-from .errors import EngineError
 from .run_folder import RunFolder
 
 _INCHES_PER_BAR = 0.18
@@ -28,7 +27,7 @@ def plot_results(run: RunFolder, path: str | Path | None = None) -> Path:
     """Losses, APs, learning rate and share of closed gates against the epoch, from results.csv."""
     rows = run.read_rows()
     if not rows:
-        raise EngineError(f"{run.results_file}: no finished epoch, nothing to plot")
+        raise SlimError(f"{run.results_file}: no finished epoch, nothing to plot")
     panels: dict[str, list[str]] = {}
     for column in rows[0]:
         if column not in ("epoch", "seconds"):
@@ -74,7 +73,7 @@ def plot_labels(ground_truth: Mapping[str, Any], names: Sequence[str], path: str
 def plot_gates(gates: Mapping[str, Tensor], path: str | Path, threshold: float = CLOSED) -> Path:
     """Histogram of |gate| over all groups, with the threshold below which a gate counts as closed."""
     if not gates:
-        raise EngineError("no gates to plot: the model has none (were they folded already?)")
+        raise SlimError("no gates to plot: the model has none (were they folded already?)")
     values = torch.cat([gate.detach().flatten().abs().float().cpu() for gate in gates.values()])
     closed = int((values < threshold).sum())
 

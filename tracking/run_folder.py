@@ -15,10 +15,9 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from slim import write_text_atomically
+from slim import SlimError, write_text_atomically
 from slim.atomic import WRITING
 
-from .errors import EngineError
 from .hparams import log_hparams
 
 if TYPE_CHECKING:
@@ -48,13 +47,13 @@ class RunFolder:
                 path.mkdir(parents=True, exist_ok=exist_ok)
             except FileExistsError as error:
                 if exist_ok or any(parent.is_file() for parent in path.parents):
-                    raise EngineError(
+                    raise SlimError(
                         f"{path}: a file is in the way of a run folder; choose another --project"
                     ) from error
                 number += 1
                 continue
             except OSError as error:
-                raise EngineError(
+                raise SlimError(
                     f"{path}: cannot be made ({error.strerror}); choose another --project or --name"
                 ) from error
             run = cls(path)
@@ -65,21 +64,21 @@ class RunFolder:
     def open(cls, path: str | Path) -> RunFolder:
         """An existing run, to resume or to read."""
         if not Path(path).is_dir():
-            raise EngineError(f"{path}: no such run folder; name one that holds config.yaml and weights/last.pt")
+            raise SlimError(f"{path}: no such run folder; name one that holds config.yaml and weights/last.pt")
         return cls(path)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes out of this run; EngineError when one is in it. A process that dies lets go."""
+        """Keep other processes out of this run; SlimError when one is in it. A process that dies lets go."""
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
-            raise EngineError(
+            raise SlimError(
                 f"{self.path}: in use by another process; wait for it to end, or choose another --name"
             ) from error
         except OSError as error:
-            raise EngineError(f"{self.path}: cannot be locked ({error.strerror}); choose another --project") from error
+            raise SlimError(f"{self.path}: cannot be locked ({error.strerror}); choose another --project") from error
         try:
             for left_behind in self.path.rglob(f".*.{WRITING}*"):
                 left_behind.unlink(missing_ok=True)
@@ -118,7 +117,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         if not self.config_file.is_file():
-            raise EngineError(f"{self.config_file}: no such file; this run cannot be resumed, start a new one")
+            raise SlimError(f"{self.config_file}: no such file; this run cannot be resumed, start a new one")
         config: dict[str, Any] = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         return config
 
@@ -147,7 +146,7 @@ class RunFolder:
     def append_row(self, row: Mapping[str, Any]) -> None:
         """Add an epoch's row (it needs "epoch"); new columns are added at the right, None is left empty."""
         if "epoch" not in row:
-            raise EngineError(f"{self.results_file}: a row without 'epoch', found {', '.join(row)}")
+            raise SlimError(f"{self.results_file}: a row without 'epoch', found {', '.join(row)}")
         self._write_rows([*self.read_rows(), {key: "" if value is None else value for key, value in row.items()}])
 
     def drop_rows_from(self, epoch: int) -> None:
@@ -163,16 +162,16 @@ class RunFolder:
     def write_metrics(self, metrics: Mapping[str, Any], *, after_cut: bool = False) -> None:
         """metrics.json, and the run's row in TensorBoard's HPARAMS tab where it has a configuration.
 
-        Raises EngineError when a promised key is missing or a number is not finite.
+        Raises SlimError when a promised key is missing or a number is not finite.
         """
         required = METRIC_KEYS + (CUT_METRIC_KEYS if after_cut else ())
         missing = [key for key in required if key not in metrics]
         if missing:
-            raise EngineError(f"{self.metrics_file}: missing {', '.join(missing)}; expected {', '.join(required)}")
+            raise SlimError(f"{self.metrics_file}: missing {', '.join(missing)}; expected {', '.join(required)}")
         try:
             text = json.dumps(plain(metrics), indent=2, allow_nan=False)
         except ValueError as error:
-            raise EngineError(f"{self.metrics_file}: a metric is not finite: {dict(metrics)}") from error
+            raise SlimError(f"{self.metrics_file}: a metric is not finite: {dict(metrics)}") from error
         write_text_atomically(self.metrics_file, text + "\n")
         if self.config_file.is_file():
             log_hparams(self.writer, self.read_config(), json.loads(text))

@@ -14,17 +14,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 import slim
-from boxes import Letterbox
 from data import DataError
 from data.images import Canvas
-from data.media_pictures import ImagePicture, Picture, VideoPicture, planes_of, read_pictures
-from data.media_sources import Source, find_sources
-from data.media_writer import VideoWriter, write_image
+from data.letterbox import Letterbox
 from deploy import SUFFIXES, Precision, threads_of, torch_threads
 from deploy.open_file import Engine
-from detector import Detector, open_detector
-from engine import DetectionFiles, EngineError, Painter, RunFolder, StageTimes, Work, run_overlapped
-from engine.command import RunFlags, choose_device, flag, run_script
+from slim import SlimError
+from tracking import Painter, RunFolder
+
+from ..command import RunFlags, choose_device, flag
+from ..detector import Detector, open_detector
+from .detection_files import DetectionFiles
+from .pictures import ImagePicture, Picture, VideoPicture, planes_of, read_pictures
+from .pipeline import StageTimes, Work, run_overlapped
+from .sources import Source, find_sources
+from .writer import VideoWriter, write_image
 
 _SIDE_PX = 640
 _MOST_AT_ONCE = 4
@@ -69,18 +73,18 @@ class DetectFlags(RunFlags):
     hide_conf: bool = flag(False, "draw no scores")
 
     def check(self) -> None:
-        """EngineError for what no network could do."""
+        """SlimError for what no network could do."""
         if not (0 <= self.conf <= 1 and 0 <= self.iou <= 1 and self.max_det > 0):
-            raise EngineError(
+            raise SlimError(
                 f"--conf {self.conf:g}, --iou {self.iou:g}, --max-det {self.max_det}: expected 0 to 1, 0 to 1 and above 0"
             )
         if self.vid_stride < 1 or self.line_thickness < 0 or self.at_once < 0 or self.num_cores < 0:
-            raise EngineError(
+            raise SlimError(
                 f"--vid-stride {self.vid_stride}, --line-thickness {self.line_thickness}, --at-once {self.at_once}, "
                 f"--num-cores {self.num_cores}: expected at least 1, 0, 0 and 0"
             )
         if self.save_conf and not self.save_txt:
-            raise EngineError("--save-conf: the scores stand in the text files; add --save-txt")
+            raise SlimError("--save-conf: the scores stand in the text files; add --save-txt")
 
     def wanted(self, names: list[str], weights: str) -> list[int] | None:
         """The numbers of --classes."""
@@ -88,7 +92,7 @@ class DetectFlags(RunFlags):
         for word in self.classes:
             number = names.index(str(word)) if str(word) in names else int(word) if str(word).isdecimal() else -1
             if not 0 <= number < len(names):
-                raise EngineError(
+                raise SlimError(
                     f"--classes {word}: {weights} knows {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}; expected one "
                     f"of these names or 0 to {len(names) - 1}"
                 )
@@ -98,7 +102,7 @@ class DetectFlags(RunFlags):
     def canvas(self, detector: Detector) -> Canvas:
         """What pictures are scaled to."""
         if len(self.img) > 2:
-            raise EngineError(f"--img {' '.join(map(str, self.img))}: expected one side, or height and width")
+            raise SlimError(f"--img {' '.join(map(str, self.img))}: expected one side, or height and width")
         fixed = detector.sides_px
         sides = (self.img[0], self.img[-1]) if self.img else fixed or (_SIDE_PX, _SIDE_PX)
         detector.check_sides(sides)
@@ -311,12 +315,3 @@ def report(folder: Path, detection: Detection, timing: StageTimes) -> None:
 
 def main(flags: DetectFlags) -> None:
     detect(flags)
-
-
-def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_script(DetectFlags, main, __doc__ or "", argv)
-
-
-if __name__ == "__main__":
-    sys.exit(cli())

@@ -20,11 +20,11 @@ from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 from torch import Tensor
 
-from boxes import Letterbox
+from data.errors import DataError
+from data.images import FILL, Canvas, read_image
+from data.letterbox import Letterbox
 
-from .errors import DataError
-from .images import FILL, Canvas, read_image
-from .media_sources import Source
+from .sources import Source
 
 Plane = NDArray[np.uint8]
 OPEN_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 10.0

@@ -11,8 +11,8 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import Any
 
-from .errors import EngineError
-from .interruption import Interruption
+from engine.interruption import Interruption
+from slim import SlimError
 
 STAGES = ("read", "pre-process", "inference", "post-process", "write")
 _LOOK_S = 0.1
@@ -90,7 +90,7 @@ def run_overlapped(
     """
     at_once = timing.at_once
     if at_once < 1 or burst < 1:
-        raise EngineError(f"{at_once} at once, bursts of {burst}: expected at least 1")
+        raise SlimError(f"{at_once} at once, bursts of {burst}: expected at least 1")
     with Interruption() as interruption, ThreadPoolExecutor(at_once, "inference") as pool:
         line = _Line(work, pool, timing, burst)
         started, switch_s = perf_counter(), sys.getswitchinterval()

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from .errors import DataError
-from .images import IMAGE_SUFFIXES
+from data.errors import DataError
+from data.images import IMAGE_SUFFIXES
 
 _KINDS = "3gp asf avi flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv y4m"
 VIDEO_SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split())

@@ -11,8 +11,9 @@ import av
 from PIL import Image
 from torch import Tensor
 
-from .errors import DataError
-from .media_pictures import VideoInfo, drawable_format
+from data.errors import DataError
+
+from .pictures import VideoInfo, drawable_format
 
 _CODECS = (
     ("libx264", {"preset": "ultrafast", "qp": "22"}),

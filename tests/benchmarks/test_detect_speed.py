@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.detect_speed import SpeedFlags, files_of, measure
-from detection import save_network, start_network
-from engine import EngineError
+from detection.network import save_network, start_network
+from slim import SlimError
 from tests.scripts.runs import NAMES, ROOT
 
 
@@ -28,5 +28,5 @@ def test_a_row_an_engine(tmp_path: Path) -> None:
 
 def test_engines_that_run_a_file(tmp_path: Path) -> None:
     assert set(files_of(SpeedFlags(weights="a.onnx"), tmp_path)) == {"onnxruntime", "openvino"}
-    with pytest.raises(EngineError, match="expected a height and a width"):
+    with pytest.raises(SlimError, match="expected a height and a width"):
         measure(SpeedFlags(img=[64]))

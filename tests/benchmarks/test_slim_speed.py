@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks import slim_speed
 from benchmarks.slim_speed import KEEP, TOLERANCE, Network, Row, Trial
-from engine import EngineError
+from slim import SlimError
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_missing_torch_pruning_is_one_line(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_unknown_network_is_named() -> None:
-    with pytest.raises(EngineError, match="--models yolov9: neither a YAML"):
+    with pytest.raises(SlimError, match="--models yolov9: neither a YAML"):
         slim_speed.build("yolov9", img=64, seed=0)
 
 
@@ -163,5 +163,5 @@ def test_false_position_starts_at_the_rule_and_ends_near_the_target() -> None:
     assert tries == len(ratios) > 1
     assert ratios[0] == pytest.approx(1 - KEEP**0.5)
     assert (1 - ratios[-1]) ** 1.6 == pytest.approx(KEEP, abs=TOLERANCE)
-    with pytest.raises(EngineError, match=r"0\.9000 of the MACs left after 20 prunings"):
+    with pytest.raises(SlimError, match=r"0\.9000 of the MACs left after 20 prunings"):
         slim_speed.false_position(lambda _: 0.9)

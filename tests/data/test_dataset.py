@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import box_convert
 
 import data.dataset
-from boxes import Letterbox, cxcywh_to_xyxy
 from data import Augment, DataConfig, DataError, DetectionDataset, load_data_config
 from data.dataset import Cache
+from data.letterbox import Letterbox
 from data.sampling import Draw
 from tests.data.scenes import BCCD, ROOT, label_line, rectangle, visible_box, write_rectangles, write_set
 
@@ -43,7 +44,7 @@ def test_targets_fit_the_pixels(rectangles: DataConfig, augment: Augment | None,
                 assert row[0] == sample.image_id % 4
                 box = visible_box(sample.image, int(row[0]))
                 assert box is not None
-                assert np.abs(cxcywh_to_xyxy(row[1:]).numpy() * SIZE - box).max() <= 1.5
+                assert np.abs(box_convert(row[1:], "cxcywh", "xyxy").numpy() * SIZE - box).max() <= 1.5
                 seen_targets += 1
     assert seen_targets >= (30 if augment else 6)
 
@@ -102,7 +103,7 @@ def test_targets_fit_the_pixels_at_any_size(rectangles: DataConfig) -> None:
                 for row in sample.targets:
                     box = visible_box(sample.image, int(row[0]))
                     assert box is not None
-                    assert np.abs(cxcywh_to_xyxy(row[1:]).numpy() * size_px - box).max() <= 1.5
+                    assert np.abs(box_convert(row[1:], "cxcywh", "xyxy").numpy() * size_px - box).max() <= 1.5
                     seen_targets += 1
     assert seen_targets >= 30
 
@@ -114,7 +115,7 @@ def test_a_rectangular_sample_maps_back_exactly(rectangles: DataConfig) -> None:
         square = dataset[index]
         sample = dataset[Draw(index, (96, 80))]
         assert sample.image.shape == (3, 96, 80) and sample.letterbox is not None and square.letterbox is not None
-        boxes = cxcywh_to_xyxy(sample.targets[:, 1:]) * torch.tensor([80.0, 96, 80, 96])
+        boxes = box_convert(sample.targets[:, 1:], "cxcywh", "xyxy") * torch.tensor([80.0, 96, 80, 96])
         x, y, w, h = truth[index]["bbox"]
         torch.testing.assert_close(
             sample.letterbox.to_original(boxes)[0], torch.tensor([x, y, x + w, y + h]), atol=1e-3, rtol=0

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from boxes import Letterbox
 from data import DataError
 from data.images import FILL, letterbox, letterbox_of, read_image, read_size, resize
+from data.letterbox import Letterbox
 from tests.data.scenes import rectangle, visible_box
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import box_convert
 
-from boxes import Letterbox, cxcywh_to_xyxy
 from data import (
     Augment,
     Batch,
@@ -27,6 +27,7 @@ from data import (
 )
 from data.dataset import Cache
 from data.images import read_image, resize
+from data.letterbox import Letterbox
 from data.loading import EpochBatches
 from tests.data.scenes import ROOT, label_line, rectangle, write_rectangles, write_set
 
@@ -204,7 +205,7 @@ def test_rectangular_batches_by_hand(tmp_path: Path) -> None:
         for row in batch.targets:
             letterbox = batch.letterboxes[int(row[0])]
             assert letterbox is not None
-            box = cxcywh_to_xyxy(row[2:]) * torch.tensor([width, height, width, height])
+            box = box_convert(row[2:], "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
             torch.testing.assert_close(
                 letterbox.to_original(box[None])[0], torch.tensor([2.0, 2, 18, 18]), atol=1e-3, rtol=0
             )
@@ -224,7 +225,7 @@ def test_a_canvas_for_all_images(tmp_path: Path, cache: Cache) -> None:
     assert (batch.images[1, :, :, :20] == 114).all()
     for row, letterbox in zip(batch.targets, batch.letterboxes, strict=True):
         assert letterbox is not None
-        box = cxcywh_to_xyxy(row[2:]) * torch.tensor([64, 32, 64, 32])
+        box = box_convert(row[2:], "cxcywh", "xyxy") * torch.tensor([64, 32, 64, 32])
         torch.testing.assert_close(
             letterbox.to_original(box[None])[0], torch.tensor([2.0, 2, 18, 18]), atol=1e-3, rtol=0
         )

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import slim
 from deploy import (
-    DeployError,
     OnnxNetwork,
     WithNms,
     export_onnx,
@@ -26,6 +25,7 @@ from deploy import (
     prove_same_detections,
 )
 from models import non_max_suppression
+from slim import SlimError
 from tests.slim.networks import Shifted
 
 META = {"names": "{0: 'cell'}", "stride": "2"}
@@ -140,16 +140,16 @@ def test_several_threads_may_call_a_network_at_once(fixed: Path, name: str, engi
 
 @pytest.mark.parametrize("name", ["net.onnx", "net.xml", "net.torchscript"])
 def test_an_image_of_another_size_is_refused_in_one_line(fixed: Path, name: str) -> None:
-    with pytest.raises(DeployError, match=rf"{name}: images of 3 x 8 x 8 were given, expected 3 x 8 x 12; choose"):
+    with pytest.raises(SlimError, match=rf"{name}: images of 3 x 8 x 8 were given, expected 3 x 8 x 12; choose"):
         open_exported(fixed / name)(torch.rand(1, 3, 8, 8))
 
 
 def test_an_engine_that_does_not_run_a_file_is_named(fixed: Path, tmp_path: Path) -> None:
-    with pytest.raises(DeployError, match=r"net.xml: --engine onnxruntime does not run .xml files; use openvino"):
+    with pytest.raises(SlimError, match=r"net.xml: --engine onnxruntime does not run .xml files; use openvino"):
         open_exported(fixed / "net.xml", "onnxruntime")
-    with pytest.raises(DeployError, match="bfloat16: onnxruntime computes exported networks in float32"):
+    with pytest.raises(SlimError, match="bfloat16: onnxruntime computes exported networks in float32"):
         open_exported(fixed / "net.onnx", precision="bfloat16")
-    with pytest.raises(DeployError, match=r"net.caffe: not an exported network; expected one of .onnx, .xml"):
+    with pytest.raises(SlimError, match=r"net.caffe: not an exported network; expected one of .onnx, .xml"):
         open_exported(tmp_path / "net.caffe")
 
 
@@ -201,9 +201,7 @@ def test_detections_that_are_no_suppression_are_no_proof() -> None:
     wrong[0, 2, 5] = 0
     too_many[0, 3] = torch.tensor([0.0, 0, 5, 5, 0.8, 1])
     for output in (moved, missing, doubled, wrong, too_many, torch.zeros(1, 6, 6)):
-        with pytest.raises(
-            DeployError, match=r"detections differ from torch's by .*, expected at most 0.0001; nothing"
-        ):
+        with pytest.raises(SlimError, match=r"detections differ from torch's by .*, expected at most 0.0001; nothing"):
             prove_same_detections(network, Given(output), nothing)
 
 
@@ -239,7 +237,7 @@ def test_a_file_that_differs_from_torch_does_not_appear(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(onnx_file, "_converted", wrong)
     (tmp_path / "net.onnx").write_text("the one before")
-    with pytest.raises(DeployError, match=r"differs from torch by .* nothing was written"):
+    with pytest.raises(SlimError, match=r"differs from torch by .* nothing was written"):
         export_onnx(gated_network(), tmp_path / "net.onnx", torch.rand(1, 3, 8, 8))
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
     assert (tmp_path / "net.onnx").read_text() == "the one before"
@@ -248,7 +246,7 @@ def test_a_file_that_differs_from_torch_does_not_appear(tmp_path: Path, monkeypa
 def test_a_network_that_magnifies_rounding_is_not_refused_for_it() -> None:
     images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert 1e-4 < prove_equal(Shifted(1e5), nn.Identity(), images) < 1e-2
-    with pytest.raises(DeployError, match="differs from torch by"):
+    with pytest.raises(SlimError, match="differs from torch by"):
         prove_equal(Shifted(0.0), Given(1.001 * images), images)
 
 
@@ -256,23 +254,23 @@ def test_a_network_that_magnifies_rounding_is_not_refused_for_it() -> None:
     ("name", "kind"), [("net.onnx", "ONNX"), ("net.xml", "OpenVINO"), ("net.torchscript", "TorchScript")]
 )
 def test_what_is_no_exported_file_is_named(name: str, kind: str, fixed: Path, tmp_path: Path) -> None:
-    with pytest.raises(DeployError, match=rf"{name}: no such file; expected an? {kind}"):
+    with pytest.raises(SlimError, match=rf"{name}: no such file; expected an? {kind}"):
         open_exported(tmp_path / name)
     whole = (fixed / name).read_bytes()
     for content in (b"not a network", b"", whole[: len(whole) // 2]):
         (tmp_path / name).write_bytes(content)
         (tmp_path / "net.bin").write_bytes((fixed / "net.bin").read_bytes())
-        with pytest.raises(DeployError, match=rf"{name}: not a.* network") as refused:
+        with pytest.raises(SlimError, match=rf"{name}: not a.* network") as refused:
             open_exported(tmp_path / name)
         assert "\n" not in str(refused.value)
 
 
 def test_weights_that_are_missing_or_cut_short_are_named(fixed: Path, tmp_path: Path) -> None:
     (tmp_path / "net.xml").write_bytes((fixed / "net.xml").read_bytes())
-    with pytest.raises(DeployError, match=r"net.bin: no such file; expected an OpenVINO"):
+    with pytest.raises(SlimError, match=r"net.bin: no such file; expected an OpenVINO"):
         open_exported(tmp_path / "net.xml")
     (tmp_path / "net.bin").write_bytes((fixed / "net.bin").read_bytes()[:40])
-    with pytest.raises(DeployError, match=r"net.xml: not a network that OpenVINO can read"):
+    with pytest.raises(SlimError, match=r"net.xml: not a network that OpenVINO can read"):
         open_exported(tmp_path / "net.xml")
 
 
@@ -281,9 +279,7 @@ def test_operators_of_a_later_opset_are_named(fixed: Path, tmp_path: Path) -> No
     proto.opset_import[0].version = 99
     onnx.save(proto, tmp_path / "late.onnx")
     for engine in ("onnxruntime", "openvino"):
-        with pytest.raises(
-            DeployError, match=r"late.onnx: its operators are those of ONNX opset 99, expected at most 2"
-        ):
+        with pytest.raises(SlimError, match=r"late.onnx: its operators are those of ONNX opset 99, expected at most 2"):
             open_exported(tmp_path / "late.onnx", engine)
 
 
@@ -293,5 +289,5 @@ def test_a_file_of_two_outputs_is_refused(fixed: Path, tmp_path: Path) -> None:
     proto.graph.output.append(onnx.helper.make_tensor_value_info(middle, onnx.TensorProto.FLOAT, None))
     onnx.save(proto, tmp_path / "two.onnx")
     for engine in ("onnxruntime", "openvino"):
-        with pytest.raises(DeployError, match=r"two.onnx: it has 1 inputs and 2 outputs, expected one of each"):
+        with pytest.raises(SlimError, match=r"two.onnx: it has 1 inputs and 2 outputs, expected one of each"):
             open_exported(tmp_path / "two.onnx", engine)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploy import DeployError, LayerTime, export_onnx, export_openvino, export_torchscript, open_exported
+from deploy import LayerTime, export_onnx, export_openvino, export_torchscript, open_exported
 from deploy.open_file import Engine
-from deploy.profile import KindTime, by_kind, profile, profile_text
+from deploy.profiling import KindTime, by_kind, profile, profile_text
+from slim import SlimError
 
 IMAGES = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 CONVOLUTIONS = {"Convolution", "Conv", "conv2d", "_convolution", "FusedConv"}
@@ -68,9 +69,9 @@ def test_a_module_is_left_without_hooks() -> None:
 
 def test_what_was_not_opened_for_it_is_refused(files: Path) -> None:
     for name, engine in (("net.onnx", "ONNX Runtime"), ("net.xml", "OpenVINO")):
-        with pytest.raises(DeployError, match=rf"{name}: {engine} measure\w* nothing; open it with profile=True"):
+        with pytest.raises(SlimError, match=rf"{name}: {engine} measure\w* nothing; open it with profile=True"):
             profile(open_exported(files / name), IMAGES, runs=1)
-    with pytest.raises(DeployError, match="0 runs, expected at least 1"):
+    with pytest.raises(SlimError, match="0 runs, expected at least 1"):
         profile(Branched(), IMAGES, runs=0)
 
 

@@ -12,19 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploy import (
-    DeployError,
-    OnnxQuantiser,
-    OpenVinoQuantiser,
-    Quantiser,
-    export_onnx,
-    export_openvino,
-    open_exported,
-    quantise,
-)
+from deploy import OnnxQuantiser, OpenVinoQuantiser, Quantiser, export_onnx, export_openvino, open_exported, quantise
 from deploy.accuracy import noisiest
 from deploy.openvino_file import read_openvino
 from deploy.quantise_onnx import Statistics, activation_ranges, correct_biases
+from slim import SlimError
 
 LAYERS = ("0", "2", "4")
 """The convolutions' paths."""
@@ -120,12 +112,12 @@ def test_a_relu_network_is_quantised_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), KINDS)
 def test_what_cannot_be_quantised_is_told(kind: type[Quantiser], name: str, floats: Path, tmp_path: Path) -> None:
-    with pytest.raises(DeployError, match=r"no images to calibrate on; INT8 needs some of those"):
+    with pytest.raises(SlimError, match=r"no images to calibrate on; INT8 needs some of those"):
         kind(floats / name, [])
-    with pytest.raises(DeployError, match=r"images of 3 x 8 x 8 were given, expected 3 x 16 x 16"):
+    with pytest.raises(SlimError, match=r"images of 3 x 8 x 8 were given, expected 3 x 16 x 16"):
         kind(floats / name, [torch.rand(3, 8, 8)])
     with pytest.raises(
-        DeployError, match=r"--keep-float 9.\*: matches no module of the network; its modules are such as 0"
+        SlimError, match=r"--keep-float 9.\*: matches no module of the network; its modules are such as 0"
     ):
         quantise(kind(floats / name, pixels(2)), tmp_path / name, ["9.*"])
     assert not list(tmp_path.iterdir())
@@ -142,7 +134,7 @@ def test_a_bound_of_accuracy_keeps_the_noisiest_blocks_in_float(floats: Path, tm
     assert on_integers(made) == {order[1]}
     assert quantise(quantiser, made, ["4"], measured(0.5, 0.495), 0.01).kept == ()
     with pytest.raises(
-        DeployError, match=r"--max-drop 0.01: AP 0.5000 falls by 0.0800 to 0.4200 in INT8, also with 1 of 2"
+        SlimError, match=r"--max-drop 0.01: AP 0.5000 falls by 0.0800 to 0.4200 in INT8, also with 1 of 2"
     ):
         quantise(quantiser, made, ["4"], measured(0.5, 0.4, 0.42), 0.01)
 

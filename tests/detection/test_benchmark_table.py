@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.speed_table import Row, as_csv, machine_text, markdown, short_names, write
+from detection.benchmark_table import Row, as_csv, machine_text, markdown, short_names, write
 
 FIRST = Row(
     "runs/dense/weights/last.pt", "dense/last", "torch", "float32", "416", 1, 2, 20.0, 19.0, 22.5, 50.0, 1.0, 0.5761,

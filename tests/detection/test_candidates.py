@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.loop import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
+from detection.candidates import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
 
 BASELINE = {"ap": 0.5, "per_class": {"a": 0.7, "b": 0.3}}
 

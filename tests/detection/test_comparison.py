@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from engine import Timing
-from engine.comparison import compare, standard_error, summary
+from detection.comparison import compare, standard_error, summary
+from detection.timing import Timing
 
 
 class Clock:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from data import DataError
 from data.images import Canvas, letterbox, read_image, resize
-from data.media_pictures import ImagePicture, VideoPicture, planes_of, read_pictures
-from data.media_sources import Source, find_sources
+from detection.video.pictures import ImagePicture, VideoPicture, planes_of, read_pictures
+from detection.video.sources import Source, find_sources
 from tests.data.file_server import serve
 from tests.data.videos import SIZE_HW, cut_short, decoded, short_video
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from engine import EngineError, StageTimes, Work, run_overlapped
-from engine.pipeline import STAGES
+from detection.video.pipeline import STAGES, StageTimes, Work, run_overlapped
+from slim import SlimError
 
 
 class Recorded:
@@ -92,11 +92,11 @@ def test_the_time_of_each_stage() -> None:
 @pytest.mark.parametrize("stage", ["read", "prepare", "infer", "interpret", "write"])
 def test_an_error_anywhere_ends_all_after_what_came_before_it(stage: str, burst: int) -> None:
     def fail() -> None:
-        raise EngineError(f"{stage} failed")
+        raise SlimError(f"{stage} failed")
 
     recorded = Recorded(1000, **{stage: (7, fail)})
     before = threading.active_count()
-    with pytest.raises(EngineError, match=f"{stage} failed"):
+    with pytest.raises(SlimError, match=f"{stage} failed"):
         run_overlapped(recorded.work(), StageTimes(2), burst=burst)
     assert [item for item, _ in recorded.written] == list(range(7))
     assert threading.active_count() == before and recorded.closed
@@ -114,7 +114,7 @@ def test_ctrl_c_writes_what_was_read(burst: int) -> None:
 
 
 def test_a_reader_that_waits_for_ever_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.pipeline._LEAVE_READER_S", 0.1)
+    monkeypatch.setattr("detection.video.pipeline._LEAVE_READER_S", 0.1)
     never = threading.Event()
     recorded = Recorded(10, read=(5, never.wait))
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -125,5 +125,5 @@ def test_a_reader_that_waits_for_ever_does_not_hold_up_the_end(monkeypatch: pyte
 
 
 def test_nothing_at_once_is_refused() -> None:
-    with pytest.raises(EngineError, match="0 at once"):
+    with pytest.raises(SlimError, match="0 at once"):
         run_overlapped(Recorded(1).work(), StageTimes(0))

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import EngineError, Timing, Turns, milliseconds_per_image, rounds_for, timing
+from detection import timing
+from detection.timing import Timing, Turns, milliseconds_per_image, rounds_for
+from slim import SlimError
 
 
 class Clock:
@@ -83,7 +85,7 @@ def test_a_models_median_is_that_of_an_image(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_no_repeat_and_no_block_are_errors() -> None:
-    with pytest.raises(EngineError, match="repeats=0"):
+    with pytest.raises(SlimError, match="repeats=0"):
         milliseconds_per_image({}, torch.zeros(1, 3, 8, 8), repeats=0)
-    with pytest.raises(EngineError, match="blocks of 0 runs"):
+    with pytest.raises(SlimError, match="blocks of 0 runs"):
         Turns({}, block=0)

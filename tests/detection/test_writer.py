@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from data import DataError
-from data.media_pictures import VideoInfo, VideoPicture, read_pictures
-from data.media_sources import find_sources
-from data.media_writer import VideoWriter, write_image
+from detection.video.pictures import VideoInfo, VideoPicture, read_pictures
+from detection.video.sources import find_sources
+from detection.video.writer import VideoWriter, write_image
 from tests.data.scenes import ROOT
 from tests.data.videos import decoded, short_video
 

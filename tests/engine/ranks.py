@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import slim
-from engine import OptimConfig, RunFolder, Sparsity, TrainConfig, World, fit, learning_rate_sum, read_training_state
+from detection.command import flag, run_on_all_ranks
+from engine import OptimConfig, Sparsity, TrainConfig, World, fit, learning_rate_sum, read_training_state
 from engine.batch_norm import synchronised_norms
-from engine.command import flag, run_on_all_ranks
-from engine.errors import EngineError
 from models import DetectionLoss, LossGains, build_model, load_description
+from slim import SlimError
 from tests.engine.tiny_detector import RecordingPull, TinyBatch, TinyDetector, TinyLoader, TinySet, save, weight_sum
 from tests.engine.tiny_detector import squared_loss as whole_loss
 from tests.scripts.runs import ROOT
+from tracking import RunFolder
 
 IMAGES = 6
 CONFIG = TrainConfig(1, OptimConfig(lr=0.001, weight_decay=0.0, clip_norm=1e9), precision="float32", sync_bn=True)
@@ -220,7 +221,7 @@ def failure(out: Path, world: World) -> None:
     """Rank 1 fails while rank 0 waits for it."""
     print("once")
     if world.rank == 1:
-        raise EngineError("the disk of rank 1 is full")
+        raise SlimError("the disk of rank 1 is full")
     world.barrier()
 
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from engine import EngineError, World
+from detection.command import RunFlags, choose_device, run_script
+from engine import World
 from engine.batch_norm import _Normalise, average_statistics, synchronised_norms
-from engine.command import RunFlags, choose_device, run_script
 from engine.distributed import RANK_VARIABLES
+from slim import SlimError
 from tests.engine.test_training import assert_same
 from tests.scripts.runs import ROOT, SMALL, one_round
 
@@ -167,11 +168,9 @@ def test_the_environment_says_which_rank_this_is() -> None:
     names = RANK_VARIABLES
     assert World.of_environment({}) == World.of_environment(dict(zip(names, "0101", strict=True))) == World()
     assert World.of_environment(dict(zip(names, "3412", strict=True))) == World(3, 4, 1, 2)
-    with pytest.raises(
-        EngineError, match=r"found WORLD_SIZE=2, expected RANK, WORLD_SIZE.*start the run with torchrun"
-    ):
+    with pytest.raises(SlimError, match=r"found WORLD_SIZE=2, expected RANK, WORLD_SIZE.*start the run with torchrun"):
         World.of_environment({"WORLD_SIZE": "2"})
-    with pytest.raises(EngineError, match=r"RANK=4, WORLD_SIZE=4.*contradict"):
+    with pytest.raises(SlimError, match=r"RANK=4, WORLD_SIZE=4.*contradict"):
         World.of_environment(dict(zip(names, "4412", strict=True)))
 
 
@@ -191,17 +190,17 @@ def test_scripts_of_one_process_are_the_first_ranks_alone(monkeypatch: pytest.Mo
 def test_batches_and_gpus_are_shared_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(1, 3, 1, 3)
     assert world.share(12) == 4
-    with pytest.raises(EngineError, match=r"--batch-size 16: expected a multiple of the 3 ranks.*nearest is 15"):
+    with pytest.raises(SlimError, match=r"--batch-size 16: expected a multiple of the 3 ranks.*nearest is 15"):
         world.share(16)
     assert choose_device("cpu", world) == torch.device("cpu")
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert world.device(torch.device("cuda:0")) == torch.device("cuda:1") == chosen[0]
-    with pytest.raises(EngineError, match=r"--device cuda:2: 3 ranks need a GPU each, found 4; .*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(SlimError, match=r"--device cuda:2: 3 ranks need a GPU each, found 4; .*CUDA_VISIBLE_DEVICES"):
         world.device(torch.device("cuda:2"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(EngineError, match="3 ranks need a GPU each, found 2"):
+    with pytest.raises(SlimError, match="3 ranks need a GPU each, found 2"):
         world.device(torch.device("cuda"))
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from boxes import Letterbox
-from engine import EngineError, Evaluation, evaluate, evaluating, save_coco_json
+from data.letterbox import Letterbox
+from engine import Evaluation, evaluate, evaluating, save_coco_json
+from slim import SlimError
 from tests.engine.tiny_detector import TinyBatch
 
 NAMES = ("cat", "dog", "ghost")
@@ -111,14 +112,14 @@ def test_ground_truth_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("ids", [[0], [0, 0], [0, 1, 1]])
 def test_every_image_is_seen_once(ids: list[int]) -> None:
-    with pytest.raises(EngineError, match="the ground truth has 2"):
+    with pytest.raises(SlimError, match="the ground truth has 2"):
         run([[found()] * len(ids)], [batch(ids)], truth(2, (0, 0, [0, 0, 10, 10])))
 
 
 def test_ground_truth_without_boxes_or_with_other_classes_is_an_error() -> None:
-    with pytest.raises(EngineError, match="no labelled box in 3 images"):
+    with pytest.raises(SlimError, match="no labelled box in 3 images"):
         run([], [], truth(3))
-    with pytest.raises(EngineError, match="has 3 classes, expected 1: cat"):
+    with pytest.raises(SlimError, match="has 3 classes, expected 1: cat"):
         evaluate(Oracle([]), [], list, truth(1, (0, 0, [0, 0, 1, 1])), ["cat"], "cpu")
 
 

@@ -10,20 +10,11 @@ import torch
 from torch import nn
 
 import slim
-from engine import (
-    EngineError,
-    OptimConfig,
-    RunFolder,
-    Sparsity,
-    TrainConfig,
-    build_optimizer,
-    fit,
-    freeze,
-    read_training_state,
-)
+from engine import OptimConfig, Sparsity, TrainConfig, build_optimizer, fit, freeze, read_training_state
 from engine.freezing import enter_training
-from slim import Gate
+from slim import Gate, SlimError
 from tests.engine.tiny_detector import TinyLoader, evaluation_of, save, squared_loss
+from tracking import RunFolder
 
 
 class TwoStages(nn.Module):
@@ -134,7 +125,7 @@ def test_patterns() -> None:
     assert freeze(network(), ["second", "first.0", "second.1"]).modules == ("second", "first.0")
     text = str(freeze(network(), ["first"]))
     assert text == "frozen: first: 124 of 314 parameters; norms that keep their statistics: 1"
-    with pytest.raises(EngineError, match=r"freeze: no module is named 'secnd.1'; near names: second"):
+    with pytest.raises(SlimError, match=r"freeze: no module is named 'secnd.1'; near names: second"):
         freeze(network(), ["secnd.1"])
-    with pytest.raises(EngineError, match="freeze: first second head leaves nothing to train"):
+    with pytest.raises(SlimError, match="freeze: first second head leaves nothing to train"):
         freeze(network(), ["first", "second", "head"])

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import OptimConfig, RunFolder, Sparsity, TrainConfig, fit, learning_rate_sum, read_training_state
+from engine import OptimConfig, Sparsity, TrainConfig, fit, learning_rate_sum, read_training_state
 from engine.interruption import Interruption
 from slim import ClosedShareController
 from tests.engine.test_training import assert_same, tiny
 from tests.engine.tiny_detector import RecordingPull, TinyDetector, TinyLoader, save, squared_loss, weight_sum
+from tracking import RunFolder
 
 
 def sparse(model: TinyDetector) -> Sparsity:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from engine import (
-    EngineError,
     OptimConfig,
     WeightAverage,
     build_optimizer,
@@ -16,7 +15,7 @@ from engine import (
     learning_rate_factor,
     learning_rate_sum,
 )
-from slim import Gate
+from slim import Gate, SlimError
 from tests.engine.tiny_detector import TinyDetector
 
 
@@ -94,7 +93,7 @@ def test_momentum_means_nesterov_or_beta1() -> None:
 
 
 def test_nothing_to_train_is_an_error() -> None:
-    with pytest.raises(EngineError, match="nothing can be trained"):
+    with pytest.raises(SlimError, match="nothing can be trained"):
         build_optimizer(TinyDetector().requires_grad_(False), OptimConfig())
 
 
@@ -103,7 +102,7 @@ def test_nothing_to_train_is_an_error() -> None:
 )
 def test_wrong_configuration_names_the_field(wrong: dict[str, object]) -> None:
     (field,) = wrong
-    with pytest.raises(EngineError, match=field):
+    with pytest.raises(SlimError, match=field):
         OptimConfig(**wrong)
 
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import (
-    EngineError,
     OptimConfig,
-    RunFolder,
     Sparsity,
     TrainConfig,
     Trainee,
@@ -38,6 +36,7 @@ from tests.engine.tiny_detector import (
     squared_loss,
     weight_sum,
 )
+from tracking import RunFolder
 
 
 def tiny(seed: int = 1) -> TinyDetector:
@@ -217,7 +216,7 @@ def test_non_finite_loss_stops_before_the_step_and_keeps_the_last_epoch(tmp_path
             return loss * float("nan"), parts | {"obj": torch.tensor(float("nan"))}
         return loss, parts
 
-    with pytest.raises(EngineError, match=r"epoch 1, batch 1: loss is nan .*obj nan; lr 0\.00.*lower --lr"):
+    with pytest.raises(SlimError, match=r"epoch 1, batch 1: loss is nan .*obj nan; lr 0\.00.*lower --lr"):
         train(model, run, loss_fn=spoiled)
     assert_same(dict(model.named_parameters()), before)
     assert read_training_state(run.last)["progress"]["next_epoch"] == 1
@@ -233,7 +232,7 @@ def test_non_finite_gradient_stops_before_the_step(tmp_path: Path) -> None:
     model, run = tiny(), RunFolder.create(tmp_path, "run")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    with pytest.raises(EngineError, match=r"epoch 0, batch 0: gradient norm is nan"):
+    with pytest.raises(SlimError, match=r"epoch 0, batch 0: gradient norm is nan"):
         train(model, run, loss_fn=infinite_slope)
     assert_same(dict(model.named_parameters()), before)
     assert not run.last.exists()
@@ -276,7 +275,7 @@ def test_half_precision_overflow_skips_the_step_and_lowers_the_scale() -> None:
 
 def test_half_precision_that_always_overflows_is_an_error() -> None:
     model = tiny()
-    with pytest.raises(EngineError, match="epoch 0, batch 20: gradient norm is"):
+    with pytest.raises(SlimError, match="epoch 0, batch 20: gradient norm is"):
         half_precision_epoch(model, 30, infinite_slope, RecordingPull(model))
 
 
@@ -296,7 +295,7 @@ def test_epochs_are_announced_and_models_for_use_are_the_average(tmp_path: Path)
     last = torch.load(run.last, weights_only=True)
     assert_same(last["model"], seen[2])
     assert not torch.equal(last["model"]["conv.weight"], last["training_state"]["model"]["conv.weight"])
-    with pytest.raises(EngineError, match="holds no training state"):
+    with pytest.raises(SlimError, match="holds no training state"):
         read_training_state(run.best)
 
 
@@ -355,7 +354,7 @@ def test_state_carried_over_continues_optimiser_and_average_with_a_new_schedule(
     assert after["optimizer"]["param_groups"][0]["initial_lr"] == 1e-12
     other = tiny()
     other.head = nn.Conv2d(4, 7, 1)
-    with pytest.raises(EngineError, match="carried over does not fit"):
+    with pytest.raises(SlimError, match="carried over does not fit"):
         train(other, run, carried_state=carried)
 
 
@@ -372,7 +371,7 @@ def test_out_of_memory_names_the_batch_size_to_try(tmp_path: Path, error: Except
         raise error
 
     with pytest.raises(
-        EngineError, match=f"epoch 0, batch 0: out of memory with 2 images of 8x8 pixels a step; {words};"
+        SlimError, match=f"epoch 0, batch 0: out of memory with 2 images of 8x8 pixels a step; {words};"
     ):
         train(tiny(), RunFolder.create(tmp_path, "run"), loss_fn=loss_fn)
 
@@ -422,9 +421,9 @@ def test_the_loss_is_computed_in_float32_and_the_network_in_the_precision(tmp_pa
         "loss": [torch.float32, torch.float32],
         "network of the loss": in_precision,
     }
-    with pytest.raises(EngineError, match="float16 needs a GPU"):
+    with pytest.raises(SlimError, match="float16 needs a GPU"):
         train(tiny(), RunFolder.create(tmp_path, "half"), config=TrainConfig(1, precision="float16"))
-    with pytest.raises(EngineError, match="precision='int8': expected one of auto"):
+    with pytest.raises(SlimError, match="precision='int8': expected one of auto"):
         TrainConfig(precision="int8")
 
 
@@ -494,7 +493,7 @@ def test_save_that_fails_in_torch_is_one_line(tmp_path: Path) -> None:
     def failing(path: Path, model: nn.Module, state: Any) -> None:
         raise RuntimeError("PytorchStreamWriter failed writing file data/3\nframes follow")
 
-    with pytest.raises(EngineError, match=r"best\.pt: cannot be written \(PytorchStreamWriter failed") as caught:
+    with pytest.raises(SlimError, match=r"best\.pt: cannot be written \(PytorchStreamWriter failed") as caught:
         train(tiny(), RunFolder.create(tmp_path, "run"), save=failing)
     assert "\n" not in str(caught.value)
 
@@ -504,19 +503,19 @@ def test_state_of_another_network_is_refused(tmp_path: Path) -> None:
     train(tiny(), run, epochs=1)
     other = tiny()
     other.head = nn.Conv2d(4, 7, 1)
-    with pytest.raises(EngineError, match="does not fit this run"):
+    with pytest.raises(SlimError, match="does not fit this run"):
         train(other, run, epochs=2, resume_state=read_training_state(run.last))
 
 
 def test_damaged_and_missing_states_are_named(tmp_path: Path) -> None:
     damaged = tmp_path / "last.pt"
     damaged.write_bytes(b"not a checkpoint")
-    with pytest.raises(EngineError, match=r"last\.pt: not a readable checkpoint"):
+    with pytest.raises(SlimError, match=r"last\.pt: not a readable checkpoint"):
         read_training_state(damaged)
-    with pytest.raises(EngineError, match="no such file"):
+    with pytest.raises(SlimError, match="no such file"):
         read_training_state(tmp_path / "none.pt")
 
 
 def test_empty_loader_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="no batch"):
+    with pytest.raises(SlimError, match="no batch"):
         train(tiny(), RunFolder.create(tmp_path, "run"), loader=TinyLoader(batches=0))

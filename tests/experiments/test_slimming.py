@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from engine import EngineError
 from experiments import slimming
+from slim import SlimError
 
 STEPS = ["dense", "sparse, not cut", "masked to 50%", "cut to 50%", "fine-tuned at 50%"]
 SLEEPER = [sys.executable, "-c", "import time; print('asleep', flush=True); time.sleep(600)"]
@@ -108,13 +108,13 @@ def test_the_first_error_ends_the_other_branch(tmp_path: Path) -> None:
 
     def sleeping() -> slimming.Findings:
         codes.append(slimming.execute(SLEEPER, dict(os.environ), log, stop))
-        raise EngineError("ended by the other branch")
+        raise SlimError("ended by the other branch")
 
     def failing() -> slimming.Findings:
         wait_for(lambda: log.exists() and "asleep" in log.read_text())
-        raise EngineError("the first error")
+        raise SlimError("the first error")
 
-    with pytest.raises(EngineError, match="the first error"):
+    with pytest.raises(SlimError, match="the first error"):
         slimming.at_once([sleeping, failing], stop)
     assert codes == [-signal.SIGTERM]
 
@@ -124,7 +124,7 @@ def test_a_failing_script_behind_a_log_is_quoted(tmp_path: Path) -> None:
     run = slimming.RunFolder.create(tmp_path, "x")
     branch = slimming.Branch(flags, run, threading.Event(), tmp_path / "dense.log")
     with pytest.raises(
-        EngineError, match=r"benchmark.py ended with exit code 1; its message in .*dense.log: error: .*none"
+        SlimError, match=r"benchmark.py ended with exit code 1; its message in .*dense.log: error: .*none"
     ):
         branch.script("benchmark", "benchmark", "--weights", str(tmp_path / "none.pt"))
 

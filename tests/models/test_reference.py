@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor
 
 import models
-from boxes import Letterbox
+from data.letterbox import Letterbox
 
 
 def letterbox(image, side_px):

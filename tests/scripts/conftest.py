@@ -90,11 +90,11 @@ def no_plots() -> Iterator[None]:
 @contextmanager
 def without_plots() -> Iterator[None]:
     """Trainings without their plots, which take longer than the training of a test."""
-    import train_sparse
+    from detection import training
 
     with pytest.MonkeyPatch.context() as patch:
         for name in PLOTS:
-            patch.setattr(train_sparse, name, lambda *_: None)
+            patch.setattr(training, name, lambda *_: None)
         yield
 
 
@@ -115,8 +115,10 @@ def small_weights(small_cfg: Path, tiny: Path, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def exported(small_weights: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of exports of ``small_weights`` for images of 64 pixels; the one with its suppression as val.py has it."""
-    from detection import DetectionDataset, open_data, read_network, real_images
-    from export import Nms, write_file
+    from data import DetectionDataset
+    from detection.datasets import open_data, real_images
+    from detection.network import read_network
+    from detection.write_file import Nms, write_file
 
     folder = tmp_path_factory.mktemp("exported")
     images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 1)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-import latency
 import slim
-from engine import Timing
-from engine.comparison import Comparison
+from detection import latency as latency
+from detection.comparison import Comparison
+from detection.timing import Timing
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import slim
-from detection import read_network, with_activation
+from detection.network import read_network, with_activation
 from tests.scripts.runs import SMALL, Runner
 
 

@@ -15,8 +15,8 @@ import data.dataset
 import engine.epoch
 import engine.training
 from data import Augment
+from detection.training import TrainFlags
 from tests.scripts.runs import SMALL, Runner
-from train_sparse import TrainFlags
 
 EVERYTHING = (
     "--mixup", 0.5, "--close-mosaic", 1, "--multi-scale", "--image-weights", "--rect",

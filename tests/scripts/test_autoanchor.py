@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 
-import detection
 import slim
 from data import DataConfig, DetectionDataset, load_data_config
+from detection.losses import box_sizes_px, fit_anchors
+from detection.network import build_network, read_network, save_network, start_network
 from models import anchor_fit
 from tests.scripts.runs import NAMES, SMALL, SMALL_ANCHORS, Runner
 
@@ -46,18 +47,18 @@ def tall_run(tall: Path, small_cfg: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def anchors_of(path: Path) -> torch.Tensor:
-    network = detection.read_network(path)
+    network = read_network(path)
     anchors: torch.Tensor = network.model.anchors_px
     flat = torch.tensor(network.build["description"]["anchors"], dtype=torch.float32)
     assert torch.equal(torch.tensor(network.build["anchors_px"]), anchors) and torch.equal(
         flat.view_as(anchors), anchors
     )
-    assert torch.equal(detection.build_network(network.build).anchors_px, anchors)
+    assert torch.equal(build_network(network.build).anchors_px, anchors)
     return anchors
 
 
 def boxes_of(file: Path) -> torch.Tensor:
-    return detection.box_sizes_px(DetectionDataset(load_data_config(file), "train", 64))
+    return box_sizes_px(DetectionDataset(load_data_config(file), "train", 64))
 
 
 def test_a_new_head_is_refitted_and_every_later_network_keeps_it(
@@ -94,7 +95,7 @@ def test_a_new_head_is_refitted_and_every_later_network_keeps_it(
     )
     assert done.code == 0 and "anchors" not in done.out, done.err
     assert torch.equal(anchors_of(tmp_path / "f" / "weights" / "last.pt"), refitted)
-    model = slim.fold_gates(detection.read_network(tall_run / "weights" / "last.pt").model)
+    model = slim.fold_gates(read_network(tall_run / "weights" / "last.pt").model)
     assert torch.equal(model.anchors_px, refitted)
 
 
@@ -119,9 +120,7 @@ def test_a_resumed_training_keeps_its_anchors(
     monkeypatch.setattr(engine.training, "train_one_epoch", whole)
     done = script("train_sparse", "--project", tmp_path, "--name", "s", "--resume")
     assert done.code == 0 and "anchors at" not in done.out, done.err
-    first, second = (
-        detection.read_network(f / "weights" / "last.pt").model.state_dict() for f in (tall_run, tmp_path / "s")
-    )
+    first, second = (read_network(f / "weights" / "last.pt").model.state_dict() for f in (tall_run, tmp_path / "s"))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
@@ -142,18 +141,18 @@ def test_good_anchors_stay_and_the_flag_keeps_bad_ones(
 
 @pytest.mark.parametrize(("names", "new"), [(list(NAMES), False), (["a", "b", "c", "d"], True), (["a", "b"], True)])
 def test_which_heads_are_new(tall_run: Path, small_cfg: Path, tmp_path: Path, names: list[str], new: bool) -> None:
-    network = detection.read_network(tall_run / "weights" / "last.pt")
+    network = read_network(tall_run / "weights" / "last.pt")
     plain = tmp_path / "plain.pt"
-    detection.save_network(plain, slim.fold_gates(network.model), network.build)
-    start = detection.start_network(str(plain), "", names)
+    save_network(plain, slim.fold_gates(network.model), network.build)
+    start = start_network(str(plain), "", names)
     assert start.new_head is new and start.names == names
-    assert detection.start_network("", str(small_cfg), names).new_head
+    assert start_network("", str(small_cfg), names).new_head
 
 
 def test_transfer_to_another_class_count_starts_from_the_refitted_anchors(tall_run: Path, tmp_path: Path) -> None:
-    network = detection.read_network(tall_run / "weights" / "last.pt")
-    detection.save_network(tmp_path / "plain.pt", slim.fold_gates(network.model), network.build)
-    start = detection.start_network(str(tmp_path / "plain.pt"), "", ["one"])
+    network = read_network(tall_run / "weights" / "last.pt")
+    save_network(tmp_path / "plain.pt", slim.fold_gates(network.model), network.build)
+    start = start_network(str(tmp_path / "plain.pt"), "", ["one"])
     assert torch.equal(start.model.anchors_px, network.model.anchors_px)
     assert torch.equal(torch.tensor(start.build["anchors_px"]), network.model.anchors_px)
 
@@ -185,11 +184,11 @@ def test_a_training_split_without_boxes_is_said(tiny: Path, small_cfg: Path, tmp
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.jpg").symlink_to(next((tiny.parent / "tiny" / "images" / "train").iterdir()))
     dataset = DetectionDataset(DataConfig(names=NAMES, train=(tmp_path / "images",)), "train", 64)
-    network = detection.start_network("", str(small_cfg), NAMES)
-    assert detection.fit_anchors(network, dataset, 4.0, 0) == "anchors: kept, since the training split has no boxes"
+    network = start_network("", str(small_cfg), NAMES)
+    assert fit_anchors(network, dataset, 4.0, 0) == "anchors: kept, since the training split has no boxes"
 
 
 def test_box_sizes_are_those_of_the_letterboxed_image(tiny: Path) -> None:
     dataset = DetectionDataset(load_data_config(tiny), "val", 96)
     wanted = torch.cat([dataset[i].targets[:, 3:] for i in range(len(dataset))]) * 96
-    assert torch.allclose(detection.box_sizes_px(dataset), wanted, atol=1e-3)
+    assert torch.allclose(box_sizes_px(dataset), wanted, atol=1e-3)

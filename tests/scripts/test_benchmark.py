@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-import benchmark
+from detection import benchmark as benchmark
 from tests.scripts.runs import Runner
 from tests.scripts.test_failures import fails, other_classes
 

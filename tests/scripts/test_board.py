@@ -14,16 +14,16 @@ import pytest
 import yaml
 from selenium import webdriver
 
-import finetune
-import prune
 import slim
-import train_sparse
-import val
-from engine import write_report
-from engine.command import parse
-from engine.report.wording import command_line
-from engine.run_folder import RunFolder
+from detection import evaluation as val
+from detection import finetuning as finetune
+from detection import pruning as prune
+from detection import training as train_sparse
+from detection.command import parse
 from tests.scripts.browser import Board, chromium, requested, screenshot, tensorboard, wait_for
+from tracking import write_report
+from tracking.report.wording import command_line
+from tracking.run_folder import RunFolder
 
 RUNS = ("cut1", "cut2", "sparse", "val")
 

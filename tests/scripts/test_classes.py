@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-import iterate
-from detection import read_network
-from finetune import FinetuneFlags
-from prune import PruneFlags
+from detection import loop as iterate
+from detection.finetuning import FinetuneFlags
+from detection.network import read_network
+from detection.pruning import PruneFlags
+from detection.training import SparseFlags
 from tests.scripts.runs import ROOT, SMALL, Runner
 from tests.scripts.test_failures import fails
-from train_sparse import SparseFlags
 
 
 def train(script: Runner, tiny: Path, project: Path, *flags: object) -> Path:

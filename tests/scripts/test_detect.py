@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from boxes import Letterbox
 from data.images import letterbox, read_image
-from detection import read_network, save_network, start_network
-from detector import open_detector
-from export import write_file
+from data.letterbox import Letterbox
+from detection.detector import open_detector
+from detection.network import read_network, save_network, start_network
+from detection.write_file import write_file
 from tests.data.file_server import serve
 from tests.data.videos import SIZE_HW, cut_short, decoded, short_video
 from tests.scripts.runs import NAMES, ROOT, Runner

@@ -16,9 +16,12 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 import export
+from data import DetectionDataset
 from deploy import Decoded, WithNms, prove_same_detections
-from detection import DetectionDataset, Evaluator, open_data, read_network, real_images
-from detector import AsModel, open_detector
+from detection.datasets import open_data, real_images
+from detection.detector import open_detector
+from detection.evaluator import AsModel, Evaluator
+from detection.network import read_network
 from tests.deploy.test_exports import Given
 from tests.scripts.runs import NAMES, ROOT, Runner
 from tests.scripts.test_failures import fails

@@ -135,7 +135,7 @@ def test_unreachable_target_names_the_binding_floors(script: Runner, sparse_run:
 
 
 def test_gate_criterion_without_gates(script: Runner, tiny: Path, tmp_path: Path, sparse_run: Path) -> None:
-    from detection import read_network, save_network
+    from detection.network import read_network, save_network
     from slim import fold_gates
 
     network = read_network(sparse_run / "weights" / "best.pt")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-import detection
 from data.convert import main
+from detection.datasets import open_data
+from detection.losses import training_loss
+from detection.network import start_network
 from tests.scripts.runs import NAMES, ROOT
 
 
@@ -17,10 +19,10 @@ def test_every_format_gives_the_same_loss(tiny: Path, tmp_path: Path) -> None:
         assert main([str(tiny), "--to", to, "--out", str(tmp_path / to)]) == 0
         files[to] = tmp_path / to / "data.yaml"
     torch.manual_seed(0)
-    model = detection.start_network("", str(ROOT / "models" / "yolov5n.yaml"), NAMES).model.eval()
+    model = start_network("", str(ROOT / "models" / "yolov5n.yaml"), NAMES).model.eval()
     found = {}
     for name, file in files.items():
-        batches, loss = detection.training_loss(model, detection.open_data(str(file), None), 64, 8, seed=0)
+        batches, loss = training_loss(model, open_data(str(file), None), 64, 8, seed=0)
         with torch.no_grad():
             found[name] = [float(loss(model, batch)) for batch in batches]
     assert len(found["text"]) == 2 and found["text"][0] != found["text"][1]

@@ -14,10 +14,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import iterate
-import prune
 import slim
 from deploy import OnnxNetwork, open_exported
-from detection import build_network, read_network
+from detection import pruning as prune
+from detection.loop import proven_fold
+from detection.network import build_network, read_network
 from tests.scripts.conftest import without_plots
 from tests.scripts.runs import SMALL, Runner, one_round
 
@@ -67,7 +68,7 @@ def test_rounding_of_folded_weights_is_no_wrong_fold(
     """Stored in float32, folded weights are rounded; in float64 they are folded anew."""
     model = read_network(small_run / "weights" / "best.pt").model
     monkeypatch.setattr(prune, "TOLERANCE", -1)
-    folded, _ = iterate.proven_fold(model, torch.rand(1, 3, 64, 64))
+    folded, _ = proven_fold(model, torch.rand(1, 3, 64, 64))
     assert not slim.gate_vectors(folded) and "in float64 they differ by" in capsys.readouterr().out
 
 
@@ -227,7 +228,7 @@ def test_other_settings_begin_another_loop(begun: Path, small_run: Path, script:
 
 
 def test_a_second_process_on_the_same_run_is_refused(begun: Path, small_run: Path, script: Runner) -> None:
-    from engine import RunFolder
+    from tracking import RunFolder
 
     with RunFolder(begun / "loop").held():
         weights = small_run / "weights" / "best.pt"

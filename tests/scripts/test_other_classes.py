@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import detection
 import slim
-from detection import Network, read_network, start_network
+from detection.network import Network, build_network, read_network, start_network
 from models import build_model, transfer_weights
 from tests.scripts.runs import NAMES, ROOT, SMALL, Runner
 
@@ -64,7 +63,7 @@ def same_body(found: Network, expected: Network) -> None:
     assert found.build["description"]["nc"] == found.build["num_classes"] == len(found.names)
     assert found.model.num_classes == len(found.names)
     assert found.build["anchors_px"] == found.model.anchors_px.tolist()
-    ratio = slim.cost(found.model, IMAGE).macs / slim.cost(detection.build_network(found.build), IMAGE).macs
+    ratio = slim.cost(found.model, IMAGE).macs / slim.cost(build_network(found.build), IMAGE).macs
     assert ratio < 0.7, "it is no slim network"
 
 

@@ -15,7 +15,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import slim
-from detection import build_network, read_network, save_network
+from detection.network import build_network, read_network, save_network
 from tests.scripts.runs import NAMES, ROOT, SMALL, Runner
 from tests.slim.networks import Shifted
 
@@ -338,13 +338,13 @@ def test_out_of_memory_names_the_batch_size_to_try(tiny: Path, tmp_path: Path) -
 
 
 def test_a_proof_tells_rounding_from_a_wrong_cut(capsys: pytest.CaptureFixture[str]) -> None:
-    from engine import EngineError
-    from prune import prove
+    from detection.pruning import prove
+    from slim import SlimError
 
     images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert prove(Shifted(0.0), Shifted(0.0), images) == 0
     assert prove(Shifted(0.0), Shifted(1e5), images) > 1e-4
     assert "in float32 rounding alone makes" in capsys.readouterr().out
     assert prove(Shifted(0.0), Shifted(1.0, 1.001), images, lambda first: first) > 1e-4, "made anew in float64"
-    with pytest.raises(EngineError, match=r"the cut is wrong: .*in float64 1\.0e-03\); nothing was saved"):
+    with pytest.raises(SlimError, match=r"the cut is wrong: .*in float64 1\.0e-03\); nothing was saved"):
         prove(Shifted(0.0), Shifted(0.0, 1.001), images)

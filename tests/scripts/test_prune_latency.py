@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-import iterate
-import latency
 import slim
-from detection import read_network, start_network
+from detection import latency as latency
+from detection import loop as iterate
+from detection.network import read_network, start_network
 from tests.scripts.fake_clock import FakeClock
 from tests.scripts.runs import SMALL, Runner
 from tests.scripts.test_failures import fails

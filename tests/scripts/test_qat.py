@@ -12,7 +12,7 @@ from torch import nn
 import engine.training
 import slim
 from deploy.qat import HOOKS, plain_state, with_quantisers
-from detection import read_network
+from detection.network import read_network
 from tests.scripts.runs import SMALL, Runner
 from tests.scripts.test_failures import fails
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from data import DetectionDataset
 from data.sampling import Draw
 from deploy import Decoded, WithNms, open_exported, parts_of, prove_same_detections
-from detection import DetectionDataset, Network, open_data, read_network
-from export import Nms, write_file
-from quantisation import Calibrated, calibrate, noisiest_blocks, training_images, write_quantised
+from detection.datasets import open_data
+from detection.network import Network, read_network
+from detection.quantise import Calibrated, calibrate, noisiest_blocks, training_images, write_quantised
+from detection.write_file import Nms, write_file
 from tests.deploy.test_quantise import on_integers
 
 HEAD = "model.6"

@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 
-from detection import add_teacher, make_loss, read_network, save_network
-from engine import EngineError
+from detection.losses import add_teacher, make_loss
+from detection.network import read_network, save_network
 from models import DistillGains, LossGains
+from slim import SlimError
 from tests.scripts.runs import SMALL, Runner, one_round
 from tests.scripts.test_failures import fails
 
@@ -103,7 +104,7 @@ def test_teacher_of_other_classes_is_refused(sparse_run: Path, tmp_path: Path) -
     network = read_network(sparse_run / "weights" / "last.pt")
     turned = {**network.build, "names": network.names[::-1]}
     save_network(tmp_path / "turned.pt", network.model, turned)
-    with pytest.raises(EngineError, match=r"turned\.pt: its classes are cross, .*expected the same in the same order"):
+    with pytest.raises(SlimError, match=r"turned\.pt: its classes are cross, .*expected the same in the same order"):
         loss = make_loss(network.model, LossGains(), 64)
         add_teacher(loss, network, str(tmp_path / "turned.pt"), DistillGains(), torch.device("cpu"))
 

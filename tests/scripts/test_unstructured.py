@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import slim
-from detection import read_network, save_network
+from detection.network import read_network, save_network
+from detection.unstructured import zero_smallest
 from tests.scripts.runs import Runner
 from tests.scripts.test_failures import fails
-from unstructured import zero_smallest
 
 
 def two_layers() -> nn.Sequential:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine import Painter
-from engine.drawing import PALETTE, _values
+from tracking import Painter
+from tracking.drawing import PALETTE, _values
 
 NAMES = ["cat", "dog"]
 

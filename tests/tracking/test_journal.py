@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from engine import EngineError
-from engine.journal import Journal, emptied
+from slim import SlimError
+from tracking.journal import Journal, emptied
 
 
 def test_a_phase_runs_once_and_its_result_is_kept(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_phase_that_fails_leaves_no_folder_and_continues_from_its_own_work(tmp
 
 def test_another_run_is_told_apart_by_what_changed(tmp_path: Path) -> None:
     Journal(tmp_path, {"settings": {"macs": 0.5}, "weights": "abc"})
-    with pytest.raises(EngineError, match=r"begun with other settings or data \(weights: 'abc' then, 'abd' now\)"):
+    with pytest.raises(SlimError, match=r"begun with other settings or data \(weights: 'abc' then, 'abd' now\)"):
         Journal(tmp_path, {"settings": {"macs": 0.5}, "weights": "abd"})
     assert Journal.opening_of(tmp_path) == {"settings": {"macs": 0.5}, "weights": "abc"}
     assert Journal.opening_of(tmp_path / "none") is None
@@ -51,7 +51,7 @@ def test_a_damaged_result_is_an_error_with_a_remedy(tmp_path: Path, content: str
     journal = Journal(tmp_path, {})
     journal.phase("first", lambda work: {"ap": 1})
     (tmp_path / "first" / "phase.json").write_text(content)
-    with pytest.raises(EngineError, match=r"first/phase\.json: .*remove .*first.* to run it again"):
+    with pytest.raises(SlimError, match=r"first/phase\.json: .*remove .*first.* to run it again"):
         journal.result("first")
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import (
-    EngineError,
+from slim import SlimError
+from tracking import (
     RunFolder,
     draw_detections,
     plot_gates,
@@ -29,7 +29,7 @@ def assert_picture(path: Path) -> None:
 
 def test_results_with_gaps(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "exp")
-    with pytest.raises(EngineError, match="no finished epoch"):
+    with pytest.raises(SlimError, match="no finished epoch"):
         plot_results(run)
     for epoch, ap in enumerate([None, 0.2, None, 0.4]):
         run.append_row({"epoch": epoch, "loss/box": 1 / (epoch + 1), "loss/l1": 3.0, "lr": 0.01, "metrics/ap": ap})
@@ -49,7 +49,7 @@ def test_labels(tmp_path: Path) -> None:
 def test_gates_and_widths_and_trade_off(tmp_path: Path) -> None:
     gates = {"a": torch.tensor([0.0, 0.5, 1.0], requires_grad=True), "b": torch.tensor([0.001])}
     assert_picture(plot_gates(gates, tmp_path / "gates.png"))
-    with pytest.raises(EngineError, match="no gates"):
+    with pytest.raises(SlimError, match="no gates"):
         plot_gates({}, tmp_path / "none.png")
     assert_picture(plot_widths({"model.0": 16, "model.1": 32}, {"model.0": 8}, tmp_path / "widths.png"))
     assert_picture(plot_trade_off({"dense": (10.0, 0.5), "half": (6.0, 0.49)}, tmp_path / "t.png", "latency, ms"))

@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import METRIC_KEYS, EngineError, RunFolder, summarise_gates, write_report
-from engine.journal import Journal
-from engine.loop import Candidate, write_pareto
-from engine.report import read_report
-from engine.report.__main__ import cli
-from engine.report.blocks import Bar, Link, Report, Table
-from engine.report.rendering import escape
+from detection.candidates import Candidate, write_pareto
+from slim import SlimError
+from tracking import METRIC_KEYS, RunFolder, summarise_gates, write_report
+from tracking.journal import Journal
+from tracking.report import read_report
+from tracking.report.__main__ import cli
+from tracking.report.blocks import Bar, Link, Report, Table
+from tracking.report.rendering import escape
 
 NASTY = '<b>&"x"</b> |`$a$`'
 METRICS: dict[str, Any] = dict.fromkeys(METRIC_KEYS, 0.5) | {
@@ -337,7 +338,7 @@ def test_gates_are_summarised(tmp_path: Path) -> None:
     assert found["groups"]["a"] == {"channels": 4, "closed": 2, "mean": pytest.approx(0.75125), "largest": 2.0}
     assert sum(found["counts"]) == 5 and found["counts"][0] == 2 and found["edges"][-1] == 2.0
     assert json.loads(json.dumps(found)) == found
-    with pytest.raises(EngineError, match="no gates"):
+    with pytest.raises(SlimError, match="no gates"):
         summarise_gates({})
     report = read_report(made_run(tmp_path / "r", "train_sparse.py", metrics={"gates": found}))
     (groups,) = tables(report, "Gates")

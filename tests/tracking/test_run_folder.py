@@ -11,7 +11,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-from engine import METRIC_KEYS, EngineError, RunFolder, TrainConfig
+from engine import TrainConfig
+from slim import SlimError
+from tracking import METRIC_KEYS, RunFolder
 
 METRICS: dict[str, Any] = {key: 0.5 for key in METRIC_KEYS} | {"per_class": {"cat": 0.5}}
 
@@ -27,9 +29,9 @@ def test_names_are_counted_up(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    with pytest.raises(EngineError, match="runs"):
+    with pytest.raises(SlimError, match="runs"):
         RunFolder.create(tmp_path / "runs", "exp")
-    with pytest.raises(EngineError, match="no such run folder"):
+    with pytest.raises(SlimError, match="no such run folder"):
         RunFolder.open(tmp_path / "none")
 
 
@@ -54,7 +56,7 @@ def test_rows_grow_new_columns_and_are_dropped_on_resume(tmp_path: Path) -> None
     assert run.results_file.read_text() == "epoch,loss,ap\n0,1.5,\n1,1.0,\n2,0.75,0.5\n"
     run.drop_rows_from(0)
     assert run.read_rows() == []
-    with pytest.raises(EngineError, match="without 'epoch'"):
+    with pytest.raises(SlimError, match="without 'epoch'"):
         run.append_row({"loss": 1.0})
 
 
@@ -64,11 +66,11 @@ def test_metrics_must_be_complete_and_finite(tmp_path: Path) -> None:
     written = json.loads(run.metrics_file.read_text())
     assert written == METRICS | {"ap": 0.25, "extra": 3}
     for key in METRIC_KEYS:
-        with pytest.raises(EngineError, match=f"missing {key};"):
+        with pytest.raises(SlimError, match=f"missing {key};"):
             run.write_metrics({name: value for name, value in METRICS.items() if name != key})
-    with pytest.raises(EngineError, match="missing masked_ap, pruned_ap, max_difference, before, after"):
+    with pytest.raises(SlimError, match="missing masked_ap, pruned_ap, max_difference, before, after"):
         run.write_metrics(METRICS, after_cut=True)
-    with pytest.raises(EngineError, match="not finite"):
+    with pytest.raises(SlimError, match="not finite"):
         run.write_metrics(METRICS | {"ap": float("nan")})
     assert json.loads(run.metrics_file.read_text()) == written
 

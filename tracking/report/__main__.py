@@ -1,4 +1,4 @@
-"""Write the reports of run folders again: python -m engine.report runs/sparse/exp [more folders]"""
+"""Write the reports of run folders again: python -m tracking.report runs/sparse/exp [more folders]"""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..errors import EngineError
+from slim import SlimError
+
 from ..run_folder import RunFolder
 from . import write_report
 
@@ -14,17 +15,17 @@ from . import write_report
 def main(folders: list[Path]) -> None:
     for folder in folders:
         if not (folder / "config.yaml").is_file() and not (folder / "metrics.json").is_file():
-            raise EngineError(f"{folder}: holds neither config.yaml nor metrics.json; name a run folder")
+            raise SlimError(f"{folder}: holds neither config.yaml nor metrics.json; name a run folder")
         print(write_report(RunFolder.open(folder)))
 
 
 def cli(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m engine.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tracking.report", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="folder", help="a run folder, such as runs/sparse/exp")
     try:
         main(parser.parse_args(argv).folders)
-    except (EngineError, OSError) as error:
+    except (SlimError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import EngineError
+from slim import SlimError
+
 from ..journal import RESULT, SECONDS
 from ..run_folder import RunFolder
 
@@ -173,7 +174,7 @@ def same_task(a: Contents, b: Contents) -> bool:
 
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise EngineError(f"found a {type(value).__name__}, expected names with values")
+        raise SlimError(f"found a {type(value).__name__}, expected names with values")
     return {str(key): item for key, item in value.items()}
 
 
@@ -184,7 +185,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_list(path: Path) -> list[dict[str, Any]]:
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, list):
-        raise EngineError(f"found a {type(found).__name__}, expected a list")
+        raise SlimError(f"found a {type(found).__name__}, expected a list")
     return [_mapping(entry) for entry in found]
 
 
@@ -196,7 +197,7 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
 def _read_rows(path: Path) -> list[dict[str, str]]:
     rows = _read_csv(path)
     if rows and "epoch" not in rows[0]:
-        raise EngineError(f"no column 'epoch', found {', '.join(rows[0])}")
+        raise SlimError(f"no column 'epoch', found {', '.join(rows[0])}")
     return [row for row in rows if number(row, "epoch") is not None]
 
 

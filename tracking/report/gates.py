@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slim import CLOSED
+from slim import CLOSED, SlimError
 
-from ..errors import EngineError
 from . import charts, wording
 from .blocks import Block, Chart, Section, Table, Text
 from .contents import Contents, number
@@ -20,9 +19,9 @@ _BINS = 60
 
 def summarise_gates(gates: Mapping[str, Tensor], threshold: float = CLOSED) -> dict[str, Any]:
     """Plain figures of the gate vectors by group: a histogram of |gate| over all, and each group's channels, closed ones,
-    mean and largest. EngineError without gates."""
+    mean and largest. SlimError without gates."""
     if not gates:
-        raise EngineError("no gates to summarise: the model has none (were they folded already?)")
+        raise SlimError("no gates to summarise: the model has none (were they folded already?)")
     sizes = {name: gate.detach().flatten().abs().float().cpu() for name, gate in gates.items()}
     joined = torch.cat(list(sizes.values()))
     top = max(1.0, float(joined.max()))

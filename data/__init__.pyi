@@ -1,0 +1,12 @@
+from .augment import Augment as Augment
+from .config import DataConfig as DataConfig
+from .config import find_root as find_root
+from .config import load_data_config as load_data_config
+from .dataset import DetectionDataset as DetectionDataset
+from .dataset import Sample as Sample
+from .errors import DataError as DataError
+from .loading import Batch as Batch
+from .loading import build_loader as build_loader
+from .loading import collate as collate
+from .sampling import multi_scale_sizes as multi_scale_sizes
+from .shapes import make_shapes as make_shapes

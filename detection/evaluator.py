@@ -1,0 +1,92 @@
+"""AP of networks on a split, and pictures of what they detect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+import slim
+from data import DetectionDataset, build_loader
+from engine import Evaluation, evaluate
+from models import (
+    non_max_suppression,
+)
+from tracking import draw_detections
+
+from .datasets import real_images
+
+
+class Evaluator:
+    """AP of a network on one split; ``last`` is the newest result.
+
+    With ``rect_stride_px``, the network's largest stride, images of like shape share batches without much padding:
+    fewer pixels, and an AP that differs a little, since the network sees other borders. With ``canvas_hw`` all images
+    have that height and width.
+    """
+
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        *,
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+        conf: float = 0.001,
+        iou: float = 0.65,
+        rect_stride_px: int | None = None,
+        canvas_hw: tuple[int, int] | None = None,
+    ) -> None:
+        self.loader = build_loader(
+            dataset, batch_size, shuffle=False, workers=workers, rect_stride_px=rect_stride_px, canvas_hw=canvas_hw
+        )
+        self.ground_truth = dataset.ground_truth()
+        self.dataset, self.device = dataset, device
+        self.conf, self.iou = conf, iou
+        self.last: Evaluation | None = None
+
+    def __call__(self, model: nn.Module, postprocess: Callable[[Tensor], list[Tensor]] | None = None) -> Evaluation:
+        """AP of a network; ``postprocess`` instead of this class's own, for one that gives no [B, N, 5 + classes]."""
+        model.to(self.device)
+        final = postprocess or self.postprocess
+        self.last = evaluate(model, self.loader, final, self.ground_truth, self.dataset.names, self.device)
+        return self.last
+
+    def postprocess(self, decoded: Tensor) -> list[Tensor]:
+        """Multi-label detections as pycocotools wants them: low threshold, at most 300 an image."""
+        return non_max_suppression(decoded, self.conf, self.iou, max_detections=300, multi_label=True)
+
+
+def draw_networks(
+    networks: Mapping[str, nn.Module],
+    dataset: DetectionDataset,
+    count: int = 4,
+    canvas_hw: tuple[int, int] | None = None,
+    postprocess: Callable[[Tensor], list[Tensor]] = non_max_suppression,
+) -> dict[str, list[Tensor]]:
+    """The first images with each network's detections, uint8 [3, img, img] each; the networks are left on the CPU.
+
+    ``canvas_hw`` and ``postprocess`` as for the ``Evaluator``.
+    """
+    images = real_images(dataset, count, canvas_hw)
+    drawn = {}
+    for title, model in networks.items():
+        with slim.evaluation_mode(model.cpu()), torch.no_grad():
+            found = postprocess(model(images)[0])
+        drawn[title] = [
+            draw_detections((image * 255).byte(), boxes, dataset.names)
+            for image, boxes in zip(images, found, strict=True)
+        ]
+    return drawn
+
+
+class AsModel(nn.Module):
+    """A network [B, N, 5 + classes] as a detector in evaluation mode gives it: with no raw maps."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self.network(images), []

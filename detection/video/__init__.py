@@ -1,0 +1,1 @@
+"""Pictures and videos from their source to the annotated file."""

@@ -1,0 +1,16 @@
+from .drawing import Painter as Painter
+from .drawing import draw_detections as draw_detections
+from .plots import plot_gates as plot_gates
+from .plots import plot_labels as plot_labels
+from .plots import plot_results as plot_results
+from .plots import plot_trade_off as plot_trade_off
+from .plots import plot_widths as plot_widths
+from .plots import read_png as read_png
+from .plots import save_png as save_png
+from .plots import side_by_side as side_by_side
+from .report import COMPARISON_FILE as COMPARISON_FILE
+from .report import summarise_gates as summarise_gates
+from .report import write_report as write_report
+from .run_folder import CUT_METRIC_KEYS as CUT_METRIC_KEYS
+from .run_folder import METRIC_KEYS as METRIC_KEYS
+from .run_folder import RunFolder as RunFolder
