@@ -74,7 +74,7 @@ def test_odd_sizes_and_times_that_go_back(tmp_path: Path) -> None:
 def test_a_killed_writer_leaves_what_it_wrote_until_two_seconds_before(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from tests.data.test_media_writer import INFO, VideoWriter, frame_of\n"
+        "from tests.detection.test_writer import INFO, VideoWriter, frame_of\n"
         "writer = VideoWriter(Path(sys.argv[1]), (64, 64), INFO)\n"
         "for number in range(130):\n    writer.write(frame_of((64, 64), 512 * number, number))\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

@@ -23,7 +23,7 @@ from tests.scripts.runs import ROOT, SMALL, Done, Runner
 EPOCHS = 3
 HOLDER = """
 import sys, time
-from engine import RunFolder
+from tracking import RunFolder
 with RunFolder(sys.argv[1]).held():
     print("held", flush=True)
     time.sleep(600)

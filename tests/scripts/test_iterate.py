@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import iterate
 import slim
 from deploy import OnnxNetwork, open_exported
+from detection import loop as loop_module
 from detection import pruning as prune
 from detection.loop import proven_fold
 from detection.network import build_network, read_network
@@ -129,8 +130,8 @@ def test_a_finished_loop_is_only_read(
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished phase ran again")
 
-    monkeypatch.setattr(iterate, "train_in", refuse)
-    monkeypatch.setattr(iterate, "choose_plan", refuse)
+    monkeypatch.setattr(loop_module, "train_in", refuse)
+    monkeypatch.setattr(loop_module, "choose_plan", refuse)
     before = {p: p.read_bytes() for p in (loop / "weights" / "slim.pt", loop / "plan.json", loop / "pareto.csv")}
     steps = ["--rounds", 2, "--macs", 0.5, "--sparse-epochs", 2, "--recovery-epochs", 1, "--finetune-epochs", 1]
     done = script("iterate", *arguments(small_run / "weights" / "best.pt", tiny, loop.parent, *steps, "--max-drop", 1))
@@ -149,7 +150,7 @@ def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
         calls.append(1)
         return len(calls) in (2, 5), "said so"
 
-    monkeypatch.setattr(iterate, "judged", judged)
+    monkeypatch.setattr(loop_module, "judged", judged)
     steps = ["--rounds", 2, "--macs", 0.4, "--sparse-epochs", 2, "--recovery-epochs", 0, "--finetune-epochs", 0]
     steps += ["--attempts", 2, "--export", "none"]
     done = script("iterate", *arguments(small_run / "weights" / "best.pt", tiny, tmp_path, *steps))
@@ -175,7 +176,7 @@ def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
 def test_a_loop_without_an_accepted_cut_fails_in_one_line_and_keeps_its_candidates(
     small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
 ) -> None:
-    monkeypatch.setattr(iterate, "judged", lambda *_: (False, "too bad"))
+    monkeypatch.setattr(loop_module, "judged", lambda *_: (False, "too bad"))
     given = arguments(small_run / "weights" / "best.pt", tiny, tmp_path, *ONE_ROUND, "--attempts", 1)
     done = script("iterate", *given)
     assert done.code == 1 and done.err.count("\n") == 1 and "not one cut kept AP within --max-drop 0.02" in done.err
@@ -196,7 +197,7 @@ def begun(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(iterate, "choose_plan", stop)
+        patched.setattr(loop_module, "choose_plan", stop)
         done = script(
             "iterate", *arguments(small_run / "weights" / "best.pt", tmp_path / "own.yaml", tmp_path, *ONE_ROUND)
         )
