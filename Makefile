@@ -1,8 +1,9 @@
 # make demo: set up, then the main job on shapes that the project draws itself; make test: set up, then the tests;
-# make test-long: tests of minutes each (processes killed, data sets exchanged);
+# make quick: the tests that a change in a minute deserves; make test-long: tests of minutes each (processes killed, data sets exchanged);
 # make zoo: the pruning library on many networks of others (about ten minutes); make bench: slim's speed.
+# Every one takes PYTHON=python3.13, say, and keeps an environment for it beside the default one.
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 

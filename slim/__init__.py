@@ -34,3 +34,5 @@ from slim.surgery import mask as mask
 from slim.surgery import max_difference as max_difference
 from slim.trace import ChannelPropagation as ChannelPropagation
 from slim.trace import trace as trace
+
+__version__ = "0.2.0"

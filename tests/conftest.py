@@ -1,12 +1,15 @@
-"""A tiny shapes data set, drawn once for all tests of a process."""
+"""A tiny shapes data set, and folders that are filled once for all processes of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from data import make_shapes
 from tests.scripts.runs import NAMES
@@ -21,12 +24,38 @@ def as_many_threads_as_before() -> Iterator[None]:
     torch.set_num_threads(THREADS)
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """A folder by its name, which the first process of pytest-xdist that asks for it fills and all of them read."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def filled(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, whole = root / "once" / name, root / "once" / f"{name}.whole"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.with_name(f"{name}.lock")):
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                whole.touch()
+        return folder
+
+    return filled
+
+
+@pytest.fixture(scope="session")
+def tiny(once: Once) -> Path:
     """data.yaml of 16 train, 6 val and 6 test images of 64 pixels, four classes."""
-    root = tmp_path_factory.mktemp("datasets")
-    make_shapes(root / "tiny", train=16, val=6, test=6, image_size_px=64, seed=3)
-    file = root / "tiny.yaml"
-    names = "".join(f"  {i}: {name}\n" for i, name in enumerate(NAMES))
-    file.write_text(f"path: {root / 'tiny'}\ntrain: images/train\nval: images/val\ntest: images/test\nnames:\n{names}")
-    return file
+
+    def draw(folder: Path) -> None:
+        images = folder / "tiny"
+        make_shapes(images, train=16, val=6, test=6, image_size_px=64, seed=3)
+        splits = "".join(f"{split}: images/{split}\n" for split in ("train", "val", "test"))
+        names = "".join(f"  {i}: {name}\n" for i, name in enumerate(NAMES))
+        (folder / "tiny.yaml").write_text(f"path: {images}\n{splits}names:\n{names}")
+
+    return once("datasets", draw) / "tiny.yaml"

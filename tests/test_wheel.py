@@ -1,14 +1,21 @@
-"""The wheel holds slim alone, typed, and the README's example runs with it as printed."""
+"""The wheel holds slim alone, typed, under its own name; the README's example runs with it; needs are imports."""
 
 from __future__ import annotations
 
+import configparser
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
+
+import slim
+from tests.test_architecture import ALLOWED, SCRIPTS, imports, modules
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,19 +28,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     for package in ("slim", "models", "engine", "data"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(out),
-        str(source),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, capture_output=True)
     return next(out.glob("*.whl"))
 
 
@@ -44,9 +40,35 @@ def test_wheel_holds_slim_alone_and_is_typed(wheel: Path) -> None:
     modules = {f"slim/{p.name}" for p in (ROOT / "slim").glob("*.py")}
     assert modules <= set(names)
     metadata = next(n for n in names if n.endswith("METADATA"))
-    text = zipfile.ZipFile(wheel).read(metadata).decode()
-    needs = [line for line in text.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
+    needs = [line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert needs == ["Requires-Dist: torch>=2.6"]
+    assert {"Name: channel-slim", f"Version: {slim.__version__}"} <= set(lines)
+
+
+def test_citation_names_this_version() -> None:
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == slim.__version__
+
+
+def distributions_imported(*folders: str) -> set[str]:
+    """What other people's packages the files of these folders, and the scripts, import, by the names that pip has."""
+    files = [item for folder in folders for item in modules(folder).items()]
+    scripts = [(script, ROOT / f"{script}.py") for script in SCRIPTS]
+    roots = {module.split(".")[0] for item in (*files, *scripts) for module, _ in imports(*item)}
+    foreign, known = roots - sys.stdlib_module_names - {*ALLOWED, *SCRIPTS, "tests"}, packages_distributions()
+    return {known.get(root, [root])[0].lower().replace("_", "-") for root in foreign}
+
+
+def test_what_is_needed_is_what_is_imported() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    extras = {"slim": setup["options"]["install_requires"], **setup["options.extras_require"]}
+    needed = {extra: set(re.findall(r"^[\w-]+", text, re.MULTILINE)) for extra, text in extras.items()}
+    through_torch = {"onnxscript", "tensorboard"}  # by torch.onnx's exporter and torch.utils.tensorboard
+    assert distributions_imported("slim") == needed["slim"]
+    product = distributions_imported(*ALLOWED.keys() - {"benchmarks"})
+    assert product | through_torch == needed["slim"] | needed["detect"]
+    assert distributions_imported("benchmarks", "tests") <= set().union(*needed.values())
 
 
 EXAMPLE = """

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.conftest import Once
 from tests.scripts.runs import ROOT, SMALL, SMALL_ANCHORS, Done, Runner
 
 PLOTS = ("plot_labels", "plot_results", "plot_gates")
@@ -30,14 +31,16 @@ def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="session")
-def sparse_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sparse_run(tiny: Path, once: Once) -> Path:
     """The run folder of two epochs of sparse training, the second with the pull."""
+    return once("sparse", lambda project: sparse_training(tiny, ROOT / "models" / "yolov5n.yaml", project, "s")) / "s"
+
+
+def sparse_training(data: Path, cfg: Path, project: Path, name: str) -> None:
     import train_sparse
 
-    project = tmp_path_factory.mktemp("runs")
-    arguments = ["--data", tiny, *SMALL, "--epochs", 2, "--pull-from", 1, "--project", project, "--name", "s"]
-    assert train_sparse.cli([*map(str, arguments), "--cfg", str(ROOT / "models" / "yolov5n.yaml")]) == 0
-    return project / "s"
+    arguments = ["--data", data, "--cfg", cfg, *SMALL, "--epochs", 2, "--pull-from", 1]
+    assert train_sparse.cli([*map(str, arguments), "--project", str(project), "--name", name]) == 0
 
 
 @pytest.fixture(scope="session")
@@ -60,25 +63,22 @@ def small_cfg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_run(tiny: Path, small_cfg: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_run(tiny: Path, small_cfg: Path, once: Once) -> Path:
     """The run folder of two epochs of sparse training of the network that is exported in seconds."""
-    import train_sparse
-
-    project = tmp_path_factory.mktemp("runs")
-    arguments = ["--data", tiny, "--cfg", small_cfg, *SMALL, "--epochs", 2, "--pull-from", 1, "--project", project]
-    assert train_sparse.cli([*map(str, arguments)]) == 0
-    return project / "exp"
+    return once("small-sparse", lambda project: sparse_training(tiny, small_cfg, project, "exp")) / "exp"
 
 
 @pytest.fixture(scope="session")
-def cut(sparse_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cut(sparse_run: Path, once: Once) -> Path:
     """A checkpoint cut to half of its MACs, gates kept."""
-    import prune
 
-    out = tmp_path_factory.mktemp("cut") / "cut.pt"
-    arguments = ["--weights", sparse_run / "weights" / "last.pt", "--img", 64, "--macs", 0.5, "--out", out]
-    assert prune.cli([*map(str, arguments), "--project", str(out.parent)]) == 0
-    return out
+    def cut_to_half(folder: Path) -> None:
+        import prune
+
+        arguments = ["--weights", sparse_run / "weights" / "last.pt", "--img", 64, "--macs", 0.5]
+        assert prune.cli([*map(str, arguments), "--out", str(folder / "cut.pt"), "--project", str(folder)]) == 0
+
+    return once("cut", cut_to_half) / "cut.pt"
 
 
 @pytest.fixture
@@ -99,37 +99,42 @@ def without_plots() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def small_weights(small_cfg: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_weights(small_cfg: Path, tiny: Path, once: Once) -> Path:
     """The checkpoint of a small network that was trained until it finds something."""
-    import finetune
 
-    project = tmp_path_factory.mktemp("small")
-    arguments = ["--weights", "", "--cfg", small_cfg, "--data", tiny, "--img", 64, "--batch-size", 4, "--workers", 0]
-    same = [word for flag in ("--mosaic", "--scale", "--translate", "--hsv-v") for word in (flag, 0)]
-    schedule = ["--epochs", 50, "--eval-every", 50, "--optimizer", "adamw", "--project", project, "--name", "small"]
-    with without_plots():
-        assert finetune.cli([*map(str, arguments), *map(str, schedule), *map(str, same)]) == 0
-    return project / "small" / "weights" / "last.pt"
+    def train(project: Path) -> None:
+        import finetune
+
+        given = ["--weights", "", "--cfg", small_cfg, "--data", tiny, "--project", project, "--name", "small"]
+        sizes = ["--img", 64, "--batch-size", 4, "--workers", 0]
+        same = [word for flag in ("--mosaic", "--scale", "--translate", "--hsv-v") for word in (flag, 0)]
+        schedule = ["--epochs", 50, "--eval-every", 50, "--optimizer", "adamw"]
+        with without_plots():
+            assert finetune.cli([str(word) for word in (*given, *sizes, *same, *schedule)]) == 0
+
+    return once("small", train) / "small" / "weights" / "last.pt"
 
 
 @pytest.fixture(scope="session")
-def exported(small_weights: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(small_weights: Path, tiny: Path, once: Once) -> Path:
     """A folder of exports of ``small_weights`` for images of 64 pixels; the one with its suppression as val.py has it."""
-    from data import DetectionDataset
-    from detection.datasets import open_data, real_images
-    from detection.network import read_network
-    from detection.write_file import Nms, write_file
 
-    folder = tmp_path_factory.mktemp("exported")
-    images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 1)
-    options: dict[str, dict[str, Any]] = {
-        "net.onnx": {},
-        "net.xml": {},
-        "net.torchscript": {},
-        "dynamic.onnx": {"dynamic": True},
-        "bytes.xml": {"uint8_input": True},
-        "nms.onnx": {"nms": Nms(0.001, 0.65, 300)},
-    }
-    for name, more in options.items():
-        write_file(read_network(small_weights), folder / name, images, **more)
-    return folder
+    def export(folder: Path) -> None:
+        from data import DetectionDataset
+        from detection.datasets import open_data, real_images
+        from detection.network import read_network
+        from detection.write_file import Nms, write_file
+
+        images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 1)
+        options: dict[str, dict[str, Any]] = {
+            "net.onnx": {},
+            "net.xml": {},
+            "net.torchscript": {},
+            "dynamic.onnx": {"dynamic": True},
+            "bytes.xml": {"uint8_input": True},
+            "nms.onnx": {"nms": Nms(0.001, 0.65, 300)},
+        }
+        for name, more in options.items():
+            write_file(read_network(small_weights), folder / name, images, **more)
+
+    return once("exported", export)
