@@ -18,7 +18,8 @@ $(STAMP): setup.cfg
 demo: $(STAMP)
 	$(PY) -m experiments.slimming
 
-# Two test processes on two cores: spinning OpenMP threads would take the cores from each other.
+# Two test processes on two cores: a thread each, which doesn't spin where a test asks for more.
+test: export OMP_NUM_THREADS = 1
 test: export OMP_WAIT_POLICY = PASSIVE
 test: $(STAMP)
 	$(PY) -m pytest -n 2 --dist worksteal

@@ -71,18 +71,25 @@ def small_run(tiny: Path, small_cfg: Path, once: Once) -> Path:
 @pytest.fixture(scope="session")
 def cut(sparse_run: Path, once: Once) -> Path:
     """A checkpoint cut to half of its MACs, gates kept."""
-
-    def cut_to_half(folder: Path) -> None:
-        import prune
-
-        arguments = ["--weights", sparse_run / "weights" / "last.pt", "--img", 64, "--macs", 0.5]
-        assert prune.cli([*map(str, arguments), "--out", str(folder / "cut.pt"), "--project", str(folder)]) == 0
-
-    return once("cut", cut_to_half) / "cut.pt"
+    return once("cut", lambda folder: cut_to_half(sparse_run, folder)) / "cut.pt"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def small_cut(small_run: Path, once: Once) -> Path:
+    """The same of the small network."""
+    return once("small-cut", lambda folder: cut_to_half(small_run, folder)) / "cut.pt"
+
+
+def cut_to_half(run: Path, folder: Path) -> None:
+    import prune
+
+    arguments = ["--weights", run / "weights" / "last.pt", "--img", 64, "--macs", 0.5, "--out", folder / "cut.pt"]
+    assert prune.cli([*map(str, arguments), "--project", str(folder)]) == 0
+
+
+@pytest.fixture(autouse=True)
 def no_plots() -> Iterator[None]:
+    """Session fixtures come before this one: their trainings plot."""
     with without_plots():
         yield
 

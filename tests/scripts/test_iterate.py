@@ -141,7 +141,7 @@ def test_a_finished_loop_is_only_read(
 
 
 def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
-    small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
+    small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Round 1: the first cut fails, the second passes; round 2: all fail, so the loop stops at round 1's network."""
     calls: list[int] = []
@@ -174,7 +174,7 @@ def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
 
 
 def test_a_loop_without_an_accepted_cut_fails_in_one_line_and_keeps_its_candidates(
-    small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
+    small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop_module, "judged", lambda *_: (False, "too bad"))
     given = arguments(small_run / "weights" / "best.pt", tiny, tmp_path, *ONE_ROUND, "--attempts", 1)
@@ -184,9 +184,7 @@ def test_a_loop_without_an_accepted_cut_fails_in_one_line_and_keeps_its_candidat
 
 
 @pytest.fixture
-def begun(
-    small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
-) -> Path:
+def begun(small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A loop on a data set of its own that failed after its sparse training; its data.yaml lies beside it."""
     data = tmp_path / "data"
     shutil.copytree(tiny.parent / "tiny", data)

@@ -20,9 +20,6 @@ BCCD_NAMES = ["RBC", "WBC", "Platelets"]
 IMAGE = torch.zeros(1, 3, 64, 64)
 
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
-
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """data.yaml of the first six images of BCCD's splits."""

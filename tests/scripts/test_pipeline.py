@@ -330,11 +330,11 @@ def test_out_of_memory_names_the_batch_size_to_try(tiny: Path, tmp_path: Path) -
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 
-    arguments = ["--data", tiny, "--img", 2048, "--batch-size", 16, "--workers", 0, "--epochs", 1, "--cache", "none"]
+    arguments = ["--data", tiny, "--cfg", "models/yolov5m.yaml", "--img", 1024, "--batch-size", 16, "--workers", 0]
     command = [sys.executable, "finetune.py", *map(str, arguments), "--project", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "out of memory with 16 images of 2048x2048 pixels a step; try --batch-size 8" in done.stderr
+    assert "out of memory with 16 images of 1024x1024 pixels a step; try --batch-size 8" in done.stderr
 
 
 def test_a_proof_tells_rounding_from_a_wrong_cut(capsys: pytest.CaptureFixture[str]) -> None:

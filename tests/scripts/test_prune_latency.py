@@ -174,7 +174,6 @@ def loop_arguments(sparse_run: Path, data: Path, project: Path, *more: Any) -> l
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("no_plots")
 def test_a_loop_comes_down_to_its_milliseconds_and_measures_nothing_twice(
     clock: FakeClock, sparse_run: Path, tiny: Path, tmp_path: Path, script: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,6 @@ from slim import SlimError
 from tests.scripts.runs import SMALL, Runner, one_round
 from tests.scripts.test_failures import fails
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 def states(folder: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = read_network(folder / "weights" / "last.pt").model.state_dict()
@@ -25,13 +23,13 @@ def states(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_slim_student_of_a_gated_teacher(
-    cut: Path, sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_cut: Path, small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The distance is recorded, and a resumed run, which needs the teacher too, is the same run."""
     import engine.training
 
-    teacher = sparse_run / "weights" / "last.pt"
-    common = ("--weights", cut, "--data", tiny, *SMALL, "--epochs", 2, "--project", tmp_path)
+    teacher = small_run / "weights" / "last.pt"
+    common = ("--weights", small_cut, "--data", tiny, *SMALL, "--epochs", 2, "--project", tmp_path)
     done = script("finetune", *common, "--teacher", teacher, "--name", "taught")
     assert done.code == 0 and f"teacher: {teacher}, weight 1" in done.out, done.err
     with (tmp_path / "taught" / "results.csv").open() as file:
@@ -59,10 +57,10 @@ def test_slim_student_of_a_gated_teacher(
     assert all(torch.equal(parts[name], tensor) for name, tensor in taught.items())
 
 
-def test_weight_0_is_no_teacher(cut: Path, sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+def test_weight_0_is_no_teacher(small_cut: Path, small_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
     """Bit for bit, reading the teacher included; with a weight it makes a difference, and it is not in the checkpoint."""
-    common = ("--weights", cut, "--data", tiny, *SMALL, "--epochs", 1, "--project", tmp_path)
-    teacher = ("--teacher", sparse_run / "weights" / "last.pt")
+    common = ("--weights", small_cut, "--data", tiny, *SMALL, "--epochs", 1, "--project", tmp_path)
+    teacher = ("--teacher", small_run / "weights" / "last.pt")
     assert script("finetune", *common, "--name", "plain").code == 0
     assert script("finetune", *common, *teacher, "--distill-weight", 0, "--name", "zero").code == 0
     assert script("finetune", *common, *teacher, "--distill-weight", 9, "--name", "taught").code == 0
@@ -72,8 +70,8 @@ def test_weight_0_is_no_teacher(cut: Path, sparse_run: Path, tiny: Path, script:
     assert not all(torch.equal(taught[name], tensor) for name, tensor in plain.items())
 
 
-def test_the_loop_has_a_teacher(sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
-    weights = sparse_run / "weights" / "best.pt"
+def test_the_loop_has_a_teacher(small_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+    weights = small_run / "weights" / "best.pt"
     teacher = tmp_path / "teacher.pt"
     teacher.write_bytes(weights.read_bytes())
     steps = one_round(finetune_epochs=1)
@@ -84,12 +82,12 @@ def test_the_loop_has_a_teacher(sparse_run: Path, tiny: Path, script: Runner, tm
     for phase in ("round1-sparse", "finetune"):
         with (tmp_path / "loop" / phase / "results.csv").open() as file:
             assert all(row["loss/distill"] for row in csv.DictReader(file)), phase
-    teacher.write_bytes((sparse_run / "weights" / "last.pt").read_bytes())
+    teacher.write_bytes((small_run / "weights" / "last.pt").read_bytes())
     fails(script("iterate", *given), "teacher:", "choose another --name")
 
 
-def test_gates_of_the_teacher_are_folded_and_it_agrees_with_itself(sparse_run: Path) -> None:
-    weights = sparse_run / "weights" / "last.pt"
+def test_gates_of_the_teacher_are_folded_and_it_agrees_with_itself(small_run: Path) -> None:
+    weights = small_run / "weights" / "last.pt"
     network = read_network(weights)
     loss = make_loss(network.model, LossGains(), 64)
     distilling = add_teacher(loss, network, str(weights), DistillGains(), torch.device("cpu"))
@@ -100,8 +98,8 @@ def test_gates_of_the_teacher_are_folded_and_it_agrees_with_itself(sparse_run: P
     assert parts["distill"].item() == pytest.approx(0, abs=1e-5)
 
 
-def test_teacher_of_other_classes_is_refused(sparse_run: Path, tmp_path: Path) -> None:
-    network = read_network(sparse_run / "weights" / "last.pt")
+def test_teacher_of_other_classes_is_refused(small_run: Path, tmp_path: Path) -> None:
+    network = read_network(small_run / "weights" / "last.pt")
     turned = {**network.build, "names": network.names[::-1]}
     save_network(tmp_path / "turned.pt", network.model, turned)
     with pytest.raises(SlimError, match=r"turned\.pt: its classes are cross, .*expected the same in the same order"):
@@ -109,16 +107,16 @@ def test_teacher_of_other_classes_is_refused(sparse_run: Path, tmp_path: Path) -
         add_teacher(loss, network, str(tmp_path / "turned.pt"), DistillGains(), torch.device("cpu"))
 
 
-def test_frozen_layers_of_a_sparse_training(sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
-    """Weights, statistics and gates of the first ten layers stay bit for bit; the others move."""
-    weights = sparse_run / "weights" / "last.pt"
+def test_frozen_layers_of_a_sparse_training(small_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+    """Weights, statistics and gates of the first three layers stay bit for bit; the others move."""
+    weights = small_run / "weights" / "last.pt"
     done = script(
-        "train_sparse", "--weights", weights, "--data", tiny, *SMALL, "--epochs", 1, "--pull-from", 0, "--freeze", 10,
+        "train_sparse", "--weights", weights, "--data", tiny, *SMALL, "--epochs", 1, "--pull-from", 0, "--freeze", 3,
         "--project", tmp_path, "--name", "f",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "frozen: model.0, model.1, model.2" in done.out and "model.9:" in done.out
-    assert layers_that_moved(weights, tmp_path / "f") == layers_with_weights(weights) - {str(i) for i in range(10)}
+    assert "frozen: model.0, model.1, model.2:" in done.out
+    assert layers_that_moved(weights, tmp_path / "f") == layers_with_weights(weights) - {str(i) for i in range(3)}
 
 
 def layers_with_weights(weights: Path) -> set[str]:
@@ -130,15 +128,15 @@ def layers_that_moved(weights: Path, folder: Path) -> set[str]:
     return {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_indices_and_patterns(sparse_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
-    weights = sparse_run / "weights" / "last.pt"
+def test_indices_and_patterns(small_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+    weights = small_run / "weights" / "last.pt"
     done = script(
-        "finetune", "--weights", weights, "--data", tiny, *SMALL, "--epochs", 1, "--freeze", 0, 3, "model.2.cv*",
-        "model.24", "--keep-gates", "--project", tmp_path, "--name", "f",
+        "finetune", "--weights", weights, "--data", tiny, *SMALL, "--epochs", 1, "--freeze", 0, 5, "model.2.cv*",
+        "model.6", "--keep-gates", "--project", tmp_path, "--name", "f",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "frozen: model.0, model.3, model.2.cv1, model.2.cv2, model.2.cv3, model.24:" in done.out
-    assert layers_that_moved(weights, tmp_path / "f") == layers_with_weights(weights) - {"0", "3", "24"}
+    assert "frozen: model.0, model.5, model.2.cv1, model.2.cv2, model.2.cv3, model.6:" in done.out
+    assert layers_that_moved(weights, tmp_path / "f") == layers_with_weights(weights) - {"0", "5", "6"}
     before, after = read_network(weights).model.state_dict(), states(tmp_path / "f")
     moved = {
         name.split(".")[2]
