@@ -5,12 +5,19 @@ from __future__ import annotations
 import sys
 
 from detection.command import run_script
-from detection.video.job import DetectFlags, main
+from detection.flags import DetectFlags
+
+
+def act(flags: DetectFlags) -> None:
+    """Do what the command line says."""
+    from detection.video.job import detect  # and with it torch: the command line was read before
+
+    detect(flags)
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_script(DetectFlags, main, __doc__ or "", argv)
+    """Run the script; returns its exit code."""
+    return run_script(DetectFlags, act, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,30 @@
 """The slimming loop as a journal: rounds of sparse training, cut and recovery, then fine-tuning, folding and export.
 
-The same command continues a loop that was interrupted or killed, whatever it was doing."""
+The same command continues a loop that was interrupted or killed, whatever it was doing.
+"""
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from detection.command import run_on_all_ranks
-from detection.loop import IterateFlags, main
+from detection.flags import IterateFlags
+
+if TYPE_CHECKING:
+    from engine import World
+
+
+def act(flags: IterateFlags, world: World) -> None:
+    """Do what the command line says."""
+    from detection.loop import main  # and with it torch: the command line was read before
+
+    main(flags, world)
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_on_all_ranks(IterateFlags, main, __doc__ or "", argv)
+    """Run the script; returns its exit code."""
+    return run_on_all_ranks(IterateFlags, act, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,27 @@
-"""Train a YOLOv5 with gates under the smallest-half pull, so that half of its channels close."""
+"""Train a YOLOv5 with gates under the L1 step, so that half of its channels close."""
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from detection.command import run_on_all_ranks
-from detection.training import SparseFlags, main
+from detection.flags import SparseFlags
+
+if TYPE_CHECKING:
+    from engine import World
+
+
+def act(flags: SparseFlags, world: World) -> None:
+    """Do what the command line says."""
+    from detection.training import train  # and with it torch: the command line was read before
+
+    train(flags, world)
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_on_all_ranks(SparseFlags, main, __doc__ or "", argv)
+    """Run the script; returns its exit code."""
+    return run_on_all_ranks(SparseFlags, act, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,19 @@ from __future__ import annotations
 import sys
 
 from detection.command import run_script
-from detection.evaluation import ValFlags, main
+from detection.flags import ValFlags
+
+
+def act(flags: ValFlags) -> None:
+    """Do what the command line says."""
+    from detection.evaluation import evaluate_weights  # and with it torch: the command line was read before
+
+    evaluate_weights(flags)
 
 
 def cli(argv: list[str] | None = None) -> int:
-    """The command; its exit code."""
-    return run_script(ValFlags, main, __doc__ or "", argv)
+    """Run the script; returns its exit code."""
+    return run_script(ValFlags, act, __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -26,18 +26,20 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from data.moving_shapes import write_video
-from deploy import ENGINES, SUFFIX_FOR, SUFFIXES, torch_threads
-from deploy.open_file import Engine
-from detection.command import flag, run_script
+from deploy import ENGINES, SUFFIX_FOR, SUFFIXES, threads_of, torch_threads
+from deploy.settings import Engine, RuntimeSettings
+from detection.command import run_script
 from detection.detector import Detector, open_detector
+from detection.flags import DetectFlags
 from detection.network import read_network
 from detection.video.detection_files import DetectionFiles
-from detection.video.job import DetectFlags, Detection
+from detection.video.job import Detection, canvas_of, pictures_at_once
 from detection.video.pictures import read_pictures
 from detection.video.pipeline import StageTimes
 from detection.video.sources import find_sources
@@ -53,14 +55,13 @@ _DIFFERENT = 16
 class SpeedFlags:
     """A comparison of detect.py with its engines."""
 
-    weights: str = flag("", "checkpoint or exported file")
-    engines: list[Engine] = flag(list(ENGINES), "engines to measure; those that do not run the file are left out")  # noqa: RUF009
-    img: list[int] = flag([384, 640], "height and width of the video and of the network's input, in pixels")  # noqa: RUF009
-    frames: int = flag(150, "frames of the video")
-    repeats: int = flag(5, "rounds")
-    num_cores: int = flag(2, "CPU threads")
-    at_once: int = flag(0, "as detect.py's")
-    debug: bool = flag(False, "on an error, print the traceback")
+    weights: Annotated[str, "checkpoint or exported file"] = ""
+    engines: Annotated[tuple[Engine, ...], "engines to measure; those that do not run the file are left out"] = ENGINES
+    img: Annotated[tuple[int, ...], "height and width of the video and of the network's input, in pixels"] = (384, 640)
+    frames: Annotated[int, "frames of the video"] = 150
+    repeats: Annotated[int, "rounds"] = 5
+    num_cores: Annotated[int, "CPU threads"] = 2
+    at_once: Annotated[int, "as detect.py's"] = 0
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,9 @@ def measure(flags: SpeedFlags, on_row: Callable[[Row], None] = lambda row: None)
         for engine, file in files_of(flags, Path(folder)).items():
             given = DetectFlags(
                 weights=file,
-                source=[str(video)],
-                engine=engine,
-                img=flags.img,
-                num_cores=flags.num_cores,
+                source=(str(video),),
+                runtime=RuntimeSettings(engine=engine, num_cores=flags.num_cores),
+                img=tuple(flags.img),
                 at_once=flags.at_once,
                 device="cpu",
             )
@@ -140,21 +140,21 @@ def files_of(flags: SpeedFlags, folder: Path) -> dict[Engine, str]:
 def measured(flags: DetectFlags, repeats: int, folder: Path) -> Row:
     """One engine, all ways in turns."""
     sources = find_sources(flags.source)
-    at_once = flags.pictures_at_once(sources, torch.device("cpu"))
+    at_once, cores = pictures_at_once(flags, sources, torch.device("cpu")), threads_of(flags.runtime.num_cores)
     found: dict[str, list[Speed]] = {"alone": [], "side": [], "whole": []}
     with contextlib.ExitStack() as stack:
         one, many = (
-            stack.enter_context(open_detector(flags.weights, flags.engine, num_cores=flags.cores, at_once=calls))
+            stack.enter_context(open_detector(flags.weights, flags.runtime.engine, num_cores=cores, at_once=calls))
             for calls in (1, at_once)
         )
-        canvas = flags.canvas(one)
+        canvas = canvas_of(flags.img, one)
         images = [picture.letterboxed(canvas)[0][None] for picture in islice(read_pictures(sources[0]), _DIFFERENT)]
         count = sum(1 for _ in read_pictures(sources[0]))
         of_torch = one.engine == "torch"
         for _ in range(repeats):
-            with torch_threads(flags.cores if of_torch else 1):
+            with torch_threads(cores if of_torch else 1):
                 found["alone"].append(inference(one, 1, images, count))
-            with torch_threads(max(1, flags.cores // at_once) if of_torch else 1):
+            with torch_threads(max(1, cores // at_once) if of_torch else 1):
                 found["side"].append(inference(many, at_once, images, count))
                 found["whole"].append(end_to_end(flags, many, at_once, folder, count))
     middle = {

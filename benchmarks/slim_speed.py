@@ -35,7 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torchvision
@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 import models
 import slim
-from detection.command import flag, run_script
+from detection.command import run_script
 from slim import SlimError
 
 YAMLS = Path(models.__file__).parent
@@ -60,15 +60,18 @@ MAX_TRIES = 20
 class SpeedFlags:
     """A comparison of slim with torch-pruning."""
 
-    models: list[str] = flag(  # noqa: RUF009
-        ["yolov5n", "yolov5s", "yolov5m", "yolov5l", "yolov5x", "resnet50"],
-        "networks: a YAML of models/ by its name, or a torchvision classifier",
+    models: Annotated[tuple[str, ...], "networks: a YAML of models/ by its name, or a torchvision classifier"] = (
+        "yolov5n",
+        "yolov5s",
+        "yolov5m",
+        "yolov5l",
+        "yolov5x",
+        "resnet50",
     )
-    img: int = flag(64, "side of the example image in pixels, a multiple of 32")
-    repeats: int = flag(5, "measured runs of each tool on each network")
-    num_cores: int = flag(0, "CPU threads; 0 leaves torch's own choice")
-    seed: int = flag(0, "seed of the random weights")
-    debug: bool = flag(False, "on an error, print the traceback")
+    img: Annotated[int, "side of the example image in pixels, a multiple of 32"] = 64
+    repeats: Annotated[int, "measured runs of each tool on each network"] = 5
+    num_cores: Annotated[int, "CPU threads; 0 leaves torch's own choice"] = 0
+    seed: Annotated[int, "seed of the random weights"] = 0
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import slim
-from data import Augment, DetectionDataset, build_loader
-from detection.command import flag, run_script
+from data import Augment, DataSettings, DetectionDataset, build_loader
+from detection.command import run_script
 from detection.datasets import open_data
 from detection.losses import make_loss
 from detection.network import check_image_size, example_image, start_network
@@ -49,19 +50,18 @@ PARTS = ("forward", "loss", "backward", "clip and step", "pull", "moving average
 class TrainSpeedFlags:
     """A comparison of whole training with bare steps."""
 
-    weights: str = flag("", "checkpoint to start from; '' trains --cfg from scratch")
-    cfg: str = flag("models/yolov5n.yaml", "model description, used without --weights")
-    data: str = flag("data/bccd.yaml", "data set description")
-    data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
-    img: int = flag(320, "image size in pixels, a multiple of the largest stride")
-    batch_size: int = flag(16, "images a step")
-    workers: int = flag(0, "loader processes; 0 loads in the main process, the fastest way on two cores")
-    turns: int = flag(5, "measured turns, after one that does not count")
-    steps: int = flag(8, "measured steps on the fixed batch for the parts")
-    precisions: list[str] = flag(["float32", "auto"], "number formats to measure")  # noqa: RUF009
-    num_cores: int = flag(2, "CPU threads of the network")
-    seed: int = flag(0, "seed of weights, order and augmentation")
-    debug: bool = flag(False, "on an error, print the traceback")
+    weights: Annotated[str, "checkpoint to start from; '' trains --cfg from scratch"] = ""
+    cfg: Annotated[str, "model description, used without --weights"] = "models/yolov5n.yaml"
+    data: Annotated[str, "data set description"] = "data/bccd.yaml"
+    data_root: Annotated[str | None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets"] = None
+    img: Annotated[int, "image size in pixels, a multiple of the largest stride"] = 320
+    batch_size: Annotated[int, "images a step"] = 16
+    workers: Annotated[int, "loader processes; 0 loads in the main process, the fastest way on two cores"] = 0
+    turns: Annotated[int, "measured turns, after one that does not count"] = 5
+    steps: Annotated[int, "measured steps on the fixed batch for the parts"] = 8
+    precisions: Annotated[tuple[str, ...], "number formats to measure"] = ("float32", "auto")
+    num_cores: Annotated[int, "CPU threads of the network"] = 2
+    seed: Annotated[int, "seed of weights, order and augmentation"] = 0
 
 
 class Bench:
@@ -69,7 +69,7 @@ class Bench:
 
     def __init__(self, flags: TrainSpeedFlags) -> None:
         self.flags = flags
-        config = open_data(flags.data, flags.data_root)
+        config = open_data(DataSettings(data=flags.data, data_root=flags.data_root))
         self.network = start_network(flags.weights, flags.cfg, config.names).model
         check_image_size(self.network, flags.img)
         self.train_set = DetectionDataset(config, "train", flags.img, Augment(), flags.seed)

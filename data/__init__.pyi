@@ -1,4 +1,3 @@
-from .augment import Augment as Augment
 from .config import DataConfig as DataConfig
 from .config import find_root as find_root
 from .config import load_data_config as load_data_config
@@ -9,4 +8,8 @@ from .loading import Batch as Batch
 from .loading import build_loader as build_loader
 from .loading import collate as collate
 from .sampling import multi_scale_sizes as multi_scale_sizes
+from .settings import Augment as Augment
+from .settings import DataSettings as DataSettings
+from .settings import LoaderSettings as LoaderSettings
+from .settings import SamplingSettings as SamplingSettings
 from .shapes import make_shapes as make_shapes

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .colour import jitter_hsv
-from .errors import DataError
 from .images import FILL, grey, resize
+from .settings import Augment
 
 MIN_SIDE_PX = 2.0
 MIN_VISIBLE = 0.1
@@ -28,43 +28,6 @@ MIXUP_BETA = 32.0
 """Both parameters of the Beta distribution: near halves, as detectors are trained (YOLOv5, YOLOX)."""
 
 Labels = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Augment:
-    """How training samples vary; names and defaults are YOLOv5's (its ``scratch-low`` recipe)."""
-
-    mosaic: float = 1.0
-    """Probability that four images make one sample."""
-    mixup: float = 0.0
-    """Probability that a sample is blended with a second one, in a share drawn from Beta(32, 32)."""
-    scale: float = 0.5
-    """The image is scaled by a factor drawn from 1 - scale to 1 + scale."""
-    translate: float = 0.1
-    """The centre moves by at most this fraction of the image size."""
-    degrees: float = 0.0
-    """Rotation by at most this angle, either way."""
-    shear: float = 0.0
-    """Shear by at most this angle in degrees, along x and along y."""
-    hsv_h: float = 0.015
-    """Hue turns by at most this fraction of the colour circle, either way."""
-    hsv_s: float = 0.7
-    """Saturation is multiplied by 1 - hsv_s to 1 + hsv_s."""
-    hsv_v: float = 0.4
-    """Brightness is multiplied by 1 - hsv_v to 1 + hsv_v."""
-    flipud: float = 0.0
-    """Probability of an upside-down flip."""
-    fliplr: float = 0.5
-    """Probability of a left-right flip."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            # A scale of 0 and a shear of a right angle would leave nothing of the image.
-            below = {"scale": 1.0, "shear": 90.0}.get(name)
-            limit = below or {"degrees": 180.0}.get(name, 1.0)
-            if not 0 <= value <= limit or value == below:
-                wanted = f"0 to {'less than ' if below else ''}{limit:g}"
-                raise DataError(f"augmentation {name} is {value}, expected {wanted}; 0 switches it off")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .annotations import Annotations, Entry, as_rows, check_usable
-from .augment import MIXUP_BETA, Augment, Labels, Tile, augmented_scene, colour_and_flip, mix, mosaic_tiles
+from .augment import MIXUP_BETA, Labels, Tile, augmented_scene, colour_and_flip, mix, mosaic_tiles
 from .cache import find_folder, name_of, read_annotations
 from .config import DataConfig
 from .errors import DataError
@@ -28,10 +28,9 @@ from .images import IMAGE_SUFFIXES, grey, letterbox, letterbox_of, read_image, r
 from .letterbox import Letterbox
 from .pixels import PixelFile, open_pixels
 from .sampling import Draw, weigh_images
+from .settings import Augment, Cache
 
 logger = logging.getLogger(__name__)
-
-Cache = Literal["ram", "disk", "none"]
 
 
 @dataclass(frozen=True)

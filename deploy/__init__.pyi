@@ -6,7 +6,6 @@ from .graph_ends import WithNms as WithNms
 from .latency_search import Trial as Trial
 from .latency_search import search_latency as search_latency
 from .network import ExportedNetwork as ExportedNetwork
-from .network import Precision as Precision
 from .network import as_bytes as as_bytes
 from .network import parts_of as parts_of
 from .network import size_text as size_text
@@ -28,5 +27,9 @@ from .proof import prove_same_detections as prove_same_detections
 from .quantise_onnx import OnnxQuantiser as OnnxQuantiser
 from .quantiser import OpenVinoQuantiser as OpenVinoQuantiser
 from .quantiser import Quantiser as Quantiser
+from .settings import Engine as Engine
+from .settings import LatencySettings as LatencySettings
+from .settings import Precision as Precision
+from .settings import RuntimeSettings as RuntimeSettings
 from .torchscript_file import TorchScriptNetwork as TorchScriptNetwork
 from .torchscript_file import export_torchscript as export_torchscript

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from slim import SlimError
 
 INPUT = "images"
 OUTPUT = "output0"
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class ExportedNetwork(nn.Module):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from slim import SlimError
 
-from .network import ExportedNetwork, Precision
+from .network import ExportedNetwork
 from .onnx_file import OnnxNetwork
 from .openvino_file import OpenVinoNetwork
+from .settings import Engine, Precision
 from .torchscript_file import TorchScriptNetwork
 
-Engine = Literal["torch", "onnxruntime", "openvino"]
 ENGINES: tuple[Engine, ...] = ("torch", "onnxruntime", "openvino")
 SUFFIXES: dict[str, tuple[Engine, ...]] = {
     ".onnx": ("onnxruntime", "openvino"),

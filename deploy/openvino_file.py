@@ -19,9 +19,10 @@ from torch import Tensor, nn
 import slim
 from slim import SlimError
 
-from .network import ExportedNetwork, Precision, existing, threads_of
+from .network import ExportedNetwork, existing, threads_of
 from .onnx_file import Proof, onnx_proto, read_onnx
 from .proof import prove_equal
+from .settings import Precision
 
 INFO = "model_info"
 """Where OpenVINO's own tools look for what a network says of itself."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -13,55 +12,32 @@ from tqdm import tqdm
 
 import slim
 from data import DetectionDataset
-from deploy import LayerTime, Precision, profile, profile_text, threads_of, torch_threads
-from deploy.open_file import Engine
+from deploy import LayerTime, profile, profile_text, threads_of, torch_threads
 from engine import Evaluation
 from slim import SlimError
 from tracking import RunFolder
 
 from .benchmark_candidates import Candidate, Candidates, Sides, Wanted
 from .benchmark_table import Row, machine_text, markdown, short_names, write
-from .command import flag
-from .datasets import DataFlags, so_many_images
+from .command import flat
+from .datasets import open_data, so_many_images
 from .detector import evaluate_detector
 from .evaluator import Evaluator
+from .flags import BenchmarkFlags
 from .network import check_classes, img_of, sides_of
 from .timing import Timing, Turns, rounds_for
 
 
-@dataclass(frozen=True)
-class BenchmarkFlags(DataFlags):
-    """A comparison of run times. Of engines, sizes, cores, batch sizes and precisions all combinations are measured."""
-
-    project: str = flag("runs/benchmark", "folder that holds the run folders")
-    weights: list[str] = flag([], "checkpoints and exported files; ratios are against the first")  # noqa: RUF009
-    engine: list[Engine] = flag(  # noqa: RUF009
-        [], "engines, each for the files that it can run (checkpoints are exported for it). Else a file's own, or torch"
-    )
-    img: list[int | str] = flag(  # noqa: RUF009
-        [], "image sizes in pixels, one side or height x width as 384x640. Else a file's own, or 416"
-    )
-    num_cores: list[int] = flag([2], "CPU threads, 0 for all")  # noqa: RUF009
-    batch_size: list[int] = flag([1], "images at once")  # noqa: RUF009
-    precision: list[Precision] = flag(["auto"], "what the engine computes in; auto leaves it the choice")  # noqa: RUF009
-    repeats: int = flag(30, "measured runs of each network")
-    warmup: int = flag(2, "rounds before measuring")
-    profile: bool = flag(False, "also print and write the engine's own time for each operator")
-    data: str | None = flag(None, "data set on which AP is measured and from which the images are")
-    split: str = flag("val", "with --data: train, val or test")
-    conf: float = flag(0.001, "with --data: lowest score that counts, 0 to 1")
-    iou: float = flag(0.65, "with --data: IoU above which NMS removes a box, 0 to 1")
-
-    def wanted(self) -> Wanted:
-        """What to measure."""
-        if not self.weights:
-            raise SlimError("--weights: none given; name one or more checkpoints or exported files")
-        if min(self.batch_size, default=0) < 1:
-            raise SlimError(f"--batch-size {' '.join(map(str, self.batch_size))}: expected at least 1")
-        for cores in self.num_cores:
-            threads_of(cores)
-        sides = [sides_of(img) for img in self.img]
-        return Wanted(self.weights, self.engine, sides, self.num_cores, self.batch_size, self.precision)
+def wanted(flags: BenchmarkFlags) -> Wanted:
+    """What to measure."""
+    if not flags.weights:
+        raise SlimError("--weights: none given; name one or more checkpoints or exported files")
+    if min(flags.batch_size, default=0) < 1:
+        raise SlimError(f"--batch-size {' '.join(map(str, flags.batch_size))}: expected at least 1")
+    for cores in flags.num_cores:
+        threads_of(cores)
+    sides = [sides_of(img) for img in flags.img]
+    return Wanted(flags.weights, flags.engine, sides, flags.num_cores, flags.batch_size, flags.precision)
 
 
 class Measured:
@@ -69,7 +45,7 @@ class Measured:
 
     def __init__(self, flags: BenchmarkFlags) -> None:
         self.flags = flags
-        self.config = None if flags.data is None else flags.open_data()
+        self.config = None if flags.dataset.data is None else open_data(flags.dataset)
         self._data_sets: dict[int, DetectionDataset] = {}
         self._found: dict[tuple[object, ...], Evaluation] = {}
 
@@ -84,7 +60,7 @@ class Measured:
         """Before any of them is measured."""
         if self.config is not None:
             for one in candidates:
-                check_classes(one.detector, self.config, one.detector.weights, str(self.flags.data))
+                check_classes(one.detector, self.config, one.detector.weights, str(self.flags.dataset.data))
 
     def evaluation(self, candidate: Candidate) -> Evaluation | None:
         """Once for candidates that compute the same."""
@@ -97,8 +73,9 @@ class Measured:
                 batch_size=16,
                 workers=0,
                 device=torch.device("cpu"),
-                conf=self.flags.conf,
-                iou=self.flags.iou,
+                conf=self.flags.nms.conf,
+                iou=self.flags.nms.iou,
+                max_det=self.flags.nms.max_det,
                 canvas_hw=candidate.sides_px,
             )
             self._found[candidate.ap_key] = evaluate_detector(candidate.detector, evaluator)
@@ -117,21 +94,21 @@ class Measured:
 
 def measure(flags: BenchmarkFlags) -> list[Row]:
     """A row for each combination; fills the run folder, when interrupted with what is measured by then."""
-    wanted = flags.wanted()
+    combinations = wanted(flags)
     rounds = rounds_for(flags.repeats, flags.warmup)
     measured = Measured(flags)
     with Candidates(measured.images) as opened, torch_threads():
-        candidates = opened.of(wanted)
+        candidates = opened.of(combinations)
         measured.check_classes(candidates)
-        run = RunFolder.create(flags.project, flags.name)
-        run.write_config(asdict(flags), "benchmark.py")
+        run = RunFolder.create(flags.run.project, flags.run.name)
+        run.write_config(flat(flags), "benchmark.py")
         turns = Turns({one: one.run for one in candidates}, before=Candidate.set_threads)
         names = short_names(flags.weights)
         finished = False
         try:
             with torch.no_grad():
                 take_turns(turns, rounds, names)
-            for one in tqdm(candidates, desc="AP", disable=flags.data is None, leave=False):
+            for one in tqdm(candidates, desc="AP", disable=flags.dataset.data is None, leave=False):
                 measured.evaluation(one)
             if flags.profile:
                 write_profiles(profiled(candidates, names), run)

@@ -15,7 +15,7 @@ from torch import Tensor
 import slim
 from deploy import SUFFIX_FOR, SUFFIXES, Precision, as_bytes, open_exported
 from deploy.network import read_list, threads_of
-from deploy.open_file import Engine
+from deploy.settings import Engine
 from detection.detector import Detector, is_exported, of_checkpoint, of_file
 from detection.network import Network, check_image_size, read_network
 from detection.write_file import write_file

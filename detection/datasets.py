@@ -1,60 +1,45 @@
-"""A data set as this project's scripts mean it: opened by its flags, and images of it."""
+"""A data set as this project's scripts mean it: opened by its settings, and images of it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import Augment, DataConfig, DetectionDataset, build_loader, find_root, load_data_config, make_shapes
+from data import (
+    Augment,
+    DataConfig,
+    DataError,
+    DataSettings,
+    DetectionDataset,
+    build_loader,
+    find_root,
+    load_data_config,
+    make_shapes,
+)
 from data.download import download_data
 from data.sampling import Draw
-
-from .command import RunFlags, flag
 
 SHAPES = {"train": 400, "val": 120, "test": 120, "image_size_px": 160, "seed": 0}
 
 
-@dataclass(frozen=True)
-class DataFlags(RunFlags):
-    """What every script takes that reads a data set."""
-
-    data: str = flag("data/bccd.yaml", "data set description (a YOLOv5 data.yaml)")
-    download: bool = flag(False, "fetch the data set first where it is missing, as its yaml's download key says")
-    data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
-    classes: list[int | str] = flag([], "names or numbers of the classes to look at, in their new order; else all")  # noqa: RUF009
-    single_cls: bool = flag(False, "all classes as one, named object")
-
-    def open_data(self) -> DataConfig:
-        """The data set that the flags describe."""
-        return open_data(
-            self.data, self.data_root, download=self.download, classes=self.classes, single_cls=self.single_cls
-        )
-
-
-def open_data(
-    data: str,
-    data_root: str | None,
-    *,
-    download: bool = False,
-    classes: Sequence[int | str] = (),
-    single_cls: bool = False,
-) -> DataConfig:
+def open_data(settings: DataSettings) -> DataConfig:
     """A data set's description, of some of its classes or of all as one where that is asked.
 
     Synthetic shapes are drawn first where they are not there yet, with ``download`` others are fetched (progress is printed).
     """
-    if Path(data).stem == "shapes":
-        make_shapes(find_root(data_root) / "shapes", **SHAPES)
-    elif download:
-        download_data(data, data_root)
-    config = load_data_config(data, data_root)
-    config = config.select(classes) if classes else config
-    return config.single() if single_cls else config
+    if settings.data is None:
+        raise DataError("--data: none given; name the description of a data set, such as data/bccd.yaml")
+    if Path(settings.data).stem == "shapes":
+        make_shapes(find_root(settings.data_root) / "shapes", **SHAPES)
+    elif settings.download:
+        download_data(settings.data, settings.data_root)
+    config = load_data_config(settings.data, settings.data_root)
+    config = config.select(settings.classes) if settings.classes else config
+    return config.single() if settings.single_cls else config
 
 
 def data_digest(config: DataConfig, split: str, img: int) -> str:

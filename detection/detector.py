@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import slim
 from deploy import SUFFIX_FOR, SUFFIXES, Decoded, ExportedNetwork, Precision, open_exported, threads_of, torch_threads
-from deploy.open_file import Engine
+from deploy.settings import Engine
 from engine import Evaluation
 from models import fuse_norms, non_max_suppression
 from slim import SlimError
@@ -136,7 +136,9 @@ def evaluate_detector(detector: Detector, evaluator: Evaluator) -> Evaluation:
     """AP; of a network that has its suppression inside at that one's threshold and IoU."""
 
     def final(output: Tensor) -> list[Tensor]:
-        return detector.detections(output, conf=evaluator.conf, iou=evaluator.iou, multi_label=True)
+        return detector.detections(
+            output, conf=evaluator.conf, iou=evaluator.iou, max_detections=evaluator.max_det, multi_label=True
+        )
 
     return evaluator(AsModel(detector.network), final)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,45 +10,30 @@ from torch import Tensor
 
 import slim
 from data import DetectionDataset
-from deploy import Precision
-from deploy.open_file import Engine
+from deploy import RuntimeSettings
 from engine import Evaluation, save_coco_json
 from slim import SlimError
 from tracking import RunFolder, save_png, write_report
 
-from .command import choose_device, existing_file, flag
-from .datasets import DataFlags, real_images
+from .command import flat
+from .datasets import open_data, real_images
 from .detector import evaluate_detector, is_exported, open_detector
 from .evaluator import AsModel, Evaluator, draw_networks
-from .network import Named, Network, check_classes, check_image_size, img_of, read_network, sides_of
+from .flags import ValFlags
+from .network import (
+    Named,
+    Network,
+    check_classes,
+    check_image_size,
+    choose_device,
+    existing_file,
+    img_of,
+    read_network,
+    sides_of,
+)
 
 DEFAULT_IMG = 320
 DEFAULT_SIDES = (DEFAULT_IMG, DEFAULT_IMG)
-
-
-@dataclass(frozen=True)
-class ValFlags(DataFlags):
-    """Evaluation."""
-
-    project: str = flag("runs/val", "folder that holds the run folders")
-    weights: str = flag("", "checkpoint (ours or a published YOLOv5 .pt) or exported file (.onnx, .xml, .torchscript)")
-    engine: Engine | None = flag(  # noqa: RUF009
-        None, "what runs the network; a checkpoint is exported for it on the fly. Else a file's own, or torch"
-    )
-    precision: Precision = flag("auto", "what the engine computes in; auto leaves it the choice")  # noqa: RUF009
-    num_cores: int = flag(0, "CPU threads of the engine, 0 for all")
-    split: str = flag("val", "train, val or test")
-    img: int | str | None = flag(
-        None,
-        "image size in pixels, multiples of the largest stride: one side, or height x width as 384x640. Else an exported "
-        f"file's own, or {DEFAULT_IMG}",
-    )
-    batch_size: int = flag(16, "images at once")
-    workers: int = flag(0, "loader processes")
-    conf: float = flag(0.001, "lowest score that counts, 0 to 1")
-    iou: float = flag(0.65, "IoU above which NMS removes a box, 0 to 1")
-    rect: bool = flag(False, "rectangular batches with little padding instead of squares: faster")
-    save_json: bool = flag(False, "also write predictions.json (COCO results) to the run folder")
 
 
 @dataclass(frozen=True)
@@ -64,10 +49,10 @@ class Evaluated:
 
 def evaluate_weights(flags: ValFlags) -> Evaluation:
     """AP of --weights on --split; fills the run folder."""
-    as_trained = (flags.engine, flags.precision, flags.num_cores) == (None, "auto", 0)
+    as_trained = flags.runtime == RuntimeSettings()
     found = evaluate_trained(flags) if as_trained and not is_exported(flags.weights) else evaluate_deployed(flags)
-    run = RunFolder.create(flags.project, flags.name)
-    run.write_config({**asdict(flags), "img": img_of(found.sides_px)}, "val.py")
+    run = RunFolder.create(flags.run.project, flags.run.name)
+    run.write_config({**flat(flags), "img": img_of(found.sides_px)}, "val.py")
     run.write_metrics({**found.evaluation.metrics(), **found.facts})
     save_png(torch.cat(found.tiles, 2), run.path / "detections.png")
     run.log_picture("detections", torch.cat(found.tiles, 2))
@@ -98,7 +83,7 @@ def evaluate_deployed(flags: ValFlags) -> Evaluated:
     """An exported file, or a checkpoint under an engine."""
     facts: dict[str, Any] = {"params": None, "macs": None}
     images, evaluator, device = None, None, torch.device("cpu")
-    if not is_exported(flags.weights) and flags.engine in (None, "torch"):
+    if not is_exported(flags.weights) and flags.runtime.engine in (None, "torch"):
         device = choose_device(flags.device)
     elif flags.device not in ("auto", "cpu"):
         raise SlimError(f"--device {flags.device}: {flags.weights} runs on the CPU here; use --device cpu or auto")
@@ -111,9 +96,9 @@ def evaluate_deployed(flags: ValFlags) -> Evaluated:
         facts = {"params": cost.params, "macs": cost.macs}
     opened = open_detector(
         flags.weights,
-        flags.engine,
-        num_cores=flags.num_cores,
-        precision=flags.precision,
+        flags.runtime.engine,
+        num_cores=flags.runtime.num_cores,
+        precision=flags.runtime.precision,
         images=images,
         device=device,
     )
@@ -152,21 +137,18 @@ def evaluator_of(
     flags: ValFlags, network: Named, sides: tuple[int, int], stride_px: int, device: torch.device
 ) -> Evaluator:
     """Of the flags' data set, whose classes must be the network's."""
-    config = flags.open_data()
-    check_classes(network, config, flags.weights, flags.data)
+    config = open_data(flags.dataset)
+    check_classes(network, config, flags.weights, str(flags.dataset.data))
     if flags.rect and sides[0] != sides[1]:
         raise SlimError(f"--rect with --img {sides[0]}x{sides[1]}: expected one side, the longer one of each batch")
     return Evaluator(
-        DetectionDataset(config, flags.split, max(sides)),
-        batch_size=flags.batch_size,
-        workers=flags.workers,
+        DetectionDataset(config, flags.split, max(sides), cache=flags.loading.cache),
+        batch_size=flags.loading.batch_size,
+        workers=flags.loading.workers,
         device=device,
-        conf=flags.conf,
-        iou=flags.iou,
+        conf=flags.nms.conf,
+        iou=flags.nms.iou,
+        max_det=flags.nms.max_det,
         rect_stride_px=stride_px if flags.rect else None,
         canvas_hw=None if flags.rect else sides,
     )
-
-
-def main(flags: ValFlags) -> None:
-    evaluate_weights(flags)

@@ -35,6 +35,7 @@ class Evaluator:
         device: torch.device,
         conf: float = 0.001,
         iou: float = 0.65,
+        max_det: int = 300,
         rect_stride_px: int | None = None,
         canvas_hw: tuple[int, int] | None = None,
     ) -> None:
@@ -43,7 +44,7 @@ class Evaluator:
         )
         self.ground_truth = dataset.ground_truth()
         self.dataset, self.device = dataset, device
-        self.conf, self.iou = conf, iou
+        self.conf, self.iou, self.max_det = conf, iou, max_det
         self.last: Evaluation | None = None
 
     def __call__(self, model: nn.Module, postprocess: Callable[[Tensor], list[Tensor]] | None = None) -> Evaluation:
@@ -54,8 +55,8 @@ class Evaluator:
         return self.last
 
     def postprocess(self, decoded: Tensor) -> list[Tensor]:
-        """Multi-label detections as pycocotools wants them: low threshold, at most 300 an image."""
-        return non_max_suppression(decoded, self.conf, self.iou, max_detections=300, multi_label=True)
+        """Multi-label detections as pycocotools wants them: low threshold, several classes a box."""
+        return non_max_suppression(decoded, self.conf, self.iou, max_detections=self.max_det, multi_label=True)
 
 
 def draw_networks(

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import slim
-from deploy import SUFFIX_FOR, Precision, Trial, open_exported, search_latency, threads_of, torch_threads
-from deploy.open_file import Engine
+from deploy import SUFFIX_FOR, LatencySettings, Trial, open_exported, search_latency, threads_of, torch_threads
 from slim import SlimError
 
-from .command import flag
 from .comparison import Comparison, compare, summary
-from .datasets import DataFlags
 from .detector import Eager
 from .network import Network, head_path
 from .quantise import QUANTISERS
@@ -40,58 +37,21 @@ ROUNDINGS = (8, 16)
 Run = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class LatencyFlags(DataFlags):
-    """A latency as the target, and how it is measured."""
-
-    latency_ms: float | None = flag(
-        None,
-        "milliseconds an image to come down to on this CPU, which must have nothing else to do: exported candidates are "
-        "measured in turns with the dense network",
-    )
-    latency_share: float | None = flag(
-        None, "the same as a share of the dense network's milliseconds, above 0, below 1"
-    )
-    latency_int8: bool = flag(False, "with a latency: of the networks in INT8 (the Detect head in floating point)")
-    engine: Engine = flag("openvino", "with a latency: what runs the networks")  # noqa: RUF009
-    latency_precision: Precision = flag("auto", "what is not in INT8: auto is what the engine takes by itself")  # noqa: RUF009
-    num_cores: int = flag(0, "with a latency: CPU threads, 0 for all")
-
-    @property
-    def by_latency(self) -> bool:
-        return self.latency_ms is not None or self.latency_share is not None
-
-    def check_latency(self) -> None:
-        """SlimError for a latency that cannot be meant."""
-        if self.latency_ms is not None and self.latency_share is not None:
-            raise SlimError("--latency-ms and --latency-share: give one of them")
-        if self.latency_ms is not None and not 0 < self.latency_ms < float("inf"):
-            raise SlimError(f"--latency-ms {self.latency_ms:g}: expected milliseconds, above 0")
-        if self.latency_share is not None and not 0 < self.latency_share < 1:
-            raise SlimError(
-                f"--latency-share {self.latency_share:g}: expected above 0 and below 1, the share of the dense network's"
-            )
-        if self.latency_int8 and not self.by_latency:
-            raise SlimError("--latency-int8: needs --latency-ms or --latency-share")
-        if self.latency_int8 and self.engine == "torch":
-            raise SlimError("--latency-int8 --engine torch: torch runs no INT8 files; use openvino or onnxruntime")
-
-
 class Measurer:
     """Networks under the engine of a latency, one image at a time, against the dense one."""
 
-    def __init__(self, flags: LatencyFlags, dense: Network, images: Tensor) -> None:
+    def __init__(self, settings: LatencySettings, dense: Network, images: Tensor) -> None:
         """``images`` [B, 3, H, W], float 0..1: the first is what is run, the others calibrate INT8."""
-        self.flags, self.dense, self.images = flags, dense, images
-        self.precision = "int8" if flags.latency_int8 else flags.latency_precision
+        self.settings, self.dense, self.images = settings, dense, images
+        self.precision = "int8" if settings.latency_int8 else settings.latency_precision
         self._dense_run: Run | None = None
 
     def setting(self) -> dict[str, Any]:
         """Under what the latencies hold."""
         return {
-            "engine": self.flags.engine,
+            "engine": self.settings.engine,
             "precision": self.precision,
-            "num_cores": threads_of(self.flags.num_cores),
+            "num_cores": threads_of(self.settings.num_cores),
             "image_px": list(self.images.shape[2:]),
         }
 
@@ -114,22 +74,22 @@ class Measurer:
 
     def runnable(self, model: nn.Module) -> Run:
         """One run of the network as the engine runs it after ``export.py``; torch runs it from its checkpoint."""
-        flags, image = self.flags, self.images[:1]
-        if flags.engine == "torch":
-            network: nn.Module = Eager.of(model, flags.latency_precision)
+        settings, image = self.settings, self.images[:1]
+        if settings.engine == "torch":
+            network: nn.Module = Eager.of(model, settings.latency_precision)
             self.precision = network.precision
         else:
-            suffix = SUFFIX_FOR[flags.engine]
+            suffix = SUFFIX_FOR[settings.engine]
             with TemporaryDirectory() as folder:
                 out = Path(folder) / f"network{suffix}"
                 write_file(Network(model.cpu(), self.dense.build), out, image)
-                if flags.latency_int8:
+                if settings.latency_int8:
                     written, out = out, Path(folder) / f"int8{suffix}"
                     quantiser = QUANTISERS[suffix](written, list(self.images))
                     kept = quantiser.operators.within([head_path(model)])
                     quantiser.write(out, kept, rough=True)
                 exported = open_exported(
-                    out, flags.engine, num_cores=flags.num_cores, precision=flags.latency_precision
+                    out, settings.engine, num_cores=settings.num_cores, precision=settings.latency_precision
                 )
             self.precision, network = exported.precision, exported
 
@@ -141,7 +101,7 @@ class Measurer:
 
     def threads(self) -> contextlib.AbstractContextManager[None]:
         """Torch's threads, where it is torch that runs, for the time of a measurement."""
-        return torch_threads(threads_of(self.flags.num_cores) if self.flags.engine == "torch" else 0)
+        return torch_threads(threads_of(self.settings.num_cores) if self.settings.engine == "torch" else 0)
 
 
 PlanAt = Callable[[int | None, int], slim.Plan]
@@ -167,8 +127,8 @@ class LatencySearch:
 
     cutter: Cutter
 
-    def __init__(self, flags: LatencyFlags, measurer: Measurer, record: Path) -> None:
-        self.flags, self.measurer, self.record = flags, measurer, record
+    def __init__(self, settings: LatencySettings, measurer: Measurer, record: Path) -> None:
+        self.settings, self.measurer, self.record = settings, measurer, record
         self.plans: dict[str, slim.Plan] = {}
         self.known: dict[str, Any] = {"dense": None, "measurements": []}
         if record.is_file():
@@ -240,10 +200,10 @@ class LatencySearch:
 
     @property
     def asked(self) -> str:
-        flags = self.flags
-        if flags.latency_ms is not None:
-            return f"--latency-ms {flags.latency_ms:g}"
-        return f"--latency-share {flags.latency_share:g}"
+        settings = self.settings
+        if settings.latency_ms is not None:
+            return f"--latency-ms {settings.latency_ms:g}"
+        return f"--latency-share {settings.latency_share:g}"
 
     @property
     def dense_ms(self) -> float:
@@ -253,8 +213,8 @@ class LatencySearch:
 
     def target(self) -> float:
         """As a share of the dense network's milliseconds."""
-        flags = self.flags
-        return flags.latency_share if flags.latency_share is not None else flags.latency_ms / self.dense_ms
+        settings = self.settings
+        return settings.latency_share if settings.latency_share is not None else settings.latency_ms / self.dense_ms
 
     def least(self) -> dict[int, float]:
         """The smallest share of the MACs for each rounding."""

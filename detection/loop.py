@@ -8,19 +8,21 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 
 import slim
 from data import DataConfig, DetectionDataset
-from deploy import parts_of
+from deploy import LatencySettings, parts_of
 from engine import (
     CARRIED_STATE_KEY,
     TRAINING_STATE_KEY,
     Evaluation,
+    OptimConfig,
+    TrainConfig,
     WeightAverage,
     World,
     build_optimizer,
@@ -32,20 +34,27 @@ from slim import SlimError
 from slim.atomic import WRITING
 from tracking import RunFolder, plot_widths, read_png, save_png, side_by_side, write_report
 from tracking.journal import Journal, emptied
+from tracking.run_folder import plain
 
 from .candidates import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
-from .command import choose_device, flag, further_flags
-from .datasets import DataFlags, data_digest, real_images, training_images
+from .command import flat, with_pairs
+from .datasets import data_digest, open_data, real_images
 from .evaluator import Evaluator, draw_networks
-from .finetuning import FinetuneFlags
-from .latency import TOLERANCE, LatencyFlags, LatencySearch, Measurer
-from .network import check_classes, check_image_size, example_image, file_digest, read_network, save_network
+from .flags import FinetuneFlags, IterateFlags, NetworkSettings, PruneFlags, SparseFlags, TargetSettings, TrainFlags
+from .latency import TOLERANCE, LatencySearch, Measurer
+from .network import (
+    check_classes,
+    check_image_size,
+    choose_device,
+    example_image,
+    file_digest,
+    read_network,
+    save_network,
+)
 from .pruning import (
     PROOF_IMAGES,
-    ROUND_TO,
     Cut,
     Material,
-    PruneFlags,
     choose_plan,
     cut,
     open_material,
@@ -53,81 +62,11 @@ from .pruning import (
     prove,
 )
 from .timing import milliseconds_per_image
-from .training import SparseFlags, TrainFlags, TrainResult, train_in
+from .training import MAY_CHANGE, TrainResult, train_in
 from .write_file import SUFFIX_OF, write_file
 
-NOT_OF_THE_RUN = {"project", "name", "device", "workers", "cache", "debug", "data_root", "download"}
+NOT_OF_THE_RUN = {"project", "name", *MAY_CHANGE}
 """Flags that may change when a loop continues: what it finds does not depend on them."""
-
-LATENCY_FLAGS = {field.name for field in fields(LatencyFlags)} - {field.name for field in fields(DataFlags)}
-KEEP_MACS = 0.4
-
-Kind = TypeVar("Kind")
-
-
-@dataclass(frozen=True)
-class IterateFlags(LatencyFlags):
-    """The loop."""
-
-    project: str = flag("runs/iterate", "folder that holds the run folders")
-    weights: str = flag("", "trained checkpoint to slim; its AP is the baseline")
-    img: int = flag(320, "image size in pixels, a multiple of the largest stride")
-    rounds: int = flag(3, "how many times to train sparsely and cut")
-    macs: float | None = flag(
-        None,
-        "share of the MACs of --weights to keep in the end, above 0 to 1; else 0.4, unless a latency is the target",
-    )
-    sparse_epochs: int = flag(10, "epochs of sparse training a round")
-    recovery_epochs: int = flag(5, "epochs of training after each cut, before it is judged; 0 judges it at once")
-    finetune_epochs: int = flag(20, "epochs of fine-tuning at the end")
-    max_drop: float = flag(0.02, "a round is accepted while AP and the worst class's AP are at most so far below dense")
-    attempts: int = flag(3, "cuts to try in a round, each half as far as the one before, until one is accepted")
-    recalibrate: int = flag(8, "training batches on which batch-norm statistics are re-estimated after a cut")
-    batch_size: int = flag(16, "images a step")
-    workers: int = flag(2, "loader processes")
-    cache: Literal["ram", "disk", "none"] = flag(
-        "ram", "decoded images stay in memory, in .slim-cache beside the data, or not"
-    )
-    lr: float = flag(0.01, "learning rate after the warm-up, of every training")
-    strength: float | Literal["auto"] = flag("auto", "pull a unit of learning rate; auto closes the pulled gates")
-    fraction: float = flag(0.5, "part of each gate vector that is pulled: its smallest entries")
-    pull_from: int = flag(1, "first epoch of each round with the pull")
-    tie: Literal["group", "layer"] = flag("group", "one gate vector a group, or one an activation")
-    teacher: str = flag(
-        "", "checkpoint whose outputs every training learns beside the labels, such as --weights itself"
-    )
-    distill_weight: float = flag(1.0, "with --teacher: weight of its outputs beside the labels")
-    round_to: int | None = flag(
-        None,
-        "kept widths are multiples of this many channels; else 8, for a latency 8 or 16, whichever measures faster",
-    )
-    min_channels: int = flag(8, "every group keeps at least this many channels")
-    export: Literal["onnx", "openvino", "torchscript", "none"] = flag(
-        "onnx", "also leave the slim network for other runtimes: weights/slim.onnx, slim.xml, slim.torchscript, or none"
-    )
-    train: list[str] = flag([], "further flags of every training, as name=value")  # noqa: RUF009
-    sparse: list[str] = flag([], "further flags of the sparse trainings, as name=value")  # noqa: RUF009
-    finetune: list[str] = flag([], "further flags of recovery and fine-tuning, as name=value")  # noqa: RUF009
-
-    def check(self) -> None:
-        """SlimError for what no loop can do."""
-        for name, least in (("rounds", 1), ("attempts", 1), ("recovery_epochs", 0), ("recalibrate", 0)):
-            if getattr(self, name) < least:
-                raise SlimError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
-        self.check_latency()
-        if self.by_latency and self.macs is not None:
-            raise SlimError("--macs and a latency: give one target")
-        if self.macs is not None and not 0 < self.macs <= 1:
-            raise SlimError(f"--macs {self.macs}: expected above 0 to 1, the share to keep")
-
-    def resolved(self) -> IterateFlags:
-        """With what stands in place of flags that were not given."""
-        if self.by_latency:
-            return self
-        macs, round_to = self.macs, self.round_to
-        return replace(
-            self, macs=KEEP_MACS if macs is None else macs, round_to=ROUND_TO if round_to is None else round_to
-        )
 
 
 @dataclass(frozen=True)
@@ -153,24 +92,70 @@ class Loop:
         world: World | None = None,
     ) -> None:
         self.flags, self.run, self.journal, self.world = flags, run, journal, world or World()
-        self.world.share(flags.batch_size)
+        self.world.share(flags.loading.batch_size)
         self.device = choose_device(flags.device, self.world)
         self.dense = read_network(flags.weights)
         check_image_size(self.dense.model, flags.img)
-        check_classes(self.dense, config, flags.weights, flags.data)
+        check_classes(self.dense, config, flags.weights, str(flags.dataset.data))
         self.config = config
-        self.val_set = DetectionDataset(config, "val", flags.img)
-        self.evaluator = Evaluator(self.val_set, batch_size=flags.batch_size, workers=0, device=self.device)
+        self.val_set = DetectionDataset(config, "val", flags.img, cache=flags.loading.cache)
+        self.evaluator = Evaluator(self.val_set, batch_size=flags.loading.batch_size, workers=0, device=self.device)
         self.candidates: list[Candidate] = []
         images = real_images(self.val_set, PROOF_IMAGES)
-        self.measurer = Measurer(flags, self.dense, images) if flags.by_latency else None
+        self.measurer = Measurer(flags.latency, self.dense, images) if flags.latency.given else None
 
-    def flags_of(self, kind: type[Kind], further: list[str], **given: Any) -> Kind:
-        """A step's flags: those that it has in common with the loop, then the further ones, then what the step is given."""
-        own = {"project", "name", "weights", "macs", "download", "latency_ms", "latency_share"}
-        wanted = {field.name for field in fields(kind)} - own  # type: ignore[arg-type]
-        common = {name: value for name, value in asdict(self.flags).items() if name in wanted}
-        return kind(**{**common, **further_flags(kind, further), **given})
+    def train_config(self, epochs: int) -> TrainConfig:
+        """What the trainings of the loop have in common, for one of so many epochs."""
+        return TrainConfig(epochs=epochs, optim=self.flags.optim, seed=self.flags.seed)
+
+    def sparse_flags(self, weights: Path) -> SparseFlags:
+        """A round's sparse training."""
+        flags = self.flags
+        common = SparseFlags(
+            device=flags.device,
+            img=flags.img,
+            network=NetworkSettings(weights=str(weights)),
+            dataset=flags.dataset,
+            loading=flags.loading,
+            training=self.train_config(flags.sparse_epochs),
+            teacher=flags.teacher,
+            distill=flags.distill,
+            sparsity=flags.sparsity,
+        )
+        return with_pairs(common, [*flags.train, *flags.sparse])
+
+    def finetune_flags(self, weights: Path, epochs: int) -> FinetuneFlags:
+        """A recovery, or the fine-tuning at the end; gates stay."""
+        flags = self.flags
+        common = FinetuneFlags(
+            device=flags.device,
+            img=flags.img,
+            network=NetworkSettings(weights=str(weights)),
+            dataset=flags.dataset,
+            loading=flags.loading,
+            training=self.train_config(epochs),
+            teacher=flags.teacher,
+            distill=flags.distill,
+            keep_gates=True,
+        )
+        return with_pairs(common, [*flags.train, *flags.finetune])
+
+    def prune_flags(self, weights: Path, target: TargetSettings, latency: LatencySettings) -> PruneFlags:
+        """A round's cut."""
+        flags = self.flags
+        common = PruneFlags(
+            device=flags.device,
+            seed=flags.seed,
+            weights=str(weights),
+            img=flags.img,
+            target=target,
+            latency=latency,
+            widths=flags.widths,
+            recalibrate=flags.recalibrate,
+            dataset=flags.dataset,
+            loading=flags.loading,
+        )
+        return with_pairs(common, flags.prune)
 
     def baseline(self) -> dict[str, Any]:
         """What the dense network reaches: the measure of every candidate."""
@@ -207,9 +192,7 @@ class Loop:
     def round(self, number: int, start: Accepted, baseline: Mapping[str, Any]) -> Accepted | None:
         """One round from the network accepted last; None where no cut was accepted."""
         flags = self.flags
-        sparse_flags = self.flags_of(
-            SparseFlags, [*flags.train, *flags.sparse], weights=str(start.weights), epochs=flags.sparse_epochs
-        )
+        sparse_flags = self.sparse_flags(start.weights)
         sparse = RunFolder(self.training(f"round{number}-sparse", sparse_flags, start.carried)).last
         final, rounds_left = self.final_target(baseline), flags.rounds - number + 1
         # In MACs, or with a latency as a share of the dense network's.
@@ -220,11 +203,9 @@ class Loop:
             of_what = "latency" if self.measurer else "MACs"
             print(f"round {number} of {flags.rounds}, attempt {attempt}: {target / whole:.1%} of the {of_what}")
             plan, latency = self.plan(f"{name}-plan", sparse, target, start)
-            weights = self.cut(f"{name}-cut", sparse, plan)
+            weights = self.cut(f"{name}-cut", sparse, plan, sparse_flags.training.optim)
             if flags.recovery_epochs:
-                recovery_flags = self.flags_of(
-                    FinetuneFlags, [*flags.train, *flags.finetune], weights=str(weights), epochs=flags.recovery_epochs
-                )
+                recovery_flags = self.finetune_flags(weights, flags.recovery_epochs)
                 weights = RunFolder(self.training(f"{name}-recovery", recovery_flags, weights)).last
             candidate = self.judge(f"{name}-evaluation", weights, baseline, (number, attempt))
             if candidate.accepted:
@@ -234,19 +215,19 @@ class Loop:
 
     def final_target(self, baseline: Mapping[str, Any]) -> float:
         """What the last round aims at: MACs, or with a latency a share of the dense network's."""
-        flags = self.flags
+        wanted = self.flags.latency
         if self.measurer is None:
-            assert flags.macs is not None
-            return float(baseline["macs"] * flags.macs)
+            assert self.flags.macs is not None
+            return float(baseline["macs"] * self.flags.macs)
         dense_ms = self.dense_latency()["dense_ms"]
-        if flags.latency_share is not None:
-            return flags.latency_share
-        assert flags.latency_ms is not None
-        if flags.latency_ms >= dense_ms:
+        if wanted.latency_share is not None:
+            return wanted.latency_share
+        assert wanted.latency_ms is not None
+        if wanted.latency_ms >= dense_ms:
             raise SlimError(
-                f"--latency-ms {flags.latency_ms:g}: the dense network takes {dense_ms:.2f} ms, which meets it; nothing to cut"
+                f"--latency-ms {wanted.latency_ms:g}: the dense network takes {dense_ms:.2f} ms, which meets it; nothing to cut"
             )
-        return float(flags.latency_ms / dense_ms)
+        return float(wanted.latency_ms / dense_ms)
 
     def dense_latency(self) -> dict[str, Any]:
         """What the dense network takes, and under what."""
@@ -259,11 +240,14 @@ class Loop:
 
     def plan(self, name: str, sparse: Path, target: float, start: Accepted) -> tuple[slim.Plan, float]:
         """What the round would cut, and its latency as a share of the dense network's (1 where it was not asked for)."""
-        wanted = {"latency_share": target} if self.measurer else {"macs": round(target)}
-        flags = self.flags_of(PruneFlags, [], weights=str(sparse), **wanted)
+        macs = None if self.measurer else round(target)
+        latency = self.flags.latency
+        if self.measurer:
+            latency = replace(latency, latency_ms=None, latency_share=target)
+        flags = self.prune_flags(sparse, TargetSettings(macs=macs), latency)
 
         def act(work: Path) -> dict[str, Any]:
-            search = LatencySearch(flags, self.measurer, work / "latency.json") if self.measurer else None
+            search = LatencySearch(latency, self.measurer, work / "latency.json") if self.measurer else None
             choice = choose_plan(flags, open_material(flags), search, start.latency)
             print(choice.plan)
             slim.write_text_atomically(work / "plan.json", choice.plan.to_json())
@@ -273,15 +257,15 @@ class Loop:
         text = (self.journal.folder / name / "plan.json").read_text(encoding="utf-8")
         return slim.Plan.from_json(text), found.get("latency_share", 1.0)
 
-    def cut(self, name: str, sparse: Path, plan: slim.Plan) -> Path:
+    def cut(self, name: str, sparse: Path, plan: slim.Plan, optim: OptimConfig) -> Path:
         """The narrow network, proven, with the optimiser and moving average of its training cut alike."""
-        flags = self.flags_of(PruneFlags, [], weights=str(sparse), macs=plan.macs[1])
+        flags = self.prune_flags(sparse, TargetSettings(), LatencySettings())
 
         def act(work: Path) -> dict[str, Any]:
             material = open_material(flags)
             before = output_widths(material.network.model)
-            done = cut(flags, material, plan)
-            carried = self.cut_training_state(material, sparse, plan, done)
+            done = cut(material, plan, flags.recalibrate)
+            carried = self.cut_training_state(material, sparse, plan, done, optim, flags.recalibrate)
             slim.save(done.model, work / "pruned.pt", material.network.build, {CARRIED_STATE_KEY: carried})
             plot_widths(before, output_widths(done.model), work / "widths.png")
             assert done.masked is not None and done.pruned is not None
@@ -294,9 +278,16 @@ class Loop:
         self.journal.phase(name, act)
         return self.journal.folder / name / "pruned.pt"
 
-    def cut_training_state(self, material: Material, sparse: Path, plan: slim.Plan, done: Cut) -> dict[str, Any]:
+    def cut_training_state(
+        self,
+        material: Material,
+        sparse: Path,
+        plan: slim.Plan,
+        done: Cut,
+        optim: OptimConfig,
+        recalibration_batches: int,
+    ) -> dict[str, Any]:
         """The sparse training's weights, optimiser state and moving average, as narrow as the network."""
-        optim = self.flags_of(SparseFlags, [*self.flags.train, *self.flags.sparse]).optim()
         state, raw = read_state(sparse, TRAINING_STATE_KEY), material.network.model
         assert state is not None
         average = WeightAverage(raw, optim)
@@ -305,11 +296,9 @@ class Loop:
         optimizer = build_optimizer(raw, optim)
         optimizer.load_state_dict(state["optimizer"])
         raw, optimizer, average = slim.apply_plan(raw, plan, optimizer=optimizer, ema=average)
-        if self.flags.recalibrate:
-            images = training_images(
-                self.config, self.flags.img, self.flags.batch_size, self.flags.recalibrate, self.flags.seed
-            )
-            recalibrate(raw, images, self.device)
+        if recalibration_batches:
+            assert material.training_images is not None
+            recalibrate(raw, material.training_images(recalibration_batches), self.device)
         average.module.load_state_dict(done.model.state_dict())
         return pack_carried_state(raw.cpu(), optimizer, average)
 
@@ -439,13 +428,12 @@ def no_order() -> Order | None:
 
 def iterate(flags: IterateFlags, world: World | None = None) -> Path:
     """Run the loop, or what is left of it; returns the file of the slim network."""
-    flags.check()
     flags = flags.resolved()
-    config = flags.open_data()
+    config = open_data(flags.dataset)
     run, opening = open_loop(flags, config)
     with run.held():
         journal = Journal(run.path, opening)
-        run.write_config(asdict(flags), "iterate.py")
+        run.write_config(flat(flags), "iterate.py")
         try:
             return run_loop(Loop(flags, config, run, journal, world))
         except KeyboardInterrupt as stop:
@@ -454,8 +442,8 @@ def iterate(flags: IterateFlags, world: World | None = None) -> Path:
 
 def open_loop(flags: IterateFlags, config: DataConfig) -> tuple[RunFolder, dict[str, Any]]:
     """The folder of a loop with these very settings, else a new one; and what its journal begins with."""
-    not_of_it = NOT_OF_THE_RUN if flags.by_latency else NOT_OF_THE_RUN | LATENCY_FLAGS
-    settings = {name: value for name, value in asdict(flags).items() if name not in not_of_it}
+    left_out = NOT_OF_THE_RUN | (set() if flags.latency.given else flat(flags.latency).keys())
+    settings = plain({name: value for name, value in flat(flags).items() if name not in left_out})
     opening = {
         "settings": settings,
         "weights": file_digest(flags.weights),
@@ -464,10 +452,10 @@ def open_loop(flags: IterateFlags, config: DataConfig) -> tuple[RunFolder, dict[
     }
     number = 1
     while True:
-        path = Path(flags.project) / (flags.name if number == 1 else f"{flags.name}{number}")
+        path = Path(flags.run.project) / (flags.run.name if number == 1 else f"{flags.run.name}{number}")
         known = Journal.opening_of(path)
         if known is None and is_empty(path):
-            return RunFolder.create(flags.project, path.name, exist_ok=True), opening
+            return RunFolder.create(flags.run.project, path.name, exist_ok=True), opening
         if known is not None and known["settings"] == settings:
             print(f"{path}: continued")
             return RunFolder.open(path), opening
@@ -501,9 +489,7 @@ def run_loop(loop: Loop) -> Path:
         )
     tuned = best.weights
     if flags.finetune_epochs:
-        tuning_flags = loop.flags_of(
-            FinetuneFlags, [*flags.train, *flags.finetune], weights=str(best.weights), epochs=flags.finetune_epochs
-        )
+        tuning_flags = loop.finetune_flags(best.weights, flags.finetune_epochs)
         tuned = RunFolder(loop.training("finetune", tuning_flags, best.carried)).last
     folded = loop.fold(tuned)
     exported = loop.export(folded)

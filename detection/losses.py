@@ -23,8 +23,7 @@ from models import (
 )
 from slim import SlimError
 
-from .command import existing_file
-from .network import Network, read_network
+from .network import Network, existing_file, read_network
 
 
 def box_sizes_px(dataset: DetectionDataset) -> Tensor:

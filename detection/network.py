@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import slim
 from data import DataConfig
-from engine import Frozen, freeze
+from engine import Frozen, World, freeze
 from engine.checkpoint import TRAINING_STATE_KEY
 from models import (
     ModelError,
@@ -26,8 +26,6 @@ from models import (
     transfer_weights,
 )
 from slim import SlimError
-
-from .command import existing_file
 
 
 @dataclass
@@ -132,6 +130,28 @@ def save_network(
 ) -> None:
     """Write a checkpoint, with the training state where given."""
     slim.save(model, path, build, None if training_state is None else {TRAINING_STATE_KEY: training_state})
+
+
+def choose_device(name: str, world: World | None = None) -> torch.device:
+    """A torch device by its name, its GPU's number, or ``auto``; on several ranks a GPU for each. SlimError without it."""
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{name}" if name.isdecimal() else name)
+        if world is not None:
+            device = world.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise SlimError(f"--device {name}: not available ({first}); use cpu or auto") from error
+    return device
+
+
+def existing_file(path: str, what: str) -> Path:
+    """A path that must be a file."""
+    if not Path(path).is_file():
+        raise SlimError(f"{path}: no such file; expected {what}")
+    return Path(path)
 
 
 def file_digest(path: str | Path) -> str:

@@ -1,101 +1,44 @@
-"""Cut a checkpoint to a share of its MACs, parameters, channels or milliseconds, prove the cut, and save the narrow network.
-
-With --unstructured single weights are set to zero instead, for comparison.
-"""
+"""Cuts: planned, masked, made, proven and saved; and single weights set to zero, for comparison."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 import slim
-from data import DataConfig, DetectionDataset
+from data import DetectionDataset
 from engine import Evaluation, recalibrate
 from slim import SlimError
 from tracking import RunFolder, plot_widths, read_png, save_png, side_by_side, write_report
 
-from .command import choose_device, flag
-from .datasets import real_images, training_images
+from .command import flat
+from .datasets import open_data, real_images, training_images
 from .evaluator import Evaluator, draw_networks
-from .latency import ROUNDINGS, Cutter, LatencyFlags, LatencySearch, Measurer
+from .flags import ROUND_TO, PruneFlags, ScoreSettings
+from .latency import ROUNDINGS, Cutter, LatencySearch, Measurer
 from .losses import training_loss
-from .network import Network, check_classes, check_image_size, example_image, read_network, save_network
+from .network import (
+    Network,
+    check_classes,
+    check_image_size,
+    choose_device,
+    example_image,
+    read_network,
+    save_network,
+)
 from .unstructured import share_of_zeros, zero_smallest
 
 TOLERANCE = 1e-4
 EXACT_TOLERANCE = 1e-6  # decoded boxes are float32 whatever the network computes in
 PROOF_IMAGES = 4
-ROUND_TO = 8
-TARGETS = ("macs", "params", "channels", "threshold")
-
-
-@dataclass(frozen=True)
-class PruneFlags(LatencyFlags):
-    """A cut."""
-
-    project: str = flag("runs/prune", "folder that holds the run folders")
-    weights: str = flag("", "checkpoint to cut (ours or a published YOLOv5 .pt)")
-    img: int = flag(320, "image size in pixels at which MACs are counted and the proof is made")
-    macs: float | None = flag(None, "MACs to keep: a share above 0 to 1, or a count")
-    params: float | None = flag(None, "parameters to keep: a share above 0 to 1, or a count")
-    channels: float | None = flag(None, "prunable channels to keep: a share above 0 to 1, or a count")
-    threshold: float | None = flag(None, "instead: cut every channel whose score is below this (gates: 0.01 is closed)")
-    criterion: str = flag("gate", "what ranks the channels: gate, bn, l1, l2, fpgm, taylor (needs --data) or random")
-    reduction: Literal["mean", "max", "sum"] | None = flag(None, "over a group's layers; else the criterion's own")
-    normalise: Literal["mean", "max", "none"] | None = flag(None, "within each layer; else the criterion's own")
-    taylor_batches: int = flag(8, "training batches whose gradients --criterion taylor averages")
-    scope: Literal["global", "local", "isomorphic"] = flag(
-        "global", "rank all channels together, keep the same share of each group, or of each class of like groups"
-    )
-    cost_aware: bool = flag(False, "rank by score per MAC (or parameter) saved")
-    round_to: int | None = flag(
-        None,
-        "kept widths are multiples of this many channels; else 8, for a latency 8 or 16, whichever measures faster",
-    )
-    min_channels: int = flag(8, "every group keeps at least this many channels")
-    min_keep: float = flag(0.0, "every group keeps at least this share of its channels, 0 to 1")
-    overrides: list[str] = flag([], "PATTERN=WIDTH, layers of a set width: a share (0.5) or a count (32)")  # noqa: RUF009
-    ignore: list[str] = flag([], "patterns of layers that stay whole, such as 'model.24.*'")  # noqa: RUF009
-    data: str | None = flag(None, "data set: prove on its val images and evaluate masked and pruned")
-    recalibrate: int = flag(
-        0, "training batches on which batch-norm statistics are re-estimated after the cut; 0 keeps them"
-    )
-    batch_size: int = flag(16, "images at once in the evaluation")
-    unstructured: float | None = flag(
-        None,
-        "instead of cutting channels: share of the convolutions' weights set to zero, the smallest, above 0, below 1",
-    )
-    unstructured_scope: Literal["layer", "global"] = flag(
-        "layer", "with --unstructured: this share of each convolution's weights, or of all together"
-    )
-    out: str | None = flag(None, "file for the narrow network; else weights/pruned.pt in the run folder")
-
-    def check(self) -> None:
-        """SlimError for a target that cannot be meant."""
-        self.check_latency()
-        if self.recalibrate and self.data is None:
-            raise SlimError("--recalibrate needs --data: statistics are re-estimated on its training images")
-        given = [f"--{name}" for name in TARGETS if getattr(self, name) is not None]
-        given += ["--latency-ms"] if self.latency_ms is not None else []
-        given += ["--latency-share"] if self.latency_share is not None else []
-        if self.by_latency and len(given) > 1:
-            raise SlimError(f"{' and '.join(given)}: give exactly one target")
-        if self.unstructured is None:
-            return
-        if not 0 < self.unstructured < 1:
-            raise SlimError(f"--unstructured {self.unstructured:g}: expected above 0 and below 1, the share to zero")
-        if others := [*given, *(["--recalibrate"] if self.recalibrate else [])]:
-            raise SlimError(
-                f"--unstructured and {', '.join(others)}: zeroed weights leave every width as it is; cut channels in a run of "
-                "its own"
-            )
 
 
 @dataclass(frozen=True)
@@ -127,8 +70,9 @@ class Material:
     network: Network
     device: torch.device
     images: torch.Tensor
-    config: DataConfig | None
-    evaluator: Evaluator | None
+    evaluator: Evaluator | None = None
+    training_images: Callable[[int], Iterable[torch.Tensor]] | None = None
+    training_loss: Callable[[nn.Module], tuple[Iterator[Any], Callable[[nn.Module, Any], torch.Tensor]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,15 +87,15 @@ class Cut:
 
 def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
     """Plan, mask, cut, prove, save; nothing is saved unless pruned = masked, but the record of a search for a latency."""
-    flags.check()
     material = open_material(flags)
     run, search = None, None
-    if flags.by_latency:
+    if flags.latency.given:
         run = open_run(flags)
-        search = LatencySearch(flags, Measurer(flags, material.network, material.images), run.path / "latency.json")
+        measurer = Measurer(flags.latency, material.network, material.images)
+        search = LatencySearch(flags.latency, measurer, run.path / "latency.json")
     choice = choose_plan(flags, material, search)
     print(choice.plan)
-    done = cut(flags, material, choice.plan)
+    done = cut(material, choice.plan, flags.recalibrate)
     run = run or open_run(flags)
     slim.write_text_atomically(run.path / "plan.json", choice.plan.to_json())
     out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
@@ -161,7 +105,7 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
         picture = side_by_side(draw_networks(networks, material.evaluator.dataset))
         save_png(picture, run.path / "side_by_side.png")
         run.log_picture("detections", picture, pruning_round)
-    record(run, choice, material.network.model, done, flags.criterion, pruning_round)
+    record(run, choice, material.network.model, done, flags.score.criterion, pruning_round)
     print(f"saved {out}")
     masked_ap, pruned_ap = (None if found is None else found.ap for found in (done.masked, done.pruned))
     return PruneResult(run, out, choice.plan, masked_ap, pruned_ap, done.max_difference, choice.latency)
@@ -169,25 +113,27 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
 
 def open_run(flags: PruneFlags) -> RunFolder:
     """The run's folder with its configuration."""
-    run = RunFolder.create(flags.project, flags.name)
-    rounding = flags.round_to if flags.by_latency else flags.round_to or ROUND_TO
-    run.write_config({**asdict(flags), "round_to": rounding}, "prune.py")
+    run = RunFolder.create(flags.run.project, flags.run.name)
+    rounding = flags.widths.round_to or (None if flags.latency.given else ROUND_TO)
+    run.write_config({**flat(flags), "round_to": rounding}, "prune.py")
     return run
 
 
 def open_material(flags: PruneFlags) -> Material:
     """The network of --weights and the images to prove its cut on: real ones with --data, else noise."""
-    network = read_network(flags.weights)
-    check_image_size(network.model, flags.img)
+    network, img, seed = read_network(flags.weights), flags.img, flags.seed
+    check_image_size(network.model, img)
     device = choose_device(flags.device)
-    if flags.data is None:
-        images = torch.rand(2, 3, flags.img, flags.img, generator=torch.Generator().manual_seed(flags.seed))
-        return Material(network, device, images, None, None)
-    config = flags.open_data()
-    check_classes(network, config, flags.weights, flags.data)
-    dataset = DetectionDataset(config, "val", flags.img)
-    evaluator = Evaluator(dataset, batch_size=flags.batch_size, workers=0, device=device)
-    return Material(network, device, real_images(dataset, PROOF_IMAGES), config, evaluator)
+    if flags.dataset.data is None:
+        images = torch.rand(2, 3, img, img, generator=torch.Generator().manual_seed(seed))
+        return Material(network, device, images)
+    config, loading = open_data(flags.dataset), flags.loading
+    check_classes(network, config, flags.weights, flags.dataset.data)
+    dataset = DetectionDataset(config, "val", img, cache=loading.cache)
+    evaluator = Evaluator(dataset, batch_size=loading.batch_size, workers=loading.workers, device=device)
+    train_batches = functools.partial(training_images, config, img, loading.batch_size, seed=seed)
+    training = functools.partial(training_loss, config=config, img=img, batch_size=loading.batch_size, seed=seed)
+    return Material(network, device, real_images(dataset, PROOF_IMAGES), evaluator, train_batches, training)
 
 
 def choose_plan(
@@ -195,35 +141,34 @@ def choose_plan(
 ) -> Choice:
     """Trace, score, plan; by ``search`` where the target is a latency. ``latency`` is the network's before the cut, as a
     share of the latency of the dense network of the search."""
-    model = material.network.model
+    model, widths = material.network.model, flags.widths
     graph = slim.trace(model, example_image(flags.img))
-    scores = judge(flags, model, graph, material)
+    scores = scores_of(flags.score, model, graph, material, flags.seed)
     bounds: dict[str, Any] = {
-        "min_channels": flags.min_channels,
-        "min_keep": flags.min_keep,
-        "scope": flags.scope,
-        "overrides": dict(width_override(text) for text in flags.overrides),
-        "ignore": flags.ignore,
+        "min_channels": widths.min_channels,
+        "min_keep": widths.min_keep,
+        "scope": widths.scope,
+        "overrides": dict(width_override(text) for text in widths.overrides),
+        "ignore": widths.ignore,
     }
     if search is None:
-        targets = {name: getattr(flags, name) for name in TARGETS}
-        bounds |= {**targets, "round_to": flags.round_to or ROUND_TO, "cost_aware": flags.cost_aware}
-        return Choice(graph, slim.make_plan(graph, scores, **bounds), None)
+        bounds |= {"round_to": widths.round_to or ROUND_TO, "cost_aware": widths.cost_aware}
+        return Choice(graph, slim.make_plan(graph, scores, **vars(flags.target), **bounds), None)
 
     def plan_at(macs: int | None, round_to: int) -> slim.Plan:
         if macs is None:
             return slim.make_plan(graph, scores, threshold=float("inf"), round_to=round_to, **bounds)
-        return slim.make_plan(graph, scores, macs=macs, round_to=round_to, cost_aware=flags.cost_aware, **bounds)
+        return slim.make_plan(graph, scores, macs=macs, round_to=round_to, cost_aware=widths.cost_aware, **bounds)
 
-    roundings = ROUNDINGS if flags.round_to is None else (flags.round_to,)
-    floors = [f"--min-channels {flags.min_channels}", f"--round-to {' or '.join(map(str, roundings))}"]
-    floors += [f"--{name.replace('_', '-')}" for name in ("min_keep", "overrides", "ignore") if getattr(flags, name)]
+    roundings = ROUNDINGS if widths.round_to is None else (widths.round_to,)
+    floors = [f"--min-channels {widths.min_channels}", f"--round-to {' or '.join(map(str, roundings))}"]
+    floors += [f"--{name.replace('_', '-')}" for name in ("min_keep", "overrides", "ignore") if getattr(widths, name)]
     plan, found = search.choose(Cutter(model, plan_at, roundings, " and ".join(floors), latency))
     return Choice(graph, plan, found)
 
 
-def cut(flags: PruneFlags, material: Material, plan: slim.Plan) -> Cut:
-    """The narrow network of a plan: masked first, then proven, then (--recalibrate) its statistics re-estimated."""
+def cut(material: Material, plan: slim.Plan, recalibration_batches: int = 0) -> Cut:
+    """The narrow network of a plan: masked first, then proven, then its batch-norm statistics re-estimated."""
     model, evaluator = material.network.model, material.evaluator
     masked = slim.mask(model, plan)
     masked_evaluation = evaluator(masked) if evaluator else None
@@ -232,36 +177,34 @@ def cut(flags: PruneFlags, material: Material, plan: slim.Plan) -> Cut:
     pruned = slim.apply_plan(model, plan)
     difference = prove(masked.cpu(), pruned, material.images)
     print(f"pruned = masked to {difference:.1e} of the largest output on {len(material.images)} images")
-    if flags.recalibrate:
-        assert material.config is not None
-        batch_size, seed = flags.batch_size, flags.seed
-        batches = training_images(material.config, flags.img, batch_size, flags.recalibrate, seed)
-        recalibrate(pruned, batches, material.device)
+    if recalibration_batches:
+        assert material.training_images is not None
+        recalibrate(pruned, material.training_images(recalibration_batches), material.device)
     pruned_evaluation = evaluator(pruned) if evaluator else None
     if pruned_evaluation:
         print(f"pruned AP {pruned_evaluation.ap:.4f}")
     return Cut(pruned.cpu(), difference, masked_evaluation, pruned_evaluation)
 
 
-def judge(flags: PruneFlags, model: nn.Module, graph: slim.ChannelGraph, material: Material) -> dict[str, torch.Tensor]:
+def scores_of(
+    settings: ScoreSettings, model: nn.Module, graph: slim.ChannelGraph, material: Material, seed: int
+) -> dict[str, torch.Tensor]:
     """Scores by the criterion; ``taylor`` runs batches of the training split through YOLOv5's loss."""
     batches, loss = None, None
-    if flags.criterion == "taylor":
-        if material.config is None or flags.taylor_batches < 1:
+    if settings.criterion == "taylor":
+        if material.training_loss is None or settings.taylor_batches < 1:
             raise SlimError(
                 "--criterion taylor needs --data, whose training images it averages, and --taylor-batches >= 1"
             )
-        batches, loss = training_loss(
-            model.to(material.device), material.config, flags.img, flags.batch_size, flags.seed
-        )
-        batches = itertools.islice(batches, flags.taylor_batches)
+        batches, loss = material.training_loss(model.to(material.device))
+        batches = itertools.islice(batches, settings.taylor_batches)
     scores = slim.score(
         model,
         graph,
-        flags.criterion,
-        seed=flags.seed,
-        reduction=flags.reduction,
-        normalise=flags.normalise,
+        settings.criterion,
+        seed=seed,
+        reduction=settings.reduction,
+        normalise=settings.normalise,
         batches=batches,
         loss=loss,
     )
@@ -352,7 +295,6 @@ def example_like(graph: slim.ChannelGraph) -> torch.Tensor:
 
 def zero_weights(flags: PruneFlags) -> RunFolder:
     """--unstructured: the smallest weights at zero, widths as they were."""
-    flags.check()
     assert flags.unstructured is not None
     material = open_material(flags)
     folded = slim.fold_gates(material.network.model, material.images)
@@ -387,10 +329,3 @@ def zero_weights(flags: PruneFlags) -> RunFolder:
     print("every width, so MACs and run time, as before: a zero is multiplied like any other number")
     print(f"saved {out}")
     return run
-
-
-def main(flags: PruneFlags) -> None:
-    if flags.unstructured is not None:
-        zero_weights(flags)
-    else:
-        prune(flags)

@@ -1,28 +1,27 @@
-"""Train a YOLOv5 with gates under the smallest-half pull, so that half of its channels close."""
+"""Training of a YOLOv5: sparsely with gates under the L1 step, or plainly."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 import slim
-from data import Augment, DataConfig, DetectionDataset, build_loader, multi_scale_sizes
-from deploy.qat import plain_state
+from data import DataConfig, DetectionDataset, build_loader, multi_scale_sizes
+from deploy.qat import plain_state, with_quantisers
 from engine import (
     Evaluation,
     FitResult,
     LossFunction,
-    OptimConfig,
-    Precision,
     Sparsity,
+    SparsitySettings,
     TrainConfig,
     World,
     fit,
@@ -30,7 +29,6 @@ from engine import (
     read_training_state,
     seed_generators,
 )
-from models import DistillGains, LossGains
 from slim import SlimError
 from tracking import (
     RunFolder,
@@ -43,146 +41,26 @@ from tracking import (
     write_report,
 )
 
-from .command import choose_device, flag
-from .datasets import DataFlags, real_images
+from .command import flat, read, with_values
+from .datasets import open_data, real_images
 from .evaluator import Evaluator, draw_networks
+from .flags import FinetuneFlags, SparseFlags, TrainFlags
 from .losses import add_teacher, fit_anchors, make_loss
 from .network import (
     Network,
     check_image_size,
+    choose_device,
     example_image,
     freeze_layers,
+    head_path,
     read_network,
     save_network,
     start_network,
     with_activation,
 )
 
-
-@dataclass(frozen=True)
-class Rounding:
-    """How a network comes to round while it trains: ``make(model, images)``, ``images`` [B, 3, H, W] each, so many in all.
-
-    Checkpoints hold the plain network.
-    """
-
-    make: Callable[[nn.Module, Sequence[Tensor]], nn.Module]
-    images: int
-
-
-@dataclass(frozen=True)
-class TrainFlags(DataFlags):
-    """What every training takes."""
-
-    weights: str = flag("", "checkpoint to start from (ours or a published YOLOv5 .pt); '' trains --cfg from scratch")
-    cfg: str = flag("models/yolov5n.yaml", "model description, used without --weights")
-    act: Literal["keep", "silu", "hardswish", "relu"] = flag(
-        "keep", "activation of all blocks; swapped where --weights have another, which costs AP until trained on"
-    )
-    img: int = flag(320, "image size in pixels, a multiple of the largest stride")
-    epochs: int = flag(30, "epochs of the whole run")
-    batch_size: int = flag(16, "images a step, of all ranks together")
-    workers: int = flag(2, "loader processes, of each rank")
-    cache: Literal["ram", "disk", "none"] = flag(
-        "ram", "decoded images stay in memory, in .slim-cache beside the data, or not"
-    )
-    optimizer: Literal["sgd", "adamw"] = flag("sgd", "SGD with Nesterov momentum, or AdamW")
-    lr: float = flag(0.01, "learning rate after the warm-up")
-    final_lr_ratio: float = flag(0.01, "last learning rate as a share of --lr")
-    schedule: Literal["linear", "cosine"] = flag("linear", "how the learning rate falls")
-    momentum: float = flag(0.937, "SGD's momentum, AdamW's beta1")
-    weight_decay: float = flag(5e-4, "on weights of convolutions; never on gates and norms")
-    warmup_epochs: float = flag(3.0, "epochs of rising learning rate, at most a tenth of the run")
-    clip_norm: float = flag(10.0, "largest gradient norm")
-    eval_every: int = flag(1, "epochs between evaluations on the val split")
-    patience: int = flag(0, "stop after so many epochs without a better AP; 0 never does")
-    sync_bn: bool = flag(False, "under torchrun, batch norms see the whole batch (slower; for few images a rank)")
-    precision: Precision = flag("auto", "float16 on a GPU and bfloat16 on a CPU that has it (auto), or the one named")  # noqa: RUF009
-    box: float = flag(0.05, "weight of the box loss")
-    obj: float = flag(1.0, "weight of the objectness loss at 640 pixels; scaled by (img / 640) squared")
-    cls: float = flag(0.5, "weight of the class loss for 80 classes; scaled by their number / 80")
-    label_smoothing: float = flag(0.0, "of the class targets, 0 to 1")
-    teacher: str = flag("", "trained checkpoint of the same classes whose outputs are learned beside the labels")
-    distill_weight: float = flag(1.0, "with --teacher: weight of its outputs beside the labels")
-    distill_box: float = flag(1.0, "with --teacher: weight of its boxes, on top of --box")
-    distill_obj: float = flag(1.0, "with --teacher: weight of its objectness, on top of --obj")
-    distill_cls: float = flag(1.0, "with --teacher: weight of its classes, on top of --cls")
-    freeze: list[str] = flag([], "layers left as they are: a count from the first, indices or paths as model.1.*")  # noqa: RUF009
-    mosaic: float = flag(1.0, "probability that four images make one training sample")
-    scale: float = flag(0.5, "training images are scaled by 1 - scale to 1 + scale")
-    translate: float = flag(0.1, "training images are moved by at most this share of their size")
-    degrees: float = flag(0.0, "training images are turned by at most this many degrees")
-    fliplr: float = flag(0.5, "probability of a left-right flip")
-    flipud: float = flag(0.0, "probability of an upside-down flip")
-    noautoanchor: bool = flag(False, "keep the anchors even where they fit the training boxes badly")
-    shear: float = flag(0.0, "training images are sheared by at most this many degrees")
-    hsv_h: float = flag(0.015, "the hue of training images turns by at most this share of the colour circle")
-    hsv_s: float = flag(0.7, "their saturation is multiplied by 1 - hsv_s to 1 + hsv_s")
-    hsv_v: float = flag(0.4, "their brightness is multiplied by 1 - hsv_v to 1 + hsv_v")
-    mixup: float = flag(0.0, "probability that a training sample is blended with a second one")
-    close_mosaic: int = flag(0, "last epochs without mosaic and mixup")
-    multi_scale: bool = flag(False, "each training batch at another size, 0.5 to 1.5 times --img")
-    image_weights: bool = flag(False, "draw training images with rare classes more often")
-    rect: bool = flag(False, "evaluate on rectangular batches with little padding instead of squares")
-    resume: bool = flag(False, "continue the newest run of this --project and --name with its own settings")
-
-    def gains(self) -> LossGains:
-        return LossGains(box=self.box, obj=self.obj, cls=self.cls, label_smoothing=self.label_smoothing)
-
-    def distill_gains(self) -> DistillGains:
-        return DistillGains(self.distill_weight, self.distill_box, self.distill_obj, self.distill_cls)
-
-    def augment(self) -> Augment:
-        return Augment(
-            mosaic=self.mosaic,
-            scale=self.scale,
-            translate=self.translate,
-            degrees=self.degrees,
-            fliplr=self.fliplr,
-            flipud=self.flipud,
-            shear=self.shear,
-            hsv_h=self.hsv_h,
-            hsv_s=self.hsv_s,
-            hsv_v=self.hsv_v,
-            mixup=self.mixup,
-        )
-
-    def rounding(self) -> Rounding | None:
-        """How the network rounds while it trains, where it does."""
-        return None
-
-    def mosaic_epochs(self) -> int:
-        """The first epoch without mosaic and mixup."""
-        if not 0 <= self.close_mosaic <= self.epochs:
-            raise SlimError(f"--close-mosaic {self.close_mosaic}: expected 0 to --epochs, {self.epochs}")
-        return self.epochs - self.close_mosaic
-
-    def optim(self) -> OptimConfig:
-        return OptimConfig(
-            optimizer=self.optimizer,
-            lr=self.lr,
-            final_lr_ratio=self.final_lr_ratio,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            warmup_epochs=self.warmup_epochs,
-            schedule=self.schedule,
-            clip_norm=self.clip_norm,
-        )
-
-
-@dataclass(frozen=True)
-class SparseFlags(TrainFlags):
-    """Sparse training."""
-
-    project: str = flag("runs/sparse", "folder that holds the run folders")
-    strength: float | Literal["auto"] = flag("auto", "pull a unit of learning rate; auto closes the pulled gates")
-    travel: float = flag(2.0, "with --strength auto: how far an unopposed gate would move (gates start at 1)")
-    fraction: float = flag(0.5, "part of each gate vector that is pulled: its smallest entries")
-    closed_share: float | None = flag(
-        None, "instead of --strength: raise or lower it so that this share of all gates is closed at the end"
-    )
-    pull_from: int = flag(3, "first epoch with the pull; before it the gates find their order")
-    tie: Literal["group", "layer"] = flag("group", "one gate vector a group, or one an activation")
+MAY_CHANGE = {"device", "workers", "cache", "data_root", "download"}
+"""Flags that a run may be resumed with: what it finds does not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -194,14 +72,17 @@ class TrainResult:
     evaluation: Evaluation
 
 
-def train(flags: TrainFlags, *, keep_gates: bool = True, world: World | None = None) -> TrainResult:
-    """Train in a new run folder, or with --resume in the newest of that name."""
+def train(flags: TrainFlags, world: World | None = None) -> TrainResult | None:
+    """Train in a new run folder, or with --resume in the newest of that name; None where that run is finished."""
     world = world or World()
-    run, flags = world.from_first(lambda: open_run(flags))
+    opened = world.from_first(lambda: open_run(flags))
+    if opened is None:
+        return None
+    run, flags = opened
     with run.held() if world.is_first else contextlib.nullcontext():
         resume_state = read_training_state(run.last) if flags.resume else None
         try:
-            return train_in(run, flags, keep_gates=keep_gates, resume_state=resume_state, world=world)
+            return train_in(run, flags, resume_state=resume_state, world=world)
         except KeyboardInterrupt as stop:
             if not run.last.is_file():
                 raise KeyboardInterrupt(f"no step was saved in {run.path}") from stop
@@ -215,7 +96,6 @@ def train_in(
     run: RunFolder,
     flags: TrainFlags,
     *,
-    keep_gates: bool = True,
     resume_state: dict[str, Any] | None = None,
     carried_state: dict[str, Any] | None = None,
     world: World | None = None,
@@ -225,61 +105,69 @@ def train_in(
     Under torchrun all ranks call it; the run folder, a shared one, is rank 0's.
     """
     world = world or World()
-    device, batch_size = choose_device(flags.device, world), world.share(flags.batch_size)
-    seed_generators(flags.seed)
-    config = world.from_first(flags.open_data)
-    network = starting_network(flags, run, resume_state, config.names, keep_gates)
-    check_image_size(network.model, flags.img)
-    print(network.note or f"weights {flags.weights}")
-    frozen = freeze_layers(network.model, flags.freeze)
+    device, batch_size = choose_device(flags.device, world), world.share(flags.loading.batch_size)
+    img, seed, loading = flags.img, flags.training.seed, flags.loading
+    seed_generators(seed)
+    config = world.from_first(lambda: open_data(flags.dataset))
+    network = read_network(run.last) if resume_state is not None else starting_network(flags, config.names)
+    check_image_size(network.model, img)
+    print(network.note or f"weights {flags.network.weights}")
+    frozen = freeze_layers(network.model, flags.network.freeze)
     if frozen is not None:
         print(frozen)
     train_set = training_set(flags, config, world)
-    if network.new_head and not flags.noautoanchor and not flags.teacher:  # a teacher's maps are for its anchors
-        print(fit_anchors(network, train_set, flags.gains().anchor_t, flags.seed))
-    loss = training_criterion(flags, network, device, world)
+    if (
+        network.new_head and not flags.network.noautoanchor and not flags.teacher
+    ):  # a teacher's maps are for its anchors
+        print(fit_anchors(network, train_set, flags.gains.anchor_t, seed))
+    labels_loss = make_loss(network.model, flags.gains, img, world)
+    loss: LossFunction = labels_loss
+    if flags.teacher:
+        loss = add_teacher(labels_loss, network, flags.teacher, flags.distill, device)
+        print(f"teacher: {flags.teacher}, weight {flags.distill.weight:g}")
+    stride_px = max(network.model.stride_px)
     loader = build_loader(
         train_set,
         batch_size,
         shuffle=True,
-        workers=flags.workers,
-        seed=flags.seed,
+        workers=loading.workers,
+        seed=seed,
         rank=world.rank,
         num_ranks=world.size,
-        sizes_px=multi_scale_sizes(flags.img, max(network.model.stride_px)) if flags.multi_scale else (),
+        sizes_px=multi_scale_sizes(img, stride_px) if flags.sampling.multi_scale else (),
     )
-    val_set = DetectionDataset(config, "val", flags.img, cache=flags.cache if world.is_first else "none")
+    val_set = DetectionDataset(config, "val", img, cache=loading.cache if world.is_first else "none")
     evaluator = Evaluator(
         val_set,
-        batch_size=flags.batch_size,
+        batch_size=loading.batch_size,
         workers=0,
         device=device,
-        rect_stride_px=max(network.model.stride_px) if flags.rect else None,
+        rect_stride_px=stride_px if flags.rect else None,
     )
-    sparsity = make_sparsity(flags, network.model, len(loader))
+    sparsity = make_sparsity(
+        flags.sparsity if isinstance(flags, SparseFlags) else None, network.model, flags.training, len(loader)
+    )
     if world.is_first:
-        run.write_config(asdict(flags), script_of(flags))
+        run.write_config({k: v for k, v in flat(flags).items() if k != "resume"}, script_of(flags))
         for split in run.note_data({"train": train_set.digest(), "val": val_set.digest()}):
             print(f"the labels of {split} are not those that the run began with; it goes on with what is there now")
     for message in [*train_set.problems, *val_set.problems][:10]:
         print(f"left out: {message}")
     if resume_state is None and world.is_first:
         plot_labels(train_set.ground_truth(), train_set.names, run.path / "labels.png")
-        log_start(run, network.model, train_set, flags)
-    trained, plain = rounding_network(flags, network.model, config, world)
+        log_start(run, network.model, train_set, img)
+    trained = network.model
+    plain: Callable[[nn.Module], nn.Module] = unchanged
+    if isinstance(flags, FinetuneFlags) and flags.qat.qat:
+        if world.size > 1:
+            raise SlimError("--qat: runs in one process; start it without torchrun")
+        images = real_images(DetectionDataset(config, "train", img, seed=seed), flags.qat.calibration_images)
+        trained, plain = with_fake_quantisers(network.model, images.split(loading.batch_size), flags.qat.keep_float)
     result = fit(
         trained,
         loss,
         loader,
-        config=TrainConfig(
-            flags.epochs,
-            flags.optim(),
-            precision=flags.precision,
-            eval_every=flags.eval_every,
-            patience=flags.patience,
-            sync_bn=flags.sync_bn,
-            seed=flags.seed,
-        ),
+        config=flags.training,
         run=run,
         save=lambda path, model, state: save_network(path, plain(model), network.build, state),
         device=device,
@@ -289,25 +177,22 @@ def train_in(
         carried_state=carried_state,
         world=world,
     )
-    evaluation = world.from_first(lambda: finish(run, flags, evaluator, result))
+    evaluation = world.from_first(lambda: finish(run, img, flags.training.epochs, evaluator, result))
     return TrainResult(run, result, evaluation)
 
 
-def rounding_network(
-    flags: TrainFlags, model: nn.Module, config: DataConfig, world: World
+def unchanged(model: nn.Module) -> nn.Module:
+    """Return the model: what is trained is what checkpoints hold."""
+    return model
+
+
+def with_fake_quantisers(
+    model: nn.Module, batches: Sequence[Tensor], keep_float: Sequence[str]
 ) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
-    """What is trained, and what makes of it the network of the checkpoints: ``model`` itself unless the flags round it."""
-    rounding = flags.rounding()
-    if rounding is None:
-        return model, lambda trained: trained
-    if world.size > 1:
-        raise SlimError("--qat: runs in one process; start it without torchrun")
-    calibration = DetectionDataset(config, "train", flags.img, seed=flags.seed)
-    images = real_images(calibration, rounding.images)
-    rounded = rounding.make(model, images.split(flags.batch_size))
-    print(
-        f"rounds to 8 bits while it trains; ranges of {len(images)} training images; checkpoints hold the plain network"
-    )
+    """The network that rounds to 8 bits while it trains, its ranges found on ``batches``, and what makes it plain again."""
+    rounded = with_quantisers(model, batches, head=head_path(model), keep_float=list(keep_float))
+    count = sum(len(batch) for batch in batches)
+    print(f"rounds to 8 bits while it trains; ranges of {count} training images; checkpoints hold the plain network")
     return rounded, unrounded(model)
 
 
@@ -328,11 +213,11 @@ def training_set(flags: TrainFlags, config: DataConfig, world: World | None = No
         config,
         "train",
         flags.img,
-        flags.augment(),
-        flags.seed,
-        flags.cache,
-        mosaic_epochs=flags.mosaic_epochs(),
-        image_weights=flags.image_weights,
+        flags.augment,
+        flags.training.seed,
+        flags.loading.cache,
+        mosaic_epochs=flags.training.epochs - flags.sampling.close_mosaic,
+        image_weights=flags.sampling.image_weights,
         holders=1 if world is None else world.local_size,
     )
 
@@ -342,96 +227,96 @@ def script_of(flags: TrainFlags) -> str:
     return "train_sparse.py" if isinstance(flags, SparseFlags) else "finetune.py"
 
 
-def open_run(flags: TrainFlags) -> tuple[RunFolder, TrainFlags]:
-    """A new run folder, or with --resume the newest of that name with its own settings."""
+def open_run(flags: TrainFlags) -> tuple[RunFolder, TrainFlags] | None:
+    """A new run folder, or with --resume the newest of that name with its own settings; None where that is finished."""
+    project, name = flags.run.project, flags.run.name
     if not flags.resume:
-        return RunFolder.create(flags.project, flags.name), flags
-    taken = [p for p in Path(flags.project).glob(f"{flags.name}*") if (p / "weights" / "last.pt").is_file()]
+        return RunFolder.create(project, name), flags
+    taken = [p for p in Path(project).glob(f"{name}*") if (p / "weights" / "last.pt").is_file()]
     numbered = {
-        int(p.name.removeprefix(flags.name) or 1): p
-        for p in taken
-        if p.name.removeprefix(flags.name).isdigit() or p.name == flags.name
+        int(p.name.removeprefix(name) or 1): p for p in taken if p.name.removeprefix(name).isdigit() or p.name == name
     }
     if not numbered:
-        raise SlimError(
-            f"{flags.project}/{flags.name}: no run with weights/last.pt to resume; start one without --resume"
-        )
+        raise SlimError(f"{project}/{name}: no run with weights/last.pt to resume; start one without --resume")
     run = RunFolder.open(numbered[max(numbered)])
-    known = run.read_config()
-    return run, replace(flags, **{**known, "resume": True, "debug": flags.debug})
+    flags = resumed(flags, run)
+    if (run.path / "report.html").is_file():  # the last file that a training writes
+        print(f"{run.path}: finished, nothing is left to resume")
+        return None
+    return run, flags
 
 
-def starting_network(
-    flags: TrainFlags, run: RunFolder, resume_state: object, names: tuple[str, ...], keep_gates: bool
-) -> Network:
-    """The network in the state in which its training begins or continues: gates placed, kept or folded."""
-    if resume_state is not None:
-        return read_network(run.last)
-    network = start_network(flags.weights, flags.cfg, names)
+def resumed(flags: TrainFlags, run: RunFolder) -> TrainFlags:
+    """The settings of a run that is resumed: its own, with those flags of the command line that do not change what it finds.
+
+    Raises SlimError for a flag that would.
+    """
+    if not run.config_file.is_file():
+        raise SlimError(f"{run.config_file}: no such file; this run cannot be resumed, start a new one")
+    known = read(type(flags)(), ["--config", str(run.config_file)])
+    old, new = flat(known), flat(flags)
+    changed = {n: new[n] for n in sorted(flags.given - {"project", "name", "resume"}) if new[n] != old[n]}
+    if refused := [name for name in changed if name not in MAY_CHANGE]:
+        told = ", ".join(f"--{name.replace('_', '-')} {new[name]} (the run has {old[name]})" for name in refused)
+        raise SlimError(f"--resume: {told} would change the run; leave that out, or start a new run without --resume")
+    if changed:
+        print("resumed with " + ", ".join(f"--{name.replace('_', '-')} {new[name]}" for name in changed))
+    return with_values(known, {**changed, "resume": True})
+
+
+def starting_network(flags: TrainFlags, names: tuple[str, ...]) -> Network:
+    """The network in the state in which its training begins: gates placed, kept or folded."""
+    start = flags.network
+    network = start_network(start.weights, start.cfg, names)
     check_image_size(network.model, flags.img)
-    if flags.act != "keep":
-        network = with_activation(network, flags.act)
+    if start.act != "keep":
+        network = with_activation(network, start.act)
     if isinstance(flags, SparseFlags):
         graph = slim.trace(network.model, example_image(flags.img))
-        slim.add_gates(network.model, graph, tie=flags.tie)
-    elif not keep_gates:
+        slim.add_gates(network.model, graph, tie=flags.sparsity.tie)
+    elif isinstance(flags, FinetuneFlags) and not flags.keep_gates:
         network.model = slim.fold_gates(network.model)
     return network
 
 
-def training_criterion(
-    flags: TrainFlags, network: Network, device: torch.device, world: World | None = None
-) -> LossFunction:
-    """The labels' loss, with --teacher also the teacher's."""
-    loss = make_loss(network.model, flags.gains(), flags.img, world)
-    if not flags.teacher:
-        return loss
-    distilling = add_teacher(loss, network, flags.teacher, flags.distill_gains(), device)
-    print(f"teacher: {flags.teacher}, weight {flags.distill_weight:g}")
-    return distilling
-
-
-def make_sparsity(flags: TrainFlags, model: nn.Module, steps: int) -> Sparsity | None:
-    """The pull of sparse training; without one, gates that are trained are only kept at or above 0."""
-    if not isinstance(flags, SparseFlags):
+def make_sparsity(
+    settings: SparsitySettings | None, model: nn.Module, training: TrainConfig, steps: int
+) -> Sparsity | None:
+    """The L1 step of sparse training of so many steps an epoch; without one, trained gates are only kept at or above 0."""
+    if settings is None:
         trained = [vector for vector in slim.gate_vectors(model).values() if vector.requires_grad]
         return Sparsity(slim.SmallestHalfL1(model, strength=0.0), None, None) if trained else None
-    if flags.pull_from >= flags.epochs:
-        raise SlimError(
-            f"--pull-from {flags.pull_from} leaves no epoch with the pull; expected less than --epochs {flags.epochs}"
-        )
-    total_lr = learning_rate_sum(flags.optim(), steps, flags.epochs, flags.pull_from)
-    strength = slim.strength_for(total_lr, flags.travel) if flags.strength == "auto" else float(flags.strength)
-    pull = slim.SmallestHalfL1(model, strength=strength, fraction=flags.fraction)
-    what = f"the smallest {flags.fraction:.0%} of each gate vector, from epoch {flags.pull_from}"
-    if flags.closed_share is None:
-        print(f"pull: strength {strength:.4g} on {what}")
-        return Sparsity(pull, from_epoch=flags.pull_from)
-    if flags.strength != "auto":
-        raise SlimError(f"--strength {strength:g} and --closed-share {flags.closed_share:g}: give one of them")
-    print(f"pull: on {what}, as strong as closes {flags.closed_share:.0%} of all gates")
-    return Sparsity(pull, slim.ClosedShareController(pull, flags.closed_share, total_lr), flags.pull_from)
+    start, share = settings.sparse_from, settings.closed_share
+    total_lr = learning_rate_sum(training.optim, steps, training.epochs, start)
+    strength = slim.strength_for(total_lr, settings.travel) if settings.strength == "auto" else settings.strength
+    l1 = slim.SmallestHalfL1(model, strength=strength, fraction=settings.fraction)
+    what = f"the smallest {settings.fraction:.0%} of each gate vector, from epoch {start}"
+    if share is None:
+        print(f"L1 step: strength {strength:.4g} on {what}")
+        return Sparsity(l1, from_epoch=start)
+    print(f"L1 step: on {what}, as strong as closes {share:.0%} of all gates")
+    return Sparsity(l1, slim.ClosedShareController(l1, share, total_lr), start)
 
 
-def log_start(run: RunFolder, model: nn.Module, train_set: DetectionDataset, flags: TrainFlags) -> None:
+def log_start(run: RunFolder, model: nn.Module, train_set: DetectionDataset, img: int) -> None:
     """The batch as the network sees it, and what the network costs."""
-    cost = slim.cost(model, example_image(flags.img))
+    cost = slim.cost(model, example_image(img))
     run.log_scalars({"cost/macs": float(cost.macs), "cost/params": float(cost.params)}, 0)
     tiles = []
     for i in range(min(4, len(train_set))):
         sample = train_set[i]
-        boxes = box_convert(sample.targets[:, 1:], "cxcywh", "xyxy") * flags.img
+        boxes = box_convert(sample.targets[:, 1:], "cxcywh", "xyxy") * img
         ones = torch.ones(len(boxes), 1)
         tiles.append(draw_detections(sample.image, torch.cat([boxes, ones, sample.targets[:, :1]], 1), train_set.names))
     run.log_picture("train_batch", torch.cat(tiles, 2))
     save_png(torch.cat(tiles, 2), run.path / "train_batch.png")
 
 
-def finish(run: RunFolder, flags: TrainFlags, evaluator: Evaluator, result: FitResult) -> Evaluation:
+def finish(run: RunFolder, img: int, epochs: int, evaluator: Evaluator, result: FitResult) -> Evaluation:
     """metrics.json and the plots, from the weights in last.pt."""
     network = read_network(run.last)
     evaluation = evaluator.last or evaluator(network.model)
-    cost = slim.cost(network.model.cpu(), example_image(flags.img))
+    cost = slim.cost(network.model.cpu(), example_image(img))
     metrics = {**evaluation.metrics(), "params": cost.params, "macs": cost.macs, "seconds": result.seconds}
     gates = slim.gate_vectors(network.model)
     run.write_metrics(
@@ -450,13 +335,9 @@ def finish(run: RunFolder, flags: TrainFlags, evaluator: Evaluator, result: FitR
     (tiles,) = draw_networks({"": network.model}, evaluator.dataset).values()
     picture = torch.cat(tiles, 2)
     save_png(picture, run.path / "detections.png")
-    run.log_picture("detections", picture, flags.epochs)
+    run.log_picture("detections", picture, epochs)
     run.close()
     write_report(run)
     closed = "" if result.closed_share is None else f", {result.closed_share:.1%} of the gates closed"
     print(f"{run.path}: AP {evaluation.ap:.4f}, AP50 {evaluation.ap50:.4f} on {evaluation.images} val images{closed}")
     return evaluation
-
-
-def main(flags: SparseFlags, world: World) -> None:
-    train(flags, world=world)

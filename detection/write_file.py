@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,10 @@ from deploy import (
     export_torchscript,
     prove_same_detections,
 )
-from models import activation_name
+from models import NmsSettings, activation_name
 from slim import SlimError
 
 from .network import Network
-
-
-@dataclass(frozen=True)
-class Nms:
-    """A suppression inside of a file."""
-
-    conf: float
-    iou: float
-    max_detections: int
-
 
 SUFFIX_OF: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".torchscript"}
 
@@ -43,7 +32,7 @@ def write_file(
     *,
     dynamic: bool = False,
     uint8_input: bool = False,
-    nms: Nms | None = None,
+    nms: NmsSettings | None = None,
 ) -> float:
     """A detector as a file of the kind that ``out``'s suffix names; its relative difference from torch on ``images``.
 
@@ -61,7 +50,7 @@ def write_file(
         "imgsz": json.dumps(list(images.shape[2:])),
         "batch": str(len(images)),
         "dynamic": json.dumps(dynamic),
-        "nms": json.dumps(asdict(nms) if nms else None),
+        "nms": json.dumps(nms and {"conf": nms.conf, "iou": nms.iou, "max_detections": nms.max_det}),
         "activation": activation_name(model),
         "macs": str(cost.macs),
         "params": str(cost.params),
@@ -69,7 +58,7 @@ def write_file(
     detector: nn.Module = Decoded(model)
     common: dict[str, Any] = {"uint8_input": uint8_input, "metadata": metadata}
     if nms:
-        detector = WithNms(detector, nms.conf, nms.iou, nms.max_detections)
+        detector = WithNms(detector, nms.conf, nms.iou, nms.max_det)
         common["prove"] = prove_same_detections
     if out.suffix == ".torchscript":
         if dynamic:

@@ -17,7 +17,6 @@ from .evaluation import evaluating as evaluating
 from .evaluation import save_coco_json as save_coco_json
 from .freezing import Frozen as Frozen
 from .freezing import freeze as freeze
-from .optimiser import OptimConfig as OptimConfig
 from .optimiser import WeightAverage as WeightAverage
 from .optimiser import build_optimizer as build_optimizer
 from .optimiser import build_scheduler as build_scheduler
@@ -25,8 +24,10 @@ from .optimiser import gate_parameters as gate_parameters
 from .optimiser import learning_rate_factor as learning_rate_factor
 from .optimiser import learning_rate_sum as learning_rate_sum
 from .optimiser import recalibrate as recalibrate
-from .precision import Precision as Precision
+from .settings import OptimConfig as OptimConfig
+from .settings import Precision as Precision
+from .settings import SparsitySettings as SparsitySettings
+from .settings import TrainConfig as TrainConfig
 from .sparsity import Sparsity as Sparsity
-from .trainee import TrainConfig as TrainConfig
 from .training import FitResult as FitResult
 from .training import fit as fit

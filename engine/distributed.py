@@ -18,10 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slim import SlimError
 
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-"""What torchrun tells each process."""
-INTERRUPTED = 130
-"""Exit code of a run that was interrupted."""
+from .settings import RANK_VARIABLES
+
 PATIENCE = timedelta(hours=1)
 """How long ranks wait for one another; rank 0 evaluates and saves while the others do."""
 FAREWELL = timedelta(seconds=20)

@@ -21,8 +21,8 @@ from .distributed import World
 from .freezing import enter_training
 from .interruption import Interruption
 from .memory import OUT_OF_MEMORY, batch_that_may_fit
+from .settings import TrainConfig
 from .sparsity import Sparsity
-from .trainee import TrainConfig
 
 MAX_SKIPPED_STEPS = 20  # in a row: halving the scale as often takes any start value below 1
 

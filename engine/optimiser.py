@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,56 +12,12 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 from slim import Gate, SlimError
 
+from .settings import OptimConfig
+
 MAX_WARMUP_SHARE = 0.1  # of all steps: a short run on a small data set must not spend itself warming up
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """How the weights move.
-
-    Args:
-        optimizer: SGD with Nesterov momentum, or AdamW
-        lr: learning rate after the warm-up
-        final_lr_ratio: the last step's learning rate as a share of lr
-        momentum: SGD's momentum, AdamW's beta1
-        weight_decay: on the weights of convolutions and linear layers alone
-        warmup_epochs: linear rise from 0, at most a tenth of the run
-        schedule: how the learning rate falls
-        clip_norm: largest gradient norm; larger gradients are scaled down to it
-        ema_decay: of the moving average, reached gradually
-        ema_warmup_steps: the decay at step s is ema_decay * (1 - exp(-s / ema_warmup_steps))
-    """
-
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.01
-    final_lr_ratio: float = 0.01
-    momentum: float = 0.937
-    weight_decay: float = 5e-4
-    warmup_epochs: float = 3.0
-    schedule: Literal["linear", "cosine"] = "linear"
-    clip_norm: float = 10.0
-    ema_decay: float = 0.9999
-    ema_warmup_steps: int = 2000
-
-    def __post_init__(self) -> None:
-        allowed: dict[str, tuple[str, ...]] = {"optimizer": ("sgd", "adamw"), "schedule": ("linear", "cosine")}
-        for field, names in allowed.items():
-            if getattr(self, field) not in names:
-                raise SlimError(f"{field}={getattr(self, field)!r}: expected one of {', '.join(names)}")
-        for field in ("lr", "clip_norm", "ema_warmup_steps"):
-            if not getattr(self, field) > 0:
-                raise SlimError(f"{field}={getattr(self, field)}: expected a number above 0")
-        for field in ("weight_decay", "warmup_epochs"):
-            if not getattr(self, field) >= 0:
-                raise SlimError(f"{field}={getattr(self, field)}: expected a number of at least 0")
-        for field in ("momentum", "ema_decay"):
-            if not 0 <= getattr(self, field) < 1:
-                raise SlimError(f"{field}={getattr(self, field)}: expected at least 0 and below 1")
-        if not 0 <= self.final_lr_ratio <= 1:
-            raise SlimError(f"final_lr_ratio={self.final_lr_ratio}: expected 0 to 1")
 
 
 def gate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from slim import SlimError
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+from .settings import Precision
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:

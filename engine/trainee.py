@@ -1,54 +1,16 @@
-"""What a training is set up with: its configuration, and everything that its steps change."""
+"""Everything that the steps of a training change, set up by its configuration."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from typing import get_args
 
 import torch
 from torch import nn
 
-from slim import SlimError
-
 from .checkpoint import Trainee
 from .distributed import World
-from .optimiser import OptimConfig, WeightAverage, build_optimizer, build_scheduler
-from .precision import Precision, compute_dtype
+from .optimiser import WeightAverage, build_optimizer, build_scheduler
+from .precision import compute_dtype
+from .settings import TrainConfig
 from .sparsity import Sparsity
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long and how to train.
-
-    Args:
-        epochs: of the whole run, resumed epochs included
-        optim: optimiser, schedule and moving average
-        precision: of the forward pass and its gradients; weights, loss, statistics and gates are float32 throughout.
-            "auto" is float16 on a GPU, bfloat16 on a CPU that multiplies it natively, else float32
-        channels_last: memory format of images and convolutions
-        eval_every: epochs between evaluations; the last epoch is always evaluated
-        patience: epochs without a better AP after which training stops; 0 never stops early
-        sync_bn: with several ranks, batch norms see the whole batch; otherwise each its rank's share, and their running
-            statistics are averaged
-        seed: of all random generators at the start of the run
-    """
-
-    epochs: int = 30
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    precision: Precision = "auto"
-    channels_last: bool = True
-    eval_every: int = 1
-    patience: int = 0
-    sync_bn: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("eval_every", 1), ("patience", 0)):
-            if getattr(self, name) < least:
-                raise SlimError(f"{name}={getattr(self, name)}: expected at least {least}")
-        if self.precision not in get_args(Precision):
-            raise SlimError(f"precision={self.precision!r}: expected one of {', '.join(get_args(Precision))}")
 
 
 def build_trainee(

@@ -31,8 +31,9 @@ from .distributed import World
 from .epoch import Epoch, Loader, LossFunction, train_one_epoch
 from .evaluation import Evaluation
 from .interruption import Interruption
+from .settings import TrainConfig
 from .sparsity import Sparsity
-from .trainee import TrainConfig, build_trainee
+from .trainee import build_trainee
 
 LOGGER = logging.getLogger(__name__)
 

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Annotated, Any
 
 import slim
-from detection.command import flag, further_flags, run_script
+from detection.command import run_script, with_pairs
 from experiments.slimming import ROWS, SlimmingFlags, compare
 from slim import SlimError
+from tracking.settings import RunSettings
 
 
 @dataclass(frozen=True)
 class SeedsFlags:
-    """One comparison, repeated."""
+    """Options of the repetition."""
 
-    project: str = flag("runs/over_seeds", "folder that holds a run folder for each seed")
-    seeds: list[int] = flag([0, 1, 2], "seeds, one comparison each")  # noqa: RUF009
-    comparison: list[str] = flag(  # noqa: RUF009
-        [], "flags of the comparison as name=value; of lists with commas, as in macs=0.3,0.2"
-    )
-    debug: bool = flag(False, "on an error, print the traceback")
+    project: Annotated[str, "folder that holds a run folder for each seed"] = "runs/over_seeds"
+    seeds: Annotated[tuple[int, ...], "seeds, one comparison each"] = (0, 1, 2)
+    comparison: Annotated[
+        tuple[str, ...], "flags of the comparison as name=value; of lists with commas, as in macs=0.3,0.2"
+    ] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
-def table(spreads: list[Spread], seeds: list[int]) -> str:
+def table(spreads: list[Spread], seeds: Sequence[int]) -> str:
     """Markdown; the change is against the dense row."""
     lines = [
         f"| network | AP val, {len(seeds)} seeds | against dense | AP test | MACs | parameters |",
@@ -81,11 +82,10 @@ def repeat(flags: SeedsFlags) -> list[Spread]:
     """A comparison a seed, then every row over the seeds."""
     if not flags.seeds:
         raise SlimError("--seeds: none given; name one or more whole numbers")
-    given = further_flags(SlimmingFlags, flags.comparison)
-    common = replace(SlimmingFlags(), **given, project=flags.project, resume=True)
+    common = replace(with_pairs(SlimmingFlags(), flags.comparison), resume=True)
     found = []
     for seed in flags.seeds:
-        compare(replace(common, name=f"seed{seed}", seed=seed))
+        compare(replace(common, run=RunSettings(flags.project, f"seed{seed}"), seed=seed))
         rows = json.loads((Path(flags.project) / f"seed{seed}" / ROWS).read_text(encoding="utf-8"))
         found.append({row["step"]: row for row in rows})
     spreads = [spread_of([rows[step] for rows in found]) for step in found[0]]

@@ -14,55 +14,58 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 import slim
-from detection.command import RunFlags, as_arguments, flag, run_script
+from detection.command import as_arguments, flat, run_script
+from detection.flags import ScriptFlags
 from slim import SlimError
 from tracking import COMPARISON_FILE, RunFolder, write_report
+from tracking.settings import RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 # From scratch on small images the default gains, made for COCO at 640 pixels, train boxes and classes too little.
-SHAPES = [
+SHAPES = (
     *("optimizer=adamw", "lr=0.004", "momentum=0.9", "box=0.4", "cls=10", "obj=10"),
     *("mosaic=0", "scale=0.1", "translate=0.05"),
-]
+)
 # Late, when the features are there, and just long enough to close: every epoch with closed gates must be regained.
-PULL = ["pull-from=29", "travel=1.3", "final-lr-ratio=0.5"]
+L1_STEP = ("sparse-from=29", "travel=1.3", "final-lr-ratio=0.5")
 
 
 @dataclass(frozen=True)
-class SlimmingFlags(RunFlags):
-    """One comparison."""
+class SlimmingFlags(ScriptFlags):
+    """Options of the comparison."""
 
-    project: str = flag("runs/demo", "folder that holds the run folders")
-    weights: str = flag("", "checkpoint to start from; '' trains --cfg from scratch")
-    cfg: str = flag("models/yolov5n.yaml", "model description, used without --weights")
-    data: str = flag("data/shapes.yaml", "data set description")
-    data_root: str | None = flag(None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")
-    img: int = flag(128, "image size in pixels")
-    batch_size: int = flag(8, "images a step")
-    workers: int = flag(0, "loader processes")
-    dense_epochs: int = flag(60, "epochs of the dense baseline")
-    sparse_epochs: int = flag(32, "epochs of sparse training")
-    finetune_epochs: int = flag(28, "epochs of fine-tuning after each cut")
-    macs: list[float] = flag([0.5], "shares of the MACs to keep, one cut each")  # noqa: RUF009
-    eval_every: int = flag(25, "epochs between evaluations")
-    train: list[str] = flag(SHAPES, "further flags of every training, as name=value")  # noqa: RUF009
-    sparse: list[str] = flag(PULL, "further flags of the sparse training")  # noqa: RUF009
-    finetune: list[str] = flag([], "further flags of the fine-tuning after a cut")  # noqa: RUF009
-    teacher: bool = flag(False, "fine-tune each cut a second time, taught by the dense baseline")
-    resume: bool = flag(False, "continue --name: steps that are finished are not run again")
-    test: bool = flag(False, "also evaluate on the test split (nothing is chosen by it)")
-    in_turn: bool = flag(
-        False, "first the dense baseline, then the slim branch; else both at once on half of the cores each"
-    )
+    run: RunSettings = RunSettings(project="runs/demo")
+    seed: Annotated[int, "seed of every random generator"] = 0
+    weights: Annotated[str, "checkpoint to start from; '' trains --cfg from scratch"] = ""
+    cfg: Annotated[str, "model description, used without --weights"] = "models/yolov5n.yaml"
+    data: Annotated[str, "data set description"] = "data/shapes.yaml"
+    data_root: Annotated[str | None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets"] = None
+    img: Annotated[int, "image size in pixels"] = 128
+    batch_size: Annotated[int, "images a step"] = 8
+    workers: Annotated[int, "loader processes"] = 0
+    dense_epochs: Annotated[int, "epochs of the dense baseline"] = 60
+    sparse_epochs: Annotated[int, "epochs of sparse training"] = 32
+    finetune_epochs: Annotated[int, "epochs of fine-tuning after each cut"] = 28
+    macs: Annotated[tuple[float, ...], "shares of the MACs to keep, one cut each"] = (0.5,)
+    eval_every: Annotated[int, "epochs between evaluations"] = 25
+    train: Annotated[tuple[str, ...], "further flags of every training, as name=value"] = SHAPES
+    sparse: Annotated[tuple[str, ...], "further flags of the sparse training"] = L1_STEP
+    finetune: Annotated[tuple[str, ...], "further flags of the fine-tuning after a cut"] = ()
+    teacher: Annotated[bool, "fine-tune each cut a second time, taught by the dense baseline"] = False
+    resume: Annotated[bool, "continue --name: steps that are finished are not run again"] = False
+    test: Annotated[bool, "also evaluate on the test split (nothing is chosen by it)"] = False
+    in_turn: Annotated[
+        bool, "baseline and slim branch in turn; else both at once on half of the cores each"
+    ] = False
 
 
 RESULTS = ("metrics.json", "benchmark.json", "export.json")
@@ -146,7 +149,7 @@ class Branch:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f"in {self.log}: {lines[-1] if lines else 'none'}"
 
-    def training(self, name: str, folder: str, epochs: int, weights: str, further: list[str]) -> Path:
+    def training(self, name: str, folder: str, epochs: int, weights: str, further: Sequence[str]) -> Path:
         """A training's run folder."""
         flags = self.flags
         start = ["--weights", weights, "--cfg", flags.cfg, "--epochs", str(epochs)]
@@ -193,7 +196,7 @@ def execute(command: list[str], environment: dict[str, str], log: Path | None, s
 
 def dense_branch(work: Branch) -> Findings:
     """The baseline."""
-    dense = work.training("finetune", "dense", work.flags.dense_epochs, work.flags.weights, [])
+    dense = work.training("finetune", "dense", work.flags.dense_epochs, work.flags.weights, ())
     last = dense / "weights" / "last.pt"
     return Findings([row_of("dense", dense, work.test_ap(last, "dense"))], {"dense": last})
 
@@ -251,8 +254,8 @@ def at_once(branches: list[Callable[[], Findings]], stop: threading.Event) -> li
 
 def compare(flags: SlimmingFlags) -> list[Row]:
     """All steps; the table's rows in order."""
-    run = RunFolder.create(flags.project, flags.name, exist_ok=flags.resume)
-    run.write_config(asdict(flags), "experiments.slimming")
+    run = RunFolder.create(flags.run.project, flags.run.name, exist_ok=flags.resume)
+    run.write_config(flat(flags), "experiments.slimming")
     stop = threading.Event()
     work = Branch(flags, run, stop)
     baseline = work if flags.in_turn else replace(work, log=run.path / "dense.log")

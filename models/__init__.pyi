@@ -11,12 +11,13 @@ from .checkpoint_import import import_checkpoint as import_checkpoint
 from .description import load_description as load_description
 from .detect import Detect as Detect
 from .distillation import DistillationLoss as DistillationLoss
-from .distillation import DistillGains as DistillGains
 from .errors import ModelError as ModelError
 from .fusion import fuse_norms as fuse_norms
 from .loss import DetectionLoss as DetectionLoss
-from .loss import LossGains as LossGains
 from .postprocess import non_max_suppression as non_max_suppression
+from .settings import DistillGains as DistillGains
+from .settings import LossGains as LossGains
+from .settings import NmsSettings as NmsSettings
 from .transfer import Transfer as Transfer
 from .transfer import renew_head as renew_head
 from .transfer import transfer_weights as transfer_weights

@@ -8,9 +8,7 @@ a YOLOv5 is trained to find an object in several cells.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +17,7 @@ from torch.nn import functional as F
 from .detect import Detect
 from .errors import ModelError
 from .loss import DetectionLoss, cell_boxes_xyxy, complete_iou, level_balance
-
-
-@dataclass(frozen=True)
-class DistillGains:
-    """How much the teacher counts.
-
-    ``weight``: of the whole beside the labels. ``box``, ``obj``, ``cls``: of its parts, on top of the gains that the
-    labels' loss has for the same part. ``min_objectness``: where the teacher sees less, it teaches objectness alone.
-    """
-
-    weight: float = 1.0
-    box: float = 1.0
-    obj: float = 1.0
-    cls: float = 1.0
-    min_objectness: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ModelError(f"distillation: {name} is {value}, expected a finite number of at least 0")
+from .settings import DistillGains
 
 
 class DistillationLoss:

@@ -7,7 +7,7 @@ of the object's, in the object's cell and the two cells nearest to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torchvision.ops import box_convert, complete_box_iou_loss
 
 from .detect import Detect
 from .errors import ModelError
+from .settings import LossGains
 
 # Weight of each level's objectness: fine maps have many more cells, most of them empty.
 _BALANCE_OF_THREE = (4.0, 1.0, 0.4)
@@ -24,37 +25,6 @@ _BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)
 _SHIFTS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (-0.5, 0.0), (0.0, -0.5))
 # In grid units. Smaller boxes are no object's, and their CIoU would divide 0 by 0.
 _MIN_SIDE = 1e-3
-
-
-@dataclass(frozen=True)
-class LossGains:
-    """Weights of the parts, as in YOLOv5's hyper-parameter files.
-
-    ``anchor_t``: largest ratio of object side to anchor side. ``cls_pw``, ``obj_pw``: weight of positives.
-    ``label_smoothing`` e: an object's own class has the target 1 - e / 2, each other class e / 2.
-    """
-
-    box: float = 0.05
-    obj: float = 1.0
-    cls: float = 0.5
-    anchor_t: float = 4.0
-    cls_pw: float = 1.0
-    obj_pw: float = 1.0
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing <= 1:
-            raise ModelError(f"loss: label_smoothing is {self.label_smoothing}, expected 0 to 1")
-
-    def scaled(self, num_classes: int, image_size_px: int, num_levels: int) -> LossGains:
-        """For a task: the file's gains are meant for 80 classes, 640 pixels and 3 levels."""
-        levels = 3 / num_levels
-        return replace(
-            self,
-            box=self.box * levels,
-            obj=self.obj * (image_size_px / 640) ** 2 * levels,
-            cls=self.cls * num_classes / 80 * levels,
-        )
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,13 +17,14 @@ import slim
 from data import DataError
 from data.images import Canvas
 from data.letterbox import Letterbox
-from deploy import SUFFIXES, Precision, threads_of, torch_threads
-from deploy.open_file import Engine
+from deploy import SUFFIXES, threads_of, torch_threads
 from slim import SlimError
 from tracking import Painter, RunFolder
 
-from ..command import RunFlags, choose_device, flag
+from ..command import flat
 from ..detector import Detector, open_detector
+from ..flags import DetectFlags
+from ..network import choose_device
 from .detection_files import DetectionFiles
 from .pictures import ImagePicture, Picture, VideoPicture, planes_of, read_pictures
 from .pipeline import StageTimes, Work, run_overlapped
@@ -38,88 +39,39 @@ _BURST = 4
 """Frames of videos in a row. Images are larger, and cameras are not to be kept waiting."""
 
 
-@dataclass(frozen=True)
-class DetectFlags(RunFlags):
-    """What to look at, with what, and what to keep of it."""
-
-    project: str = flag("runs/detect", "folder that holds the run folders")
-    weights: str = flag("", "checkpoint (ours or a published YOLOv5 .pt) or exported file (.onnx, .xml, .torchscript)")
-    source: list[str] = flag(  # noqa: RUF009
-        [], "images, videos, folders, globs, the number of a webcam, addresses of streams (rtsp://...)"
-    )
-    engine: Engine | None = flag(None, "torch, onnxruntime or openvino; else that of the file's kind")  # noqa: RUF009
-    img: list[int] = flag(  # noqa: RUF009
-        [],
-        "pixels: one side, which the longer side of a picture gets, or height and width; else the file's own size or 640",
-    )
-    conf: float = flag(0.25, "lowest score of a detection, 0 to 1")
-    iou: float = flag(0.45, "IoU above which a box removes a less confident one, 0 to 1")
-    max_det: int = flag(300, "detections of a picture")
-    classes: list[int | str] = flag([], "names or numbers of the classes to keep; else all")  # noqa: RUF009
-    agnostic_nms: bool = flag(False, "boxes of different classes remove each other, too")
-    num_cores: int = flag(2, "CPU threads of the network, 0 for all")
-    at_once: int = flag(
-        0,
-        "pictures in inference side by side, which share --num-cores; 0: one a core, up to 4, and 1 for webcams, streams, GPUs",
-    )
-    precision: Precision = flag("auto", "auto, float32 or bfloat16, of what is not quantised")  # noqa: RUF009
-    vid_stride: int = flag(1, "look at every so many frames of a video")
-    save_txt: bool = flag(False, "also write YOLO text to labels/, one file a picture")
-    save_conf: bool = flag(False, "with --save-txt: also the scores")
-    save_json: bool = flag(False, "also write detections.json")
-    nosave: bool = flag(False, "write no annotated images and videos")
-    line_thickness: int = flag(0, "pixels of a box's line; 0: by the picture's size")
-    hide_labels: bool = flag(False, "draw no class names")
-    hide_conf: bool = flag(False, "draw no scores")
-
-    def check(self) -> None:
-        """SlimError for what no network could do."""
-        if not (0 <= self.conf <= 1 and 0 <= self.iou <= 1 and self.max_det > 0):
+def chosen_classes(words: Sequence[int | str], names: list[str], weights: str) -> list[int] | None:
+    """The numbers of --classes; None for all."""
+    found = []
+    for word in words:
+        number = names.index(str(word)) if str(word) in names else int(word) if str(word).isdecimal() else -1
+        if not 0 <= number < len(names):
             raise SlimError(
-                f"--conf {self.conf:g}, --iou {self.iou:g}, --max-det {self.max_det}: expected 0 to 1, 0 to 1 and above 0"
+                f"--classes {word}: {weights} knows {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}; expected one "
+                f"of these names or 0 to {len(names) - 1}"
             )
-        if self.vid_stride < 1 or self.line_thickness < 0 or self.at_once < 0 or self.num_cores < 0:
-            raise SlimError(
-                f"--vid-stride {self.vid_stride}, --line-thickness {self.line_thickness}, --at-once {self.at_once}, "
-                f"--num-cores {self.num_cores}: expected at least 1, 0, 0 and 0"
-            )
-        if self.save_conf and not self.save_txt:
-            raise SlimError("--save-conf: the scores stand in the text files; add --save-txt")
+        found.append(number)
+    return found or None
 
-    def wanted(self, names: list[str], weights: str) -> list[int] | None:
-        """The numbers of --classes."""
-        found = []
-        for word in self.classes:
-            number = names.index(str(word)) if str(word) in names else int(word) if str(word).isdecimal() else -1
-            if not 0 <= number < len(names):
-                raise SlimError(
-                    f"--classes {word}: {weights} knows {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}; expected one "
-                    f"of these names or 0 to {len(names) - 1}"
-                )
-            found.append(number)
-        return found or None
 
-    def canvas(self, detector: Detector) -> Canvas:
-        """What pictures are scaled to."""
-        if len(self.img) > 2:
-            raise SlimError(f"--img {' '.join(map(str, self.img))}: expected one side, or height and width")
-        fixed = detector.sides_px
-        sides = (self.img[0], self.img[-1]) if self.img else fixed or (_SIDE_PX, _SIDE_PX)
-        detector.check_sides(sides)
-        return Canvas(sides, detector.stride_px if fixed is None and len(self.img) < 2 else None)
+def canvas_of(img: Sequence[int], detector: Detector) -> Canvas:
+    """What pictures are scaled to: --img, else the file's own size or 640."""
+    fixed = detector.sides_px
+    sides = (img[0], img[-1]) if img else fixed or (_SIDE_PX, _SIDE_PX)
+    detector.check_sides(sides)
+    return Canvas(sides, detector.stride_px if fixed is None and len(img) < 2 else None)
 
-    def pictures_at_once(self, sources: list[Source], device: torch.device) -> int:
-        """Of a source that does not wait the newest picture counts, which all cores together finish first."""
-        if self.at_once:
-            return self.at_once
-        on_gpu = device.type != "cpu" and Path(self.weights).suffix not in SUFFIXES
-        if on_gpu or any(source.kind in ("camera", "stream") for source in sources):
-            return 1
-        return min(self.cores, _MOST_AT_ONCE)
 
-    @property
-    def cores(self) -> int:
-        return threads_of(self.num_cores)
+def pictures_at_once(flags: DetectFlags, sources: list[Source], device: torch.device) -> int:
+    """How many are in inference side by side.
+
+    Of a source that does not wait the newest picture counts, which all cores together finish first.
+    """
+    if flags.at_once:
+        return flags.at_once
+    on_gpu = device.type != "cpu" and Path(flags.weights).suffix not in SUFFIXES
+    if on_gpu or any(source.kind in ("camera", "stream") for source in sources):
+        return 1
+    return min(threads_of(flags.runtime.num_cores), _MOST_AT_ONCE)
 
 
 @dataclass
@@ -138,11 +90,12 @@ class Detection:
     video_of: Source | None = None
 
     def __post_init__(self) -> None:
-        self.canvas = self.flags.canvas(self.detector)
-        self.classes = self.flags.wanted(self.detector.names, self.detector.weights)
-        style = {"labels": not self.flags.hide_labels, "scores": not self.flags.hide_conf}
+        self.canvas = canvas_of(self.flags.img, self.detector)
+        self.classes = chosen_classes(self.flags.classes, self.detector.names, self.detector.weights)
+        drawing = self.flags.drawing
+        style = {"labels": not drawing.hide_labels, "scores": not drawing.hide_conf}
         self.painters = {
-            space: Painter(self.detector.names, space, line_px=self.flags.line_thickness, **style)
+            space: Painter(self.detector.names, space, line_px=drawing.line_thickness, **style)
             for space in ("rgb", "yuv")
         }
 
@@ -174,9 +127,9 @@ class Detection:
         with torch.inference_mode():  # a tenth cheaper
             (found,) = self.detector.detections(
                 output,
-                conf=self.flags.conf,
-                iou=self.flags.iou,
-                max_detections=self.flags.max_det,
+                conf=self.flags.nms.conf,
+                iou=self.flags.nms.iou,
+                max_detections=self.flags.nms.max_det,
                 classes=self.classes,
                 class_agnostic=self.flags.agnostic_nms,
             )
@@ -250,27 +203,26 @@ def again(first: Picture, others: Iterator[Picture]) -> Iterator[Picture]:
 
 def detect(flags: DetectFlags) -> Path:
     """The run folder, filled."""
-    flags.check()
     sources = find_sources(flags.source)
     device = choose_device(flags.device)
-    at_once = flags.pictures_at_once(sources, device)
+    at_once = pictures_at_once(flags, sources, device)
     timing = StageTimes(at_once)
     with contextlib.ExitStack() as stack:
         detector = stack.enter_context(
             open_detector(
                 flags.weights,
-                flags.engine,
-                num_cores=flags.num_cores,
+                flags.runtime.engine,
+                num_cores=flags.runtime.num_cores,
                 at_once=at_once,
-                precision=flags.precision,
+                precision=flags.runtime.precision,
                 device=device,
             )
         )
         if detector.engine != "torch":  # or torch's idle threads take the network's time with waiting
             stack.enter_context(torch_threads(1))
-        flags.canvas(detector), flags.wanted(detector.names, flags.weights)
-        run = RunFolder.create(flags.project, flags.name)
-        run.write_config(asdict(flags), "detect.py")
+        canvas_of(flags.img, detector), chosen_classes(flags.classes, detector.names, flags.weights)
+        run = RunFolder.create(flags.run.project, flags.run.name)
+        run.write_config(flat(flags), "detect.py")
         files = stack.enter_context(
             DetectionFiles(
                 run.path, detector.names, text=flags.save_txt, scores=flags.save_conf, as_json=flags.save_json
@@ -286,7 +238,7 @@ def detect(flags: DetectFlags) -> Path:
 
 def report(folder: Path, detection: Detection, timing: StageTimes) -> None:
     """Print where the time went, and write it to detect.json."""
-    detector, cores = detection.detector, detection.flags.cores
+    detector, cores = detection.detector, threads_of(detection.flags.runtime.num_cores)
     summary = {
         "weights": detector.weights,
         "engine": detector.engine,
@@ -311,7 +263,3 @@ def report(folder: Path, detection: Detection, timing: StageTimes) -> None:
         f"{timing.fps:.1f} FPS from end to end, {timing.fps / timing.engine_fps:.0%} of the {timing.engine_fps:.1f} FPS of "
         f"inference alone ({timing.at_once} x 1000 / {milliseconds['inference']:.2f} ms, as measured here); in {folder}"
     )
-
-
-def main(flags: DetectFlags) -> None:
-    detect(flags)

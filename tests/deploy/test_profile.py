@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from deploy import LayerTime, export_onnx, export_openvino, export_torchscript, open_exported
-from deploy.open_file import Engine
 from deploy.profiling import KindTime, by_kind, profile, profile_text
+from deploy.settings import Engine
 from slim import SlimError
 
 IMAGES = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from detection.finetuning import FinetuneFlags
 
 from detection import loop as iterate
-from detection.finetuning import FinetuneFlags
 from detection.network import read_network
 from detection.pruning import PruneFlags
 from detection.training import SparseFlags

@@ -1,0 +1,73 @@
+"""Settings of data sets and their loading, free of torch: a command line is read before torch is imported.
+
+An annotated field is a command-line flag of the same name, and the annotation its help (see ``detection.command``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+Cache = Literal["ram", "disk", "none"]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Data set."""
+
+    data: Annotated[str | None, "data set description (a YOLOv5 data.yaml)"] = "data/bccd.yaml"
+    download: Annotated[bool, "fetch the data set first where it is missing, as its yaml's download key says"] = False
+    data_root: Annotated[str | None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets"] = None
+    classes: Annotated[
+        tuple[int | str, ...], "names or numbers of the classes to look at, in their new order; else all"
+    ] = ()
+    single_cls: Annotated[bool, "all classes as one, named object"] = False
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """Loading of images."""
+
+    batch_size: Annotated[int, "images at once, of all ranks together"] = 16
+    workers: Annotated[int, "loader processes, of each rank"] = 2
+    cache: Annotated[Cache, "decoded images stay in memory, in .slim-cache beside the data, or not"] = "ram"
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Training batches."""
+
+    close_mosaic: Annotated[int, "last epochs without mosaic and mixup"] = 0
+    multi_scale: Annotated[bool, "each training batch at another size, 0.5 to 1.5 times --img"] = False
+    image_weights: Annotated[bool, "draw training images with rare classes more often"] = False
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Augmentation of training images.
+
+    Names and defaults are YOLOv5's (its ``scratch-low`` recipe).
+    """
+
+    mosaic: Annotated[float, "probability that four images make one training sample"] = 1.0
+    mixup: Annotated[float, "probability that a training sample is blended with a second one"] = 0.0
+    scale: Annotated[float, "training images are scaled by 1 - scale to 1 + scale"] = 0.5
+    translate: Annotated[float, "training images are moved by at most this share of their size"] = 0.1
+    degrees: Annotated[float, "training images are turned by at most this many degrees"] = 0.0
+    shear: Annotated[float, "training images are sheared by at most this many degrees, along x and along y"] = 0.0
+    hsv_h: Annotated[float, "the hue of training images turns by at most this share of the colour circle"] = 0.015
+    hsv_s: Annotated[float, "their saturation is multiplied by 1 - hsv_s to 1 + hsv_s"] = 0.7
+    hsv_v: Annotated[float, "their brightness is multiplied by 1 - hsv_v to 1 + hsv_v"] = 0.4
+    flipud: Annotated[float, "probability of an upside-down flip"] = 0.0
+    fliplr: Annotated[float, "probability of a left-right flip"] = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            # A scale of 0 and a shear of a right angle would leave nothing of the image.
+            below = {"scale": 1.0, "shear": 90.0}.get(name)
+            limit = below or {"degrees": 180.0}.get(name, 1.0)
+            if not 0 <= value <= limit or value == below:
+                from .errors import DataError  # which imports torch
+
+                wanted = f"0 to {'less than ' if below else ''}{limit:g}"
+                raise DataError(f"augmentation {name} is {value}, expected {wanted}; 0 switches it off")

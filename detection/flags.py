@@ -1,0 +1,403 @@
+"""The command line of each script: settings of all packages put together, free of torch.
+
+See ``detection.command`` for how these dataclasses become flags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, NoReturn
+
+from data.settings import Augment, DataSettings, LoaderSettings, SamplingSettings
+from deploy.settings import Engine, Int8Settings, LatencySettings, RuntimeSettings
+from deploy.settings import Precision as RuntimePrecision
+from engine.settings import OptimConfig, SparsitySettings, TrainConfig
+from models.settings import DistillGains, LossGains, NmsSettings
+from tracking.settings import RunSettings
+
+ROUND_TO = 8
+KEEP_MACS = 0.4
+SHAPES = "data/shapes.yaml"
+
+
+def _refuse(message: str) -> NoReturn:
+    from slim import SlimError  # which imports torch
+
+    raise SlimError(message)
+
+
+@dataclass(frozen=True)
+class ScriptFlags:
+    """Options of every script."""
+
+    device: Annotated[str, "auto, cpu, cuda, cuda:N or N; auto takes the first GPU where there is one"] = "auto"
+    run: RunSettings = RunSettings()
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Network."""
+
+    weights: Annotated[
+        str, "checkpoint to start from (ours or a published YOLOv5 .pt); '' trains --cfg from scratch"
+    ] = ""
+    cfg: Annotated[str, "model description, used without --weights"] = "models/yolov5n.yaml"
+    act: Annotated[
+        Literal["keep", "silu", "hardswish", "relu"],
+        "activation of all blocks; swapped where --weights have another, which costs AP until trained on",
+    ] = "keep"
+    freeze: Annotated[
+        tuple[str, ...], "layers left as they are: a count from the first, indices or paths as model.1.*"
+    ] = ()
+    noautoanchor: Annotated[bool, "keep the anchors even where they fit the training boxes badly"] = False
+
+
+@dataclass(frozen=True)
+class TrainFlags(ScriptFlags):
+    """Options."""
+
+    img: Annotated[int, "image size in pixels, a multiple of the largest stride"] = 320
+    network: NetworkSettings = NetworkSettings()
+    dataset: DataSettings = DataSettings()
+    loading: LoaderSettings = LoaderSettings()
+    training: TrainConfig = TrainConfig()
+    gains: LossGains = LossGains()
+    teacher: Annotated[str, "trained checkpoint of the same classes whose outputs are learned beside the labels"] = ""
+    distill: Annotated[DistillGains, "distill_"] = DistillGains()
+    augment: Augment = Augment()
+    sampling: SamplingSettings = SamplingSettings()
+    rect: Annotated[bool, "evaluate on rectangular batches with little padding instead of squares"] = False
+    resume: Annotated[bool, "continue the newest run of this --project and --name with its own settings"] = False
+    given: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sampling.close_mosaic <= self.training.epochs:
+            _refuse(f"--close-mosaic {self.sampling.close_mosaic}: expected 0 to --epochs, {self.training.epochs}")
+
+
+@dataclass(frozen=True)
+class SparseFlags(TrainFlags):
+    """Options of sparse training."""
+
+    run: RunSettings = RunSettings(project="runs/sparse")
+    sparsity: SparsitySettings = SparsitySettings()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsity.sparse_from >= self.training.epochs:
+            _refuse(
+                f"--sparse-from {self.sparsity.sparse_from} leaves no epoch with the L1 step; expected less than "
+                f"--epochs {self.training.epochs}"
+            )
+
+
+@dataclass(frozen=True)
+class QatSettings:
+    """Quantisation-aware training."""
+
+    qat: Annotated[bool, "round weights and maps to 8 bits while training, for an INT8 export that loses less"] = False
+    keep_float: Annotated[tuple[str, ...], "with --qat: patterns of modules beside the head that are not rounded"] = ()
+    calibration_images: Annotated[int, "with --qat: training images on which the ranges are found"] = 64
+
+    def __post_init__(self) -> None:
+        if self.keep_float and not self.qat:
+            _refuse("--keep-float: says what --qat leaves alone; add --qat, or leave it out")
+        if self.calibration_images < 1:
+            _refuse(f"--calibration-images {self.calibration_images}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class FinetuneFlags(TrainFlags):
+    """Options of fine-tuning."""
+
+    run: RunSettings = RunSettings(project="runs/finetune")
+    keep_gates: Annotated[bool, "train on with the gates of the checkpoint instead of folding them first"] = False
+    qat: QatSettings = QatSettings()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.qat.qat and self.keep_gates:
+            _refuse("--qat and --keep-gates: gates are folded before a network is quantised; leave one out")
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """Target of the cut."""
+
+    macs: Annotated[float | None, "MACs to keep: a share above 0 to 1, or a count"] = None
+    params: Annotated[float | None, "parameters to keep: a share above 0 to 1, or a count"] = None
+    channels: Annotated[float | None, "prunable channels to keep: a share above 0 to 1, or a count"] = None
+    threshold: Annotated[
+        float | None, "instead: cut every channel whose score is below this (gates: 0.01 is closed)"
+    ] = None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The flags that name a target."""
+        return tuple(f"--{name}" for name, value in vars(self).items() if value is not None)
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """Ranking of the channels."""
+
+    criterion: Annotated[str, "what ranks the channels: gate, bn, l1, l2, fpgm, taylor (needs --data) or random"] = (
+        "gate"
+    )
+    reduction: Annotated[Literal["mean", "max", "sum"] | None, "over a group's layers; else the criterion's own"] = None
+    normalise: Annotated[Literal["mean", "max", "none"] | None, "within each layer; else the criterion's own"] = None
+    taylor_batches: Annotated[int, "training batches whose gradients --criterion taylor averages"] = 8
+
+
+@dataclass(frozen=True)
+class WidthSettings:
+    """Widths after the cut."""
+
+    scope: Annotated[
+        Literal["global", "local", "isomorphic"],
+        "rank all channels together, keep the same share of each group, or of each class of like groups",
+    ] = "global"
+    cost_aware: Annotated[bool, "rank by score per MAC (or parameter) saved"] = False
+    round_to: Annotated[
+        int | None,
+        "kept widths are multiples of this many channels; else 8, for a latency 8 or 16, whichever measures faster",
+    ] = None
+    min_channels: Annotated[int, "every group keeps at least this many channels"] = 8
+    min_keep: Annotated[float, "every group keeps at least this share of its channels, 0 to 1"] = 0.0
+    overrides: Annotated[tuple[str, ...], "PATTERN=WIDTH, layers of a set width: a share (0.5) or a count (32)"] = ()
+    ignore: Annotated[tuple[str, ...], "patterns of layers that stay whole, such as 'model.24.*'"] = ()
+
+
+@dataclass(frozen=True)
+class PruneFlags(ScriptFlags):
+    """Options of the cut."""
+
+    run: RunSettings = RunSettings(project="runs/prune")
+    seed: Annotated[int, "seed of every random generator"] = 0
+    weights: Annotated[str, "checkpoint to cut (ours or a published YOLOv5 .pt)"] = ""
+    img: Annotated[int, "image size in pixels at which MACs are counted and the proof is made"] = 320
+    out: Annotated[str | None, "file for the narrow network; else weights/pruned.pt in the run folder"] = None
+    target: TargetSettings = TargetSettings()
+    latency: LatencySettings = LatencySettings()
+    score: ScoreSettings = ScoreSettings()
+    widths: WidthSettings = WidthSettings()
+    recalibrate: Annotated[
+        int, "training batches on which batch-norm statistics are re-estimated after the cut; 0 keeps them"
+    ] = 0
+    unstructured: Annotated[
+        float | None,
+        "instead of cutting channels: share of the convolutions' weights set to zero, the smallest, above 0, below 1",
+    ] = None
+    unstructured_scope: Annotated[
+        Literal["layer", "global"], "with --unstructured: this share of each convolution's weights, or of all together"
+    ] = "layer"
+    dataset: DataSettings = DataSettings(data=None)
+    loading: LoaderSettings = LoaderSettings(workers=0)
+
+    def __post_init__(self) -> None:
+        if self.recalibrate and self.dataset.data is None:
+            _refuse("--recalibrate needs --data: statistics are re-estimated on its training images")
+        given = [*self.target.given, *self.latency.given]
+        if self.latency.given and len(given) > 1:
+            _refuse(f"{' and '.join(given)}: give exactly one target")
+        if self.unstructured is None:
+            return
+        if not 0 < self.unstructured < 1:
+            _refuse(f"--unstructured {self.unstructured:g}: expected above 0 and below 1, the share to zero")
+        if others := [*given, *(["--recalibrate"] if self.recalibrate else [])]:
+            _refuse(
+                f"--unstructured and {', '.join(others)}: zeroed weights leave every width as it is; cut channels in a run of "
+                "its own"
+            )
+
+
+@dataclass(frozen=True)
+class IterateFlags(ScriptFlags):
+    """Options of the loop."""
+
+    run: RunSettings = RunSettings(project="runs/iterate")
+    seed: Annotated[int, "seed of every random generator"] = 0
+    weights: Annotated[str, "trained checkpoint to slim; its AP is the baseline"] = ""
+    img: Annotated[int, "image size in pixels, a multiple of the largest stride"] = 320
+    rounds: Annotated[int, "how many times to train sparsely and cut"] = 3
+    macs: Annotated[
+        float | None,
+        "share of the MACs of --weights to keep in the end, above 0 to 1; else 0.4, unless a latency is the target",
+    ] = None
+    sparse_epochs: Annotated[int, "epochs of sparse training a round"] = 10
+    recovery_epochs: Annotated[int, "epochs of training after each cut, before it is judged; 0 judges it at once"] = 5
+    finetune_epochs: Annotated[int, "epochs of fine-tuning at the end"] = 20
+    max_drop: Annotated[
+        float, "a round is accepted while AP and the worst class's AP are at most so far below dense"
+    ] = 0.02
+    attempts: Annotated[int, "cuts to try in a round, each half as far as the one before, until one is accepted"] = 3
+    recalibrate: Annotated[int, "training batches on which batch-norm statistics are re-estimated after a cut"] = 8
+    teacher: Annotated[
+        str, "checkpoint whose outputs every training learns beside the labels, such as --weights itself"
+    ] = ""
+    export: Annotated[
+        Literal["onnx", "openvino", "torchscript", "none"],
+        "also leave the slim network for other runtimes: weights/slim.onnx, slim.xml, slim.torchscript, or none",
+    ] = "onnx"
+    train: Annotated[tuple[str, ...], "further flags of every training, as name=value"] = ()
+    sparse: Annotated[tuple[str, ...], "further flags of the sparse trainings, as name=value"] = ()
+    finetune: Annotated[tuple[str, ...], "further flags of recovery and fine-tuning, as name=value"] = ()
+    prune: Annotated[tuple[str, ...], "further flags of the cuts, as name=value, such as criterion=l1 scope=local"] = ()
+    dataset: DataSettings = DataSettings()
+    loading: LoaderSettings = LoaderSettings()
+    optim: OptimConfig = OptimConfig()
+    distill: Annotated[DistillGains, "distill_"] = DistillGains()
+    sparsity: SparsitySettings = SparsitySettings(sparse_from=1)
+    widths: WidthSettings = WidthSettings()
+    latency: LatencySettings = LatencySettings()
+
+    def __post_init__(self) -> None:
+        for name, least in (("rounds", 1), ("attempts", 1), ("recovery_epochs", 0), ("recalibrate", 0)):
+            if getattr(self, name) < least:
+                _refuse(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
+        if self.latency.given and self.macs is not None:
+            _refuse("--macs and a latency: give one target")
+        if self.macs is not None and not 0 < self.macs <= 1:
+            _refuse(f"--macs {self.macs}: expected above 0 to 1, the share to keep")
+
+    def resolved(self) -> IterateFlags:
+        """With the values of flags that were not given."""
+        if self.latency.given:
+            return self
+        widths = replace(self.widths, round_to=ROUND_TO if self.widths.round_to is None else self.widths.round_to)
+        return replace(self, macs=KEEP_MACS if self.macs is None else self.macs, widths=widths)
+
+
+@dataclass(frozen=True)
+class ValFlags(ScriptFlags):
+    """Options of the evaluation."""
+
+    run: RunSettings = RunSettings(project="runs/val")
+    seed: Annotated[int, "seed of every random generator"] = 0
+    weights: Annotated[
+        str, "checkpoint (ours or a published YOLOv5 .pt) or exported file (.onnx, .xml, .torchscript)"
+    ] = ""
+    split: Annotated[str, "train, val or test"] = "val"
+    img: Annotated[
+        int | str | None,
+        "image size in pixels, multiples of the largest stride: one side, or height x width as in 384x640. Else an "
+        "exported file's own, or 320",
+    ] = None
+    rect: Annotated[bool, "rectangular batches with little padding instead of squares: faster"] = False
+    save_json: Annotated[bool, "also write predictions.json (COCO results) to the run folder"] = False
+    runtime: RuntimeSettings = RuntimeSettings()
+    nms: NmsSettings = NmsSettings(conf=0.001, iou=0.65)
+    dataset: DataSettings = DataSettings()
+    loading: LoaderSettings = LoaderSettings(workers=0)
+
+
+@dataclass(frozen=True)
+class ExportFlags(ScriptFlags):
+    """Options of the export."""
+
+    run: RunSettings = RunSettings(project="runs/export")
+    seed: Annotated[int, "seed of every random generator"] = 0
+    weights: Annotated[str, "checkpoint (ours or a published YOLOv5 .pt)"] = ""
+    include: Annotated[tuple[Literal["onnx", "openvino", "torchscript"], ...], "formats to write"] = ("onnx",)
+    img: Annotated[
+        tuple[int, ...], "image size in pixels, multiples of the largest stride: one side or height and width"
+    ] = (320,)
+    batch_size: Annotated[int, "images at once, where --dynamic does not leave that free"] = 1
+    dynamic: Annotated[bool, "number, height and width of the images are free, in multiples of the largest stride"] = (
+        False
+    )
+    uint8_input: Annotated[bool, "the file takes bytes 0 to 255 and scales them itself, instead of float 0 to 1"] = (
+        False
+    )
+    out: Annotated[str | None, "file to write, its suffix by the format; else weights/ in the run folder"] = None
+    nms: Annotated[bool, "the file gives final detections [batch, --max-det, 6]: box, score, class"] = False
+    suppression: NmsSettings = NmsSettings()
+    int8: Int8Settings = Int8Settings()
+    dataset: DataSettings = DataSettings(data=SHAPES)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            _refuse(f"--batch-size {self.batch_size}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class BenchmarkFlags(ScriptFlags):
+    """Options of the comparison.
+
+    Of engines, sizes, cores, batch sizes and precisions all combinations are measured.
+    """
+
+    run: RunSettings = RunSettings(project="runs/benchmark")
+    seed: Annotated[int, "seed of every random generator"] = 0
+    weights: Annotated[tuple[str, ...], "checkpoints and exported files; ratios are against the first"] = ()
+    engine: Annotated[
+        tuple[Engine, ...],
+        "engines, each for the files that it can run (checkpoints are exported for it). Else a file's own, or torch",
+    ] = ()
+    img: Annotated[
+        tuple[int | str, ...],
+        "image sizes in pixels, one side or height x width as in 384x640. Else a file's own, or 416",
+    ] = ()
+    num_cores: Annotated[tuple[int, ...], "CPU threads, 0 for all"] = (2,)
+    batch_size: Annotated[tuple[int, ...], "images at once"] = (1,)
+    precision: Annotated[tuple[RuntimePrecision, ...], "what the engine computes in; auto leaves it the choice"] = (
+        "auto",
+    )
+    repeats: Annotated[int, "measured runs of each network"] = 30
+    warmup: Annotated[int, "rounds before measuring"] = 2
+    profile: Annotated[bool, "also print and write the engine's own time for each operator"] = False
+    split: Annotated[str, "with --data: train, val or test"] = "val"
+    nms: NmsSettings = NmsSettings(conf=0.001, iou=0.65)
+    dataset: DataSettings = DataSettings(data=None)
+
+
+@dataclass(frozen=True)
+class DrawingSettings:
+    """Drawing."""
+
+    line_thickness: Annotated[int, "pixels of a box's line; 0: by the picture's size"] = 0
+    hide_labels: Annotated[bool, "draw no class names"] = False
+    hide_conf: Annotated[bool, "draw no scores"] = False
+
+
+@dataclass(frozen=True)
+class DetectFlags(ScriptFlags):
+    """Options of the detection."""
+
+    run: RunSettings = RunSettings(project="runs/detect")
+    seed: Annotated[int, "seed of every random generator"] = 0
+    weights: Annotated[
+        str, "checkpoint (ours or a published YOLOv5 .pt) or exported file (.onnx, .xml, .torchscript)"
+    ] = ""
+    source: Annotated[
+        tuple[str, ...], "images, videos, folders, globs, the number of a webcam, addresses of streams (rtsp://...)"
+    ] = ()
+    img: Annotated[
+        tuple[int, ...],
+        "pixels: one side, which the longer side of a picture gets, or height and width; else the file's own size or 640",
+    ] = ()
+    at_once: Annotated[
+        int,
+        "pictures in inference side by side, which share --num-cores; 0: one a core, up to 4, and 1 for webcams, streams, GPUs",
+    ] = 0
+    vid_stride: Annotated[int, "look at every so many frames of a video"] = 1
+    save_txt: Annotated[bool, "also write YOLO text to labels/, one file a picture"] = False
+    save_conf: Annotated[bool, "with --save-txt: also the scores"] = False
+    save_json: Annotated[bool, "also write detections.json"] = False
+    nosave: Annotated[bool, "write no annotated images and videos"] = False
+    runtime: RuntimeSettings = RuntimeSettings(num_cores=2)
+    nms: NmsSettings = NmsSettings()
+    classes: Annotated[tuple[int | str, ...], "names or numbers of the classes to keep; else all"] = ()
+    agnostic_nms: Annotated[bool, "boxes of different classes remove each other, too"] = False
+    drawing: DrawingSettings = DrawingSettings()
+
+    def __post_init__(self) -> None:
+        if self.vid_stride < 1 or self.drawing.line_thickness < 0 or self.at_once < 0 or self.runtime.num_cores < 0:
+            _refuse(
+                f"--vid-stride {self.vid_stride}, --line-thickness {self.drawing.line_thickness}, "
+                f"--at-once {self.at_once}, --num-cores {self.runtime.num_cores}: expected at least 1, 0, 0 and 0"
+            )
+        if self.save_conf and not self.save_txt:
+            _refuse("--save-conf: the scores stand in the text files; add --save-txt")
+        if len(self.img) > 2:
+            _refuse(f"--img {' '.join(map(str, self.img))}: expected one side, or height and width")
