@@ -12,7 +12,7 @@ from detection.command import run_on_all_ranks
 from detection.flags import IterateFlags
 
 if TYPE_CHECKING:
-    from engine import World
+    from detection.command import World
 
 
 def act(flags: IterateFlags, world: World) -> None:

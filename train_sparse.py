@@ -9,7 +9,7 @@ from detection.command import run_on_all_ranks
 from detection.flags import SparseFlags
 
 if TYPE_CHECKING:
-    from engine import World
+    from detection.command import World
 
 
 def act(flags: SparseFlags, world: World) -> None:

@@ -29,7 +29,7 @@ import yaml
 from engine.settings import RANK_VARIABLES
 
 if TYPE_CHECKING:
-    from engine import World
+    from engine import World as World
 
 Flags = TypeVar("Flags")
 

@@ -63,9 +63,7 @@ class SlimmingFlags(ScriptFlags):
     teacher: Annotated[bool, "fine-tune each cut a second time, taught by the dense baseline"] = False
     resume: Annotated[bool, "continue --name: steps that are finished are not run again"] = False
     test: Annotated[bool, "also evaluate on the test split (nothing is chosen by it)"] = False
-    in_turn: Annotated[
-        bool, "baseline and slim branch in turn; else both at once on half of the cores each"
-    ] = False
+    in_turn: Annotated[bool, "baseline and slim branch in turn; else both at once on half of the cores each"] = False
 
 
 RESULTS = ("metrics.json", "benchmark.json", "export.json")

@@ -16,7 +16,7 @@ def test_a_row_an_engine(tmp_path: Path) -> None:
     network = start_network("", str(ROOT / "models" / "yolov5n.yaml"), NAMES)
     weights = tmp_path / "untrained.pt"
     save_network(weights, network.model, network.build)
-    flags = SpeedFlags(weights=str(weights), engines=["torch"], img=[32, 64], frames=6, repeats=1, num_cores=2)
+    flags = SpeedFlags(weights=str(weights), engines=("torch",), img=(32, 64), frames=6, repeats=1, num_cores=2)
     rows: list[object] = []
     (row,) = measure(flags, rows.append)
     assert rows == [row] and (row.engine, row.at_once) == ("torch", 2)
@@ -29,4 +29,4 @@ def test_a_row_an_engine(tmp_path: Path) -> None:
 def test_engines_that_run_a_file(tmp_path: Path) -> None:
     assert set(files_of(SpeedFlags(weights="a.onnx"), tmp_path)) == {"onnxruntime", "openvino"}
     with pytest.raises(SlimError, match="expected a height and a width"):
-        measure(SpeedFlags(img=[64]))
+        measure(SpeedFlags(img=(64,)))

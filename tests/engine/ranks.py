@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 import slim
-from detection.command import flag, run_on_all_ranks
+from detection.command import run_on_all_ranks
 from engine import OptimConfig, Sparsity, TrainConfig, World, fit, learning_rate_sum, read_training_state
 from engine.batch_norm import synchronised_norms
 from models import DetectionLoss, LossGains, build_model, load_description
@@ -34,9 +34,8 @@ CONFIG = TrainConfig(1, OptimConfig(lr=0.001, weight_decay=0.0, clip_norm=1e9), 
 class RankFlags:
     """What to do."""
 
-    act: str = flag("", "name of a function of this module")
-    out: str = flag("", "folder to leave results in")
-    debug: bool = flag(False, "on an error, print the traceback")
+    act: Annotated[str, "name of a function of this module"] = ""
+    out: Annotated[str, "folder to leave results in"] = ""
 
 
 class ShareLoader:

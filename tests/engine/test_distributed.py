@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from detection.command import RunFlags, choose_device, run_script
+from detection.command import run_script
+from detection.flags import ScriptFlags
+from detection.network import choose_device
 from engine import World
 from engine.batch_norm import _Normalise, average_statistics, synchronised_norms
-from engine.distributed import RANK_VARIABLES
+from engine.settings import RANK_VARIABLES
 from slim import SlimError
 from tests.engine.test_training import assert_same
 from tests.scripts.runs import ROOT, SMALL, one_round
@@ -177,13 +179,13 @@ def test_the_environment_says_which_rank_this_is() -> None:
 def test_scripts_of_one_process_are_the_first_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
 
-    def act(flags: RunFlags) -> None:
+    def act(flags: ScriptFlags) -> None:
         seen.append(os.environ.get("WORLD_SIZE"))
 
     for rank in "10":
         for name, value in zip(RANK_VARIABLES, (rank, "2", rank, "2"), strict=True):
             monkeypatch.setenv(name, value)
-        assert run_script(RunFlags, act, "", []) == 0
+        assert run_script(ScriptFlags, act, "", []) == 0
     assert seen == [None], "what it starts would wait for ranks that never come"
 
 
@@ -209,7 +211,7 @@ def test_train_sparse_and_finetune_under_torchrun(tiny: Path, tmp_path: Path) ->
     """Interrupted by torchrun's own signal while loader workers are at work, resumed, then fine-tuned by two ranks."""
     where = ("--project", tmp_path, "--name", "s")
     data = ("--data", tiny, "--cfg", ROOT / "models" / "yolov5n.yaml", *SMALL[:4], "--device", "cpu")
-    epochs = ("--epochs", 3, "--pull-from", 1, "--sync-bn", "--workers", 1)
+    epochs = ("--epochs", 3, "--sparse-from", 1, "--sync-bn", "--workers", 1)
     process = start("train_sparse.py", *data, *epochs, *where)
     results = tmp_path / "s" / "results.csv"
     deadline = time.monotonic() + 200

@@ -26,15 +26,19 @@ def test_means_and_deviations_of_every_row(
         seen.append(flags)
         dense, cut = APS[flags.seed]
         rows = [row("dense", dense, dense, 1000), row("cut", cut, None, 300)]
-        folder = Path(flags.project) / flags.name
+        folder = Path(flags.run.project) / flags.run.name
         folder.mkdir()
         (folder / ROWS).write_text(json.dumps(rows))
 
     monkeypatch.setattr(over_seeds, "compare", compare)
     given = ["macs=0.3,0.2", "train=lr=0.02,mosaic=0", "teacher=true", "img=64"]
     assert over_seeds.cli(["--project", str(tmp_path), "--seeds", "0", "1", "2", "--comparison", *given]) == 0
-    assert [(f.seed, f.name, f.resume) for f in seen] == [(0, "seed0", True), (1, "seed1", True), (2, "seed2", True)]
-    assert seen[0].macs == [0.3, 0.2] and seen[0].train == ["lr=0.02", "mosaic=0"]
+    assert [(f.seed, f.run.name, f.resume) for f in seen] == [
+        (0, "seed0", True),
+        (1, "seed1", True),
+        (2, "seed2", True),
+    ]
+    assert seen[0].macs == (0.3, 0.2) and seen[0].train == ("lr=0.02", "mosaic=0")
     assert seen[0].teacher and seen[0].img == 64 and not seen[0].test
     out = capsys.readouterr().out
     assert "| dense | 0.6000 ± 0.1000 | +0.0000 | 0.6000 ± 0.1000 | 100% | 100% |" in out

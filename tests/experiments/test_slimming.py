@@ -18,6 +18,7 @@ import pytest
 
 from experiments import slimming
 from slim import SlimError
+from tracking.settings import RunSettings
 
 STEPS = ["dense", "sparse, not cut", "masked to 50%", "cut to 50%", "fine-tuned at 50%"]
 SLEEPER = [sys.executable, "-c", "import time; print('asleep', flush=True); time.sleep(600)"]
@@ -40,7 +41,7 @@ def test_table_is_made_of_the_scripts_own_metrics(
 ) -> None:
     arguments = {
         "data": tiny, "img": 64, "batch-size": 8, "workers": 0,
-        "dense-epochs": 1, "sparse-epochs": 2, "sparse": "pull-from=1",
+        "dense-epochs": 1, "sparse-epochs": 2, "sparse": "sparse-from=1",
         "finetune-epochs": 1, "finetune": "lr=0.01", "project": tmp_path / "runs", "name": "x",
     }  # fmt: skip
     code = slimming.cli([*(str(a) for k, v in arguments.items() for a in (f"--{k}", v)), "--test", "--in-turn"])
@@ -120,7 +121,7 @@ def test_the_first_error_ends_the_other_branch(tmp_path: Path) -> None:
 
 
 def test_a_failing_script_behind_a_log_is_quoted(tmp_path: Path) -> None:
-    flags = slimming.SlimmingFlags(project=str(tmp_path), img=65)
+    flags = slimming.SlimmingFlags(run=RunSettings(project=str(tmp_path)), img=65)
     run = slimming.RunFolder.create(tmp_path, "x")
     branch = slimming.Branch(flags, run, threading.Event(), tmp_path / "dense.log")
     with pytest.raises(

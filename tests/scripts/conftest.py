@@ -39,7 +39,7 @@ def sparse_run(tiny: Path, once: Once) -> Path:
 def sparse_training(data: Path, cfg: Path, project: Path, name: str) -> None:
     import train_sparse
 
-    arguments = ["--data", data, "--cfg", cfg, *SMALL, "--epochs", 2, "--pull-from", 1]
+    arguments = ["--data", data, "--cfg", cfg, *SMALL, "--epochs", 2, "--sparse-from", 1]
     assert train_sparse.cli([*map(str, arguments), "--project", str(project), "--name", name]) == 0
 
 
@@ -127,19 +127,20 @@ def exported(small_weights: Path, tiny: Path, once: Once) -> Path:
     """A folder of exports of ``small_weights`` for images of 64 pixels; the one with its suppression as val.py has it."""
 
     def export(folder: Path) -> None:
-        from data import DetectionDataset
+        from data import DataSettings, DetectionDataset
         from detection.datasets import open_data, real_images
         from detection.network import read_network
-        from detection.write_file import Nms, write_file
+        from detection.write_file import write_file
+        from models import NmsSettings
 
-        images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 1)
+        images = real_images(DetectionDataset(open_data(DataSettings(data=str(tiny))), "val", 64), 1)
         options: dict[str, dict[str, Any]] = {
             "net.onnx": {},
             "net.xml": {},
             "net.torchscript": {},
             "dynamic.onnx": {"dynamic": True},
             "bytes.xml": {"uint8_input": True},
-            "nms.onnx": {"nms": Nms(0.001, 0.65, 300)},
+            "nms.onnx": {"nms": NmsSettings(0.001, 0.65, 300)},
         }
         for name, more in options.items():
             write_file(read_network(small_weights), folder / name, images, **more)

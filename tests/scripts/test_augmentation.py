@@ -14,8 +14,12 @@ import yaml
 import data.dataset
 import engine.epoch
 import engine.training
-from data import Augment
-from detection.training import TrainFlags
+from data import Augment, DataSettings
+from detection.command import as_words, parse
+from detection.datasets import open_data
+from detection.flags import TrainFlags
+from detection.training import training_set
+from engine import TrainConfig
 from tests.scripts.runs import SMALL, Runner
 
 EVERYTHING = (
@@ -24,17 +28,18 @@ EVERYTHING = (
 )  # fmt: skip
 
 
-def test_flags_reach_the_augmentation() -> None:
-    flags = TrainFlags(
-        mosaic=0.1, mixup=0.2, scale=0.3, translate=0.4, degrees=5, shear=6, hsv_h=0.7, hsv_s=0.8, hsv_v=0.9, flipud=0.25,
-        fliplr=0.75, epochs=9, close_mosaic=2,
-    )  # fmt: skip
-    assert flags.augment() == Augment(
-        mosaic=0.1, mixup=0.2, scale=0.3, translate=0.4, degrees=5, shear=6, hsv_h=0.7, hsv_s=0.8, hsv_v=0.9, flipud=0.25,
-        fliplr=0.75,
-    )  # fmt: skip
-    assert flags.mosaic_epochs() == 7
-    assert TrainFlags().augment() == Augment() and TrainFlags(epochs=4).mosaic_epochs() == 4
+def test_flags_reach_the_augmentation(tiny: Path) -> None:
+    given = {
+        "mosaic": 0.1, "mixup": 0.2, "scale": 0.3, "translate": 0.4, "degrees": 5, "shear": 6, "hsv_h": 0.7, "hsv_s": 0.8,
+        "hsv_v": 0.9, "flipud": 0.25, "fliplr": 0.75,
+    }  # fmt: skip
+    words = as_words({**given, "epochs": 9, "close_mosaic": 2, "data": str(tiny), "img": 64})
+    flags = parse(TrainFlags, "", words)
+    found = training_set(flags, open_data(flags.dataset))
+    assert found.augment == flags.augment == Augment(**given) and found.mosaic_epochs == 7
+    plain = TrainFlags(training=TrainConfig(epochs=4))
+    assert plain.augment == Augment()
+    assert training_set(plain, open_data(DataSettings(data=str(tiny)))).mosaic_epochs == 4
 
 
 def test_everything_at_once_and_resumed(

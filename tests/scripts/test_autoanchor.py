@@ -41,7 +41,7 @@ def tall_run(tall: Path, small_cfg: Path, tmp_path_factory: pytest.TempPathFacto
     import train_sparse
 
     project = tmp_path_factory.mktemp("runs")
-    arguments = ["--data", tall, *SMALL, "--epochs", 2, "--pull-from", 1, "--project", project, "--name", "s"]
+    arguments = ["--data", tall, *SMALL, "--epochs", 2, "--sparse-from", 1, "--project", project, "--name", "s"]
     assert train_sparse.cli([*map(str, arguments), "--cfg", str(small_cfg)]) == 0
     return project / "s"
 
@@ -104,7 +104,7 @@ def test_a_resumed_training_keeps_its_anchors(
 ) -> None:
     import engine.training
 
-    base = ("--data", tall, *SMALL, "--epochs", 2, "--pull-from", 1, "--project", tmp_path, "--name", "s")
+    base = ("--data", tall, *SMALL, "--epochs", 2, "--sparse-from", 1, "--project", tmp_path, "--name", "s")
     whole, steps = engine.training.train_one_epoch, []
 
     def once(*arguments: object) -> object:

@@ -6,24 +6,21 @@ import csv
 import json
 import shutil
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from selenium import webdriver
 
 import slim
-from detection import evaluation as val
-from detection import finetuning as finetune
-from detection import pruning as prune
-from detection import training as train_sparse
-from detection.command import parse
+from detection.command import as_words, flat, parse
+from detection.evaluation import evaluate_weights
+from detection.flags import FinetuneFlags, PruneFlags, SparseFlags, ValFlags
+from detection.pruning import prune
 from tests.scripts.browser import Board, chromium, requested, screenshot, tensorboard, wait_for
 from tracking import write_report
 from tracking.report.wording import command_line
-from tracking.run_folder import RunFolder
+from tracking.run_folder import RunFolder, plain
 
 RUNS = ("cut1", "cut2", "sparse", "val")
 
@@ -33,12 +30,14 @@ def runs(sparse_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory)
     """Sparse training, two rounds of cutting and an evaluation, in one folder."""
     project = tmp_path_factory.mktemp("board")
     shutil.copytree(sparse_run, project / "sparse")
-    common: dict[str, Any] = {"project": str(project), "data": str(tiny), "img": 64}
-    first = prune.prune(
-        prune.PruneFlags(**common, name="cut1", weights=str(project / "sparse/weights/last.pt"), macs=0.6)
-    )
-    second = prune.prune(prune.PruneFlags(**common, name="cut2", weights=str(first.out), macs=0.7), 2)
-    val.evaluate_weights(val.ValFlags(**common, name="val", weights=str(second.out)))
+
+    def words(name: str, **more: object) -> list[str]:
+        return as_words({"project": str(project), "data": str(tiny), "img": 64, "name": name, **more})
+
+    sparse = project / "sparse" / "weights" / "last.pt"
+    first = prune(parse(PruneFlags, "", words("cut1", weights=sparse, macs=0.6)))
+    second = prune(parse(PruneFlags, "", words("cut2", weights=first.out, macs=0.7)), 2)
+    evaluate_weights(parse(ValFlags, "", words("val", weights=second.out)))
     return project
 
 
@@ -219,14 +218,15 @@ def test_report_in_the_browser(
 
 def test_commands_in_reports_make_the_very_flags(tiny: Path) -> None:
     flags = [
-        ("train_sparse.py", train_sparse.SparseFlags(data=str(tiny), name="it's $x", strength=0.25, data_root=None)),
-        ("finetune.py", finetune.FinetuneFlags(weights="a b.pt", keep_gates=True, lr=-1.0)),
-        ("prune.py", prune.PruneFlags(macs=0.5, overrides=["a*=0.5", "b=8"], ignore=["x y"], cost_aware=True)),
-        ("val.py", val.ValFlags(weights="w.pt", save_json=True)),
+        ("train_sparse.py", SparseFlags, {"data": str(tiny), "name": "it's $x", "strength": 0.25, "data_root": None}),
+        ("finetune.py", FinetuneFlags, {"weights": "a b.pt", "keep_gates": True, "box": -1.0}),
+        ("prune.py", PruneFlags, {"macs": 0.5, "overrides": ["a*=0.5", "b=8"], "ignore": ["x y"], "cost_aware": True}),
+        ("val.py", ValFlags, {"weights": "w.pt", "save_json": True}),
     ]
-    for script, made in flags:
-        line = command_line(script, yaml.safe_load(yaml.safe_dump(asdict(made))))
+    for script, kind, given in flags:
+        made = parse(kind, "", as_words(given))
+        line = command_line(script, plain(flat(made)))
         told = subprocess.run(["sh", "-c", f"""set -- {line}\nprintf '%s\\0' "$@" """], capture_output=True, check=True)
         words = told.stdout.decode().split("\0")[:-1]
         assert words[:2] == ["python", script]
-        assert parse(type(made), "", words[2:]) == made
+        assert flat(parse(kind, "", words[2:])) == flat(made)

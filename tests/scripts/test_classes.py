@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from detection.finetuning import FinetuneFlags
 
-from detection import loop as iterate
+from deploy import LatencySettings
+from detection.command import parse
+from detection.flags import IterateFlags, TargetSettings
+from detection.loop import Loop
 from detection.network import read_network
-from detection.pruning import PruneFlags
-from detection.training import SparseFlags
 from tests.scripts.runs import ROOT, SMALL, Runner
 from tests.scripts.test_failures import fails
 
@@ -73,9 +73,21 @@ def test_all_classes_as_one(script: Runner, tiny: Path, tmp_path: Path) -> None:
     fails(script("val", *common), "detects 1 classes", "has 4")
 
 
-def test_iterate_hands_its_classes_to_every_step() -> None:
-    loop = object.__new__(iterate.Loop)
-    loop.flags = iterate.IterateFlags(classes=["cross"], single_cls=True)
-    for kind in (SparseFlags, PruneFlags, FinetuneFlags):
-        handed = loop.flags_of(kind, [])
-        assert handed.classes == ["cross"] and handed.single_cls is True
+def test_iterate_hands_its_settings_to_every_step() -> None:
+    loop = object.__new__(Loop)
+    loop.flags = parse(
+        IterateFlags,
+        "",
+        ["--classes", "cross", "--single-cls", "--lr", "0.2", "--cache", "none", "--tie", "layer", "--min-channels", "3",
+         "--train", "mosaic=0", "--sparse", "lr=0.1", "--finetune", "lr=0.3", "--prune", "criterion=l1", "scope=local"],
+    )  # fmt: skip
+    weights = Path("w.pt")
+    sparse, tuned = loop.sparse_flags(weights), loop.finetune_flags(weights, 7)
+    cut = loop.prune_flags(weights, TargetSettings(macs=0.5), LatencySettings())
+    for handed in (sparse, tuned, cut):
+        assert handed.dataset.classes == ("cross",) and handed.dataset.single_cls and handed.loading.cache == "none"
+    assert sparse.training.epochs == loop.flags.sparse_epochs and tuned.training.epochs == 7 and tuned.keep_gates
+    assert (sparse.training.optim.lr, tuned.training.optim.lr) == (0.1, 0.3)
+    assert sparse.augment.mosaic == tuned.augment.mosaic == 0 and sparse.sparsity.tie == "layer"
+    assert (cut.score.criterion, cut.widths.scope, cut.widths.min_channels) == ("l1", "local", 3)
+    assert cut.target.macs == 0.5 and cut.recalibrate == loop.flags.recalibrate and cut.weights == "w.pt"

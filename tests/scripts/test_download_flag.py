@@ -42,7 +42,7 @@ def test_a_set_is_fetched_trained_on_evaluated_and_cut(
         arguments = (
             "--epochs",
             1,
-            "--pull-from",
+            "--sparse-from",
             0,
             "--project",
             tmp_path,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 import export
-from data import DetectionDataset
+from data import DataSettings, DetectionDataset
 from deploy import Decoded, WithNms, prove_same_detections
 from detection.datasets import open_data, real_images
 from detection.detector import open_detector
@@ -42,7 +42,7 @@ def exported(small_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFacto
 
 def test_every_format_equals_torch_and_names_its_classes(exported: Path, small_run: Path, tiny: Path) -> None:
     network = read_network(small_run / "weights" / "best.pt")
-    images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 2)[:, :, 16:48]
+    images = real_images(DetectionDataset(open_data(DataSettings(data=str(tiny))), "val", 64), 2)[:, :, 16:48]
     with torch.no_grad():
         wanted = network.model.eval()(images)[0]
     made = json.loads((exported / "export.json").read_text())
@@ -63,7 +63,7 @@ def test_every_format_equals_torch_and_names_its_classes(exported: Path, small_r
 
 def test_a_detector_is_the_same_under_every_engine(exported: Path, small_run: Path, tiny: Path) -> None:
     """A checkpoint too, which is exported for an engine that does not run it."""
-    images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 3)[:, :, 16:48]
+    images = real_images(DetectionDataset(open_data(DataSettings(data=str(tiny))), "val", 64), 3)[:, :, 16:48]
     pixels = (images * 255).round().to(torch.uint8)
     checkpoint, onnx_file = str(small_run / "weights" / "best.pt"), str(exported / "weights" / "best.onnx")
     found = {}
@@ -100,7 +100,7 @@ def test_final_detections_come_out_of_the_file(small_run: Path, tiny: Path, scri
     done = script("export", "--weights", weights, *given)
     assert done.code == 0, done.err
     assert "input 1 x 3 x any x any bytes" in done.out
-    images = real_images(DetectionDataset(open_data(str(tiny), None), "val", 64), 1)[:, :, 16:48]
+    images = real_images(DetectionDataset(open_data(DataSettings(data=str(tiny))), "val", 64), 1)[:, :, 16:48]
     with open_detector(str(out)) as detector:
         assert detector.has_nms and detector.sides_px is None
         (found,) = detector.detections(detector((images * 255).round().to(torch.uint8)), conf=1e-5)
@@ -174,7 +174,7 @@ def test_int8_files_say_what_they_cost(small_weights: Path, tiny: Path, script: 
     assert done.code == 0, done.err
     made = json.loads((tmp_path / "exp" / "export.json").read_text())
     assert [Path(row["file"]).name for row in made] == ["last-int8.onnx", "last-int8.xml"]
-    config = open_data(str(tiny), None)
+    config = open_data(DataSettings(data=str(tiny)))
     evaluator = Evaluator(DetectionDataset(config, "val", 64), batch_size=1, workers=0, device=torch.device("cpu"))
     for row in made:
         with open_detector(row["file"]) as detector:

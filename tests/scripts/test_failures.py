@@ -162,7 +162,7 @@ def test_pruning_options_that_do_not_fit(script: Runner, tmp_path: Path, sparse_
         (("--img", 100), ("--img 100", "multiple", "32")),
         (("--epochs", "many"), ("epochs", "many")),
         (("--no-such-flag", 1), ("--no-such-flag",)),
-        (("--epochs", 3, "--pull-from", 3), ("--pull-from 3", "--epochs 3")),
+        (("--epochs", 3, "--sparse-from", 3), ("--sparse-from 3", "--epochs 3")),
         (("--tie", "all"), ("tie", "all")),
         (("--lr", -1), ("lr=-1",)),
         (("--label-smoothing", 2), ("label_smoothing is 2", "0 to 1")),

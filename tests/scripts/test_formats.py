@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from data import DataSettings
 from data.convert import main
 from detection.datasets import open_data
 from detection.losses import training_loss
@@ -22,7 +23,7 @@ def test_every_format_gives_the_same_loss(tiny: Path, tmp_path: Path) -> None:
     model = start_network("", str(ROOT / "models" / "yolov5n.yaml"), NAMES).model.eval()
     found = {}
     for name, file in files.items():
-        batches, loss = training_loss(model, open_data(str(file), None), 64, 8, seed=0)
+        batches, loss = training_loss(model, open_data(DataSettings(data=str(file))), 64, 8, seed=0)
         with torch.no_grad():
             found[name] = [float(loss(model, batch)) for batch in batches]
     assert len(found["text"]) == 2 and found["text"][0] != found["text"][1]

@@ -148,7 +148,7 @@ def test_as_many_classes_keep_the_head_unless_one_moved(cut: Path) -> None:
 
 def test_gated_network_goes_on_with_other_classes(cut: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
     done = script(
-        "train_sparse", "--weights", cut, "--data", more_names(tiny, tmp_path), *SMALL, "--epochs", 1, "--pull-from", 0,
+        "train_sparse", "--weights", cut, "--data", more_names(tiny, tmp_path), *SMALL, "--epochs", 1, "--sparse-from", 0,
         "--project", tmp_path, "--name", "s",
     )  # fmt: skip
     assert done.code == 0, done.err

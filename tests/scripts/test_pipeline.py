@@ -99,7 +99,7 @@ def test_resumed_equals_uninterrupted(
             raise KeyboardInterrupt
         return original(trainee, loss_fn, batches, epoch)
 
-    arguments = ("--data", tiny, *SMALL, "--epochs", 2, "--pull-from", 1, "--project", tmp_path, "--name", "s")
+    arguments = ("--data", tiny, *SMALL, "--epochs", 2, "--sparse-from", 1, "--project", tmp_path, "--name", "s")
     monkeypatch.setattr(engine.training, "train_one_epoch", interrupted)
     assert script("train_sparse", *arguments).code == 130
     monkeypatch.setattr(engine.training, "train_one_epoch", original)
@@ -310,7 +310,7 @@ def test_threshold_cuts_closed_gates_alone(script: Runner, tmp_path: Path, spars
 
 
 def test_a_controller_closes_the_share_that_is_asked_for(script: Runner, tiny: Path, tmp_path: Path) -> None:
-    common = ("--data", tiny, *SMALL, "--epochs", 4, "--pull-from", 1, "--eval-every", 9, "--project", tmp_path)
+    common = ("--data", tiny, *SMALL, "--epochs", 4, "--sparse-from", 1, "--eval-every", 9, "--project", tmp_path)
     done = script("train_sparse", *common, "--closed-share", 0.3, "--name", "s")
     assert done.code == 0, done.err
     assert metrics(tmp_path / "s")["closed_share"] == pytest.approx(0.3, abs=0.01)

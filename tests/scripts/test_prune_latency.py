@@ -11,12 +11,17 @@ import pytest
 import torch
 
 import slim
+from data import DataSettings
+from deploy import LatencySettings
 from detection import latency as latency
 from detection import loop as iterate
+from detection.datasets import open_data
+from detection.flags import IterateFlags
 from detection.network import read_network, start_network
 from tests.scripts.fake_clock import FakeClock
 from tests.scripts.runs import SMALL, Runner
 from tests.scripts.test_failures import fails
+from tracking.settings import RunSettings
 
 
 @pytest.fixture
@@ -138,9 +143,7 @@ def test_the_engines_run_what_is_exported(small_cfg: Path) -> None:
         wanted = network.model.eval()(images[:1])[0]
     threads = torch.get_num_threads()
     for engine in ("torch", "onnxruntime", "openvino"):
-        flags = latency.LatencyFlags(
-            latency_share=0.5, engine=engine, num_cores=threads + 1, latency_precision="float32"
-        )
+        flags = LatencySettings(latency_share=0.5, engine=engine, num_cores=threads + 1, latency_precision="float32")
         measurer = latency.Measurer(flags, network, images)
         output = measurer.dense_run()()
         assert isinstance(output, torch.Tensor) and (output - wanted).abs().max() <= 1e-3 * wanted.abs().max()
@@ -160,7 +163,7 @@ def test_int8_networks_for_timing(sparse_run: Path, small_cfg: Path) -> None:
     network = start_network("", str(small_cfg), ["a", "b"])
     images = torch.rand(2, 3, 64, 64)
     for engine in ("openvino", "onnxruntime"):
-        flags = latency.LatencyFlags(latency_share=0.5, latency_int8=True, engine=engine, num_cores=1)
+        flags = LatencySettings(latency_share=0.5, latency_int8=True, engine=engine, num_cores=1)
         measurer = latency.Measurer(flags, network, images)
         output = measurer.dense_run()()
         assert isinstance(output, torch.Tensor) and output.shape[0] == 1 and output.shape[2] == 7
@@ -211,10 +214,13 @@ def test_a_loop_comes_down_to_its_milliseconds_and_measures_nothing_twice(
 
 def test_settings_of_a_loop_without_a_latency_are_as_they_were(sparse_run: Path, tiny: Path, tmp_path: Path) -> None:
     """So loops that were begun before there was one continue."""
-    flags = iterate.IterateFlags(
-        weights=str(sparse_run / "weights" / "best.pt"), data=str(tiny), img=64, project=str(tmp_path)
+    flags = IterateFlags(
+        weights=str(sparse_run / "weights" / "best.pt"),
+        dataset=DataSettings(data=str(tiny)),
+        img=64,
+        run=RunSettings(project=str(tmp_path)),
     ).resolved()
-    _, opening = iterate.open_loop(flags, flags.open_data())
+    _, opening = iterate.open_loop(flags, open_data(flags.dataset))
     assert opening["settings"]["macs"] == 0.4 and opening["settings"]["round_to"] == 8
     assert not {"engine", "num_cores", "latency_ms", "latency_share", "latency_int8"} & set(opening["settings"])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data import DetectionDataset
+from data import DataSettings, DetectionDataset
 from data.sampling import Draw
 from deploy import Decoded, WithNms, open_exported, parts_of, prove_same_detections
 from detection.datasets import open_data
@@ -29,7 +29,7 @@ def network(small_run: Path) -> Network:
 
 @pytest.fixture(scope="module")
 def images(tiny: Path) -> list[Tensor]:
-    return training_images(open_data(str(tiny), None), (32, 64), 6, 0)
+    return training_images(open_data(DataSettings(data=str(tiny))), (32, 64), 6, 0)
 
 
 class Writer:
@@ -55,7 +55,7 @@ def write(network: Network, images: list[Tensor], tmp_path_factory: pytest.TempP
 
 
 def test_calibration_images_are_shuffled_training_images_letterboxed(tiny: Path, images: list[Tensor]) -> None:
-    config = open_data(str(tiny), None)
+    config = open_data(DataSettings(data=str(tiny)))
     dataset = DetectionDataset(config, "train", 64)
     known = [dataset[Draw(i, (32, 64))].image.float() / 255 for i in range(len(dataset))]
     places = [next(i for i, one in enumerate(known) if torch.equal(one, image)) for image in images]
@@ -66,7 +66,7 @@ def test_calibration_images_are_shuffled_training_images_letterboxed(tiny: Path,
 
 
 def test_ap_is_measured_at_any_size_and_not_with_other_classes(tiny: Path, network: Network) -> None:
-    config = open_data(str(tiny), None)
+    config = open_data(DataSettings(data=str(tiny)))
     known = calibrate(network, config, (32, 64), 2, 0, "w.pt", "tiny.yaml")
     assert known.measure is not None
     detector, seen = Decoded(network.model.eval()), set()

@@ -111,7 +111,7 @@ def test_frozen_layers_of_a_sparse_training(small_run: Path, tiny: Path, script:
     """Weights, statistics and gates of the first three layers stay bit for bit; the others move."""
     weights = small_run / "weights" / "last.pt"
     done = script(
-        "train_sparse", "--weights", weights, "--data", tiny, *SMALL, "--epochs", 1, "--pull-from", 0, "--freeze", 3,
+        "train_sparse", "--weights", weights, "--data", tiny, *SMALL, "--epochs", 1, "--sparse-from", 0, "--freeze", 3,
         "--project", tmp_path, "--name", "f",
     )  # fmt: skip
     assert done.code == 0, done.err
