@@ -15,11 +15,12 @@ from deploy import Decoded, WithNms, open_exported, parts_of, prove_same_detecti
 from detection.datasets import open_data
 from detection.network import Network, read_network
 from detection.quantise import Calibrated, calibrate, noisiest_blocks, training_images, write_quantised
-from detection.write_file import Nms, write_file
+from detection.write_file import write_file
+from models import NmsSettings
 from tests.deploy.test_quantise import on_integers
 
 HEAD = "model.6"
-NMS = Nms(1e-5, 0.5, 20)
+NMS = NmsSettings(1e-5, 0.5, 20)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_the_suppression_stands_behind_the_same_int8_network(
     write_quantised(write, decoded, calibrated, [HEAD])
     write_quantised(write, final, calibrated, [HEAD], has_nms=True)
     given = images[0][None]
-    wanted = WithNms(open_exported(decoded), NMS.conf, NMS.iou, NMS.max_detections)
+    wanted = WithNms(open_exported(decoded), NMS.conf, NMS.iou, NMS.max_det)
     found = open_exported(final)
     assert found(given).shape == (1, 20, 6) and found.precision == "int8"
     assert prove_same_detections(wanted, found, given) < 1e-4
