@@ -502,7 +502,7 @@ def conclude(loop: Loop, best: Accepted, networks: list[Path], final: Candidate,
     run, out = loop.run, loop.run.path / "weights" / "slim.pt"
     for made in networks:
         slim.write_atomically(out.parent / made.name, functools.partial(shutil.copyfile, made))
-    slim.write_text_atomically(run.path / "plan.json", functools.reduce(slim.Plan.then, best.plans).to_json())
+    slim.write_text_atomically(run.path / "plan.json", functools.reduce(slim.compose, best.plans).to_json())
     found = loop.journal.result("evaluation")
     assert found is not None
     board(loop, baseline)

@@ -253,7 +253,7 @@ def prove(
 
 def output_widths(model: nn.Module) -> dict[str, int]:
     """{path: output channels} of every convolution and linear layer."""
-    return {path: widths[1] for path, widths in slim.widths_of(model).items()}
+    return {path: widths[1] for path, widths in slim.layer_widths(model).items()}
 
 
 def record(run: RunFolder, choice: Choice, model: nn.Module, done: Cut, criterion: str, pruning_round: int) -> None:

@@ -9,9 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from slim import SlimError
-
-from .optimiser import NORMS
+from slim import NORMS, SlimError
 
 
 @dataclass(frozen=True)

@@ -10,25 +10,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from slim import Gate, SlimError
+from slim import NORMS, SlimError, gate_parameters
 
 from .settings import OptimConfig
 
 MAX_WARMUP_SHARE = 0.1  # of all steps: a short run on a small data set must not spend itself warming up
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-
-
-def gate_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters owned by `slim.Gate` modules, each once, in module order."""
-    seen: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, Gate):
-            for parameter in module.parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

@@ -52,7 +52,7 @@ class Sparsity:
 
     def measured(self, epoch: int) -> float | None:
         """The pull against the gradient, where gates are pulled."""
-        return self.pull.against_gradient() if self.pulls_in(epoch) else None
+        return self.pull.strength_over_gradient() if self.pulls_in(epoch) else None
 
     def masked_ap(self, model: nn.Module, evaluate: Callable[[nn.Module], Evaluation]) -> float | None:
         """AP with closed gates at exactly 0, which is what a cut of them leaves; None where they all are 0 already."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from slim.atomic import write_atomically
-from slim.cost import cost
 from slim.errors import SlimError
-from slim.fold import example_of
-from slim.gate import Gate
-from slim.insert import gate_layout, restore_gates
-from slim.surgery import replace_tensor
-from slim.widths import norm_widths, refresh_widths, set_norm_widths
+from slim.fold import example_inputs_of
+from slim.gate import count_params, gate_layout, restore_gates
+from slim.propagate import cost
+from slim.surgery import like, swap_tensors
+from slim.widths import layer_widths, norm_widths, refresh_widths, set_norm_widths
 
 FORMAT = "slim-checkpoint"
 FORMAT_VERSION = 3
@@ -30,19 +30,12 @@ OLDEST_READABLE = {"without gates": 1, "with gates": 3}
 """1 had no widths of norms; before 3 gates took the place of the activations that they followed."""
 
 
-def widths_of(model: nn.Module) -> dict[str, list[int]]:
-    """{path: [input channels, output channels]} of every convolution and linear layer."""
-    widths = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            widths[path] = [module.in_channels, module.out_channels]
-        elif isinstance(module, nn.Linear):
-            widths[path] = [module.in_features, module.out_features]
-    return widths
-
-
 def pack(model: nn.Module, build: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint's dictionary: weights in FP32 on the CPU, widths, gates and what they cost."""
+    """The checkpoint's dictionary: weights in FP32 on the CPU, widths, gates and what they cost.
+
+    Nothing runs and what is FP32 on the CPU already is not copied: MACs follow from the widths and from the output
+    positions of each layer, which were seen when the gates were placed.
+    """
     example = getattr(model, "slim_example", None)
     state = {
         k: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous()
@@ -52,20 +45,21 @@ def pack(model: nn.Module, build: Mapping[str, Any]) -> dict[str, Any]:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "build": dict(build),
-        "widths": widths_of(model),
+        "widths": layer_widths(model),
         "norms": norm_widths(model),
         "gates": gate_layout(model),
         "example": None if example is None else [[list(shape), kind] for shape, kind in example],
         "params": count_params(model),
-        "macs": None if example is None else cost(model, example_of(model)).macs,
+        "macs": None if example is None else macs_from_widths(model),
         "state_dict": state,
     }
 
 
-def count_params(model: nn.Module) -> int:
-    """Learnable parameters, gates not counted."""
-    gates = {id(p) for m in model.modules() if isinstance(m, Gate) for p in m.parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in gates)
+def macs_from_widths(model: nn.Module) -> int:
+    """MACs of one image at the size with which the gates were placed, from the shapes that the weights have now."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    layers = model.slim_layers
+    return sum(prod(shapes.get(layer.weight, layer.shape)) * layer.positions for layer in layers)  # type: ignore[union-attr]
 
 
 def save(
@@ -73,7 +67,30 @@ def save(
 ) -> None:
     """Write a checkpoint atomically: a temporary file in the same folder, flushed, then renamed.
 
-    ``build`` is what ``load``'s builder will get; ``extra`` adds further entries (tensors and plain values).
+    Args:
+        model: a dense, gated or pruned model
+        path: the file; folders are made
+        build: what ``load``'s builder needs to make the dense network: plain values
+        extra: further entries of the file: tensors and plain values
+
+    Raises:
+        SlimError: when the file cannot be written, and where ``extra`` uses names of the format's own entries.
+
+    Example:
+        >>> import slim, tempfile, torch
+        >>> from pathlib import Path
+        >>> from torch import nn
+        >>> def build_network(build):
+        ...     return nn.Sequential(nn.Conv2d(3, build["width"], 3), nn.ReLU(), nn.Conv2d(build["width"], 2, 1))
+        >>> model, x = build_network({"width": 4}), torch.rand(1, 3, 8, 8)
+        >>> graph = slim.trace(model, x)
+        >>> plan = slim.make_plan(graph, slim.score(model, graph, "l1"), macs=0.5, round_to=1, min_channels=1)
+        >>> pruned = slim.apply_plan(model, plan)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     slim.save(pruned, Path(folder) / "pruned.pt", build={"width": 4})
+        ...     loaded = slim.load(Path(folder) / "pruned.pt", build_network)
+        >>> slim.max_difference(pruned, loaded, x)
+        0.0
     """
     packed = pack(model, build)
     taken = set(extra or {}) & set(packed)
@@ -104,7 +121,25 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike[str], builder: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
-    """Build the dense network with ``builder(build)``, narrow it to the checkpoint's widths, put its gates and weights in."""
+    """Build the network of a checkpoint and put its gates and weights in.
+
+    The dense network comes from ``builder(build)`` and is narrowed to the checkpoint's widths; its parameters and MACs must
+    be those recorded.
+
+    Args:
+        path: a file written by ``slim.save``; no code in it is run
+        builder: from the ``build`` that was saved to the dense network
+
+    Raises:
+        SlimError: when the file is missing, damaged or of another kind, or does not fit the network that was built.
+
+    Example:
+        >>> import slim
+        >>> slim.load("nowhere.pt", lambda build: None)
+        Traceback (most recent call last):
+            ...
+        slim.errors.SlimError: nowhere.pt: no such file; expected a checkpoint written by slim.save
+    """
     return restore(read(path), builder, str(path))
 
 
@@ -113,19 +148,19 @@ def restore(
 ) -> nn.Module:
     """``load`` for a dictionary that is already read."""
     model = builder(content["build"])
-    example = content["example"]
-    restore_gates(model, content["gates"], None if example is None else tuple((tuple(s), kind) for s, kind in example))
+    restore_gates(model, content["gates"])
     state: dict[str, Tensor] = content["state_dict"]
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or unexpected:
         raise SlimError(
             f"{origin}: does not fit the network that was built: missing {missing[:3]}, unexpected {unexpected[:3]} "
             f"({len(missing)} and {len(unexpected)} in all); was it saved with another builder?"
         )
-    for name, tensor in state.items():
-        if own[name].shape != tensor.shape:
-            replace_tensor(model, name, torch.empty_like(tensor, dtype=own[name].dtype))
+    resized = {
+        name: torch.empty_like(t, dtype=own[name].dtype) for name, t in state.items() if own[name].shape != t.shape
+    }
+    swap_tensors(model, {id(own[name]): like(own[name], tensor) for name, tensor in resized.items()})
     refresh_widths(model)
     set_norm_widths(model, content.get("norms", {}))
     model.load_state_dict(state)
@@ -135,9 +170,12 @@ def restore(
 
 def verify(model: nn.Module, content: Mapping[str, Any], origin: str) -> None:
     """The network that was built must be the one that was saved: widths, parameters, MACs."""
-    found = {"widths": widths_of(model), "params": count_params(model)}
-    if content["macs"] is not None:
-        found["macs"] = cost(model, example_of(model)).macs
+    found = {"widths": layer_widths(model), "params": count_params(model)}
+    if content["example"] is not None:
+        model.slim_example = tuple((tuple(shape), kind) for shape, kind in content["example"])  # type: ignore[assignment]
+        measured = cost(model, example_inputs_of(model))
+        model.slim_layers = measured.layers  # type: ignore[assignment]
+        found["macs"] = measured.macs
     for key, value in found.items():
         if value != content[key]:
             detail = "" if key == "widths" else f" ({value}, recorded {content[key]})"

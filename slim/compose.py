@@ -1,12 +1,12 @@
-"""Two plans in turn as one: the later plan's positions are carried back through what the first one kept."""
+"""What is made of finished plans: two in turn as one, two side by side as a table, one as bars."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from slim.errors import SlimError
-from slim.graph import Member
-from slim.plan import GroupPlan, Plan
+from slim.graph import Member, unique_name
+from slim.plan import GroupPlan, Plan, percent
 
 Axis = tuple[str, int]
 """A parameter's (or buffer's, or attribute's) name and one of its axes."""
@@ -14,73 +14,91 @@ Channel = tuple[int, int]
 """The number of one of the first plan's groups, and a channel of it."""
 
 
-def compose(first: Plan, later: Plan) -> Plan:
-    """The plan for the first one's network that leaves what the two leave in turn; see ``Plan.then``.
+def compose(first: Plan, second: Plan) -> Plan:
+    """One plan in place of two that are applied in turn.
 
-    Groups are matched by the positions that they occupy: what the later plan removes must be whole channels of the first
-    one's groups, or channels that occupy nothing of these; the latter make groups of their own.
+    Applied to the first plan's network it gives the very weights that the two give in turn. Groups are matched by the
+    positions that they occupy: what the second plan removes must be whole channels of the first one's groups, or channels
+    that occupy nothing of these, which make groups of their own. Scores are those of the last plan that ranked the group.
+
+    Args:
+        first: a plan for a network
+        second: a plan for the network that the first one leaves
+
+    Raises:
+        SlimError: naming the parameter, where the second plan does not fit what the first one leaves.
+
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 8, 8)
+        >>> def plan_for(model, scores):
+        ...     graph = slim.trace(model, x)
+        ...     return slim.make_plan(graph, {"0": torch.tensor(scores)}, threshold=0.5, round_to=1, min_channels=1)
+        >>> first = plan_for(model, [0.9, 0.1, 0.7, 0.8])
+        >>> second = plan_for(slim.apply_plan(model, first), [0.6, 0.2, 0.9])
+        >>> slim.compose(first, second).groups[0].keep
+        (0, 3)
     """
     removed = removed_positions(first)
-    check_fit(first, later, removed)
+    check_fit(first, second, removed)
     owners = kept_owners(first)
     gone: set[Channel] = set()
     taken: dict[Axis, set[int]] = {}
-    judges: dict[int, list[GroupPlan]] = {}
+    rankings: dict[int, list[GroupPlan]] = {}
     new: list[GroupPlan] = []
-    for group in later.groups:
+    for group in second.groups:
         group = replace(group, members=carried_back(group, removed))
-        homes = homes_of(group, owners)
-        for number in {number for home in homes for number, _ in home}:
-            judges.setdefault(number, []).append(group)
+        originals = original_channels(group, owners)
+        for number in {number for found in originals for number, _ in found}:
+            rankings.setdefault(number, []).append(group)
         for channel in group.removed:
-            gone |= homes[channel]
-            if homes[channel]:
+            gone |= originals[channel]
+            if originals[channel]:
                 occupy(taken, group.members, [channel], group.size)
-        strangers = [channel for channel, home in enumerate(homes) if not home]
-        if strangers:
-            new.append(part_of(group, strangers))
+        new_channels = [channel for channel, found in enumerate(originals) if not found]
+        if new_channels:
+            new.append(part_of(group, new_channels))
     check_whole(first, gone, taken)
-    known = [narrowed(group, n, gone, judges.get(n, [])) for n, group in enumerate(first.groups)]
-    names = {group.name for group in known}
+    groups = [narrowed(group, n, gone, rankings.get(n, [])) for n, group in enumerate(first.groups)]
     for group in new:
-        known.append(replace(group, name=free_name(group.name, names)))
-        names.add(known[-1].name)
+        groups.append(replace(group, name=unique_name(group.name, {g.name for g in groups})))
     return Plan(
-        tuple(known),
-        (first.macs[0], later.macs[1]),
-        (first.params[0], later.params[1]),
-        {**first.shapes, **{name: shape for name, shape in later.shapes.items() if name not in first.shapes}},
+        tuple(groups),
+        (first.macs[0], second.macs[1]),
+        (first.params[0], second.params[1]),
+        first.shapes | second.shapes | first.shapes,
         first.example,
     )
 
 
-def occupy(places: dict[Axis, set[int]], members: tuple[Member, ...], channels: list[int], size: int) -> None:
-    """Add what some of a group's channels occupy; changes ``places``."""
+def occupy(positions: dict[Axis, set[int]], members: tuple[Member, ...], channels: list[int], size: int) -> None:
+    """Add what some of a group's channels occupy; changes ``positions``."""
     for m in members:
-        places.setdefault((m.param, m.axis), set()).update(m.positions(channels, size))
+        positions.setdefault((m.param, m.axis), set()).update(m.positions(channels, size))
 
 
 def removed_positions(plan: Plan) -> dict[Axis, set[int]]:
-    places: dict[Axis, set[int]] = {}
+    positions: dict[Axis, set[int]] = {}
     for group in plan.groups:
-        occupy(places, group.members, list(group.removed), group.size)
-    return places
+        occupy(positions, group.members, list(group.removed), group.size)
+    return positions
 
 
-def check_fit(first: Plan, later: Plan, removed: dict[Axis, set[int]]) -> None:
-    """SlimError when the later plan was not made on the network that the first one leaves."""
+def check_fit(first: Plan, second: Plan, removed: dict[Axis, set[int]]) -> None:
+    """SlimError when the second plan was not made on the network that the first one leaves."""
     for param, shape in first.shapes.items():
         left = tuple(n - len(removed.get((param, axis), ())) for axis, n in enumerate(shape))
-        if later.shapes.get(param, left) != left:
+        if second.shapes.get(param, left) != left:
             raise SlimError(
-                f"the later plan does not fit: its network's {param} has shape {later.shapes[param]}, this plan leaves {left}; "
-                "make it on the network that this plan gives"
+                f"the second plan does not fit: its network's {param} has shape {second.shapes[param]}, the first plan leaves "
+                f"{left}; make it on the network that the first plan gives"
             )
-    for unit, ours, theirs in (("parameters", first.params, later.params), ("MACs", first.macs, later.macs)):
+    for unit, ours, theirs in (("parameters", first.params, second.params), ("MACs", first.macs, second.macs)):
         if ours[1] != theirs[0]:
             raise SlimError(
-                f"the later plan does not fit: its network has {theirs[0]} {unit}, this plan leaves {ours[1]}; make it on "
-                "the network that this plan gives, traced with inputs of the same size"
+                f"the second plan does not fit: its network has {theirs[0]} {unit}, the first plan leaves {ours[1]}; make it "
+                "on the network that the first plan gives, traced with inputs of the same size"
             )
 
 
@@ -96,7 +114,7 @@ def kept_owners(plan: Plan) -> dict[Axis, dict[int, Channel]]:
 
 
 def carried_back(group: GroupPlan, removed: dict[Axis, set[int]]) -> tuple[Member, ...]:
-    """The members of a later group with the positions that they had before the first plan."""
+    """The members of a group of the second plan with the positions that they had before the first one."""
     members = []
     for m in group.members:
         gone = removed.get((m.param, m.axis), set())
@@ -105,48 +123,45 @@ def carried_back(group: GroupPlan, removed: dict[Axis, set[int]]) -> tuple[Membe
     return tuple(members)
 
 
-def homes_of(group: GroupPlan, owners: dict[Axis, dict[int, Channel]]) -> list[set[Channel]]:
-    """For each channel of a later group, the first plan's channels that occupy some of its positions."""
-    homes: list[set[Channel]] = [set() for _ in range(group.size)]
+def original_channels(group: GroupPlan, owners: dict[Axis, dict[int, Channel]]) -> list[set[Channel]]:
+    """For each channel of a group of the second plan, the first plan's channels that occupy some of its positions."""
+    found: list[set[Channel]] = [set() for _ in range(group.size)]
     for m in group.members:
         owned = owners.get((m.param, m.axis), {})
         each = len(m.index) // group.size
         for n, position in enumerate(m.index):
             if position in owned:
-                homes[n // each].add(owned[position])
-    return homes
+                found[n // each].add(owned[position])
+    return found
 
 
 def check_whole(first: Plan, gone: set[Channel], taken: dict[Axis, set[int]]) -> None:
-    """SlimError unless what the later plan takes is exactly all that the channels that go occupy."""
+    """SlimError unless what the second plan takes is exactly all that the channels that go occupy."""
     whole: dict[Axis, set[int]] = {}
     for number, channel in gone:
-        group = first.groups[number]
-        occupy(whole, group.members, [channel], group.size)
+        occupy(whole, first.groups[number].members, [channel], first.groups[number].size)
     for param, axis in {**whole, **taken}:
         if whole.get((param, axis), set()) != taken.get((param, axis), set()):
             raise SlimError(
-                f"the later plan does not fit: it removes other positions of {param} (axis {axis}) than the channels of this "
-                "plan that it removes occupy; apply the two plans one after the other"
+                f"the second plan does not fit: it removes other positions of {param} (axis {axis}) than the channels of the "
+                "first plan that it removes occupy; apply the two plans one after the other"
             )
 
 
-def narrowed(group: GroupPlan, number: int, gone: set[Channel], judges: list[GroupPlan]) -> GroupPlan:
-    """A group of the first plan without the channels that went later, with the scores of who judged it last."""
+def narrowed(group: GroupPlan, number: int, gone: set[Channel], rankings: list[GroupPlan]) -> GroupPlan:
+    """A group of the first plan without the channels that went later, with the scores of the groups that ranked it last."""
     keep = tuple(channel for channel in group.keep if (number, channel) not in gone)
     if not keep:
-        raise SlimError(f"the later plan does not fit: it leaves no channel of group {group.name}")
+        raise SlimError(f"the second plan does not fit: it leaves no channel of group {group.name}")
     group = replace(group, keep=keep)
-    ranges = [judge.score_range for judge in judges if judge.score_range is not None]
+    ranges = [g.score_range for g in rankings if g.score_range is not None]
     if not ranges:
         return group
-    kept = [judge.lowest_kept for judge in judges if judge.lowest_kept is not None]
-    removed = [judge.highest_removed for judge in judges if judge.highest_removed is not None]
     return replace(
         group,
         score_range=(min(low for low, _ in ranges), max(high for _, high in ranges)),
-        lowest_kept=min(kept, default=None),
-        highest_removed=max(removed, default=None),
+        lowest_kept=min((g.lowest_kept for g in rankings if g.lowest_kept is not None), default=None),
+        highest_removed=max((g.highest_removed for g in rankings if g.highest_removed is not None), default=None),
     )
 
 
@@ -155,15 +170,107 @@ def part_of(group: GroupPlan, channels: list[int]) -> GroupPlan:
     kept = set(group.keep)
     keep = tuple(n for n, channel in enumerate(channels) if channel in kept)
     if not keep:
-        raise SlimError(f"the later plan does not fit: it leaves none of the channels that only it has of {group.name}")
+        raise SlimError(
+            f"the second plan does not fit: it leaves none of the channels that only it has of {group.name}"
+        )
     members = tuple(replace(m, index=tuple(m.positions(channels, group.size))) for m in group.members)
     return replace(group, size=len(channels), keep=keep, members=members)
 
 
-def free_name(name: str, taken: set[str]) -> str:
-    """The name, numbered when it is taken."""
-    found, number = name, 1
-    while found in taken:
-        number += 1
-        found = f"{name}#{number}"
-    return found
+def compare(first: Plan, second: Plan) -> str:
+    """A table of two plans for one network: widths in both, channels that both keep, and their Jaccard overlap.
+
+    The overlap is the number of channels kept by both over the number kept by either.
+
+    Args:
+        first: a plan
+        second: another plan for the same network
+
+    Raises:
+        SlimError: when the plans are of different networks.
+
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        >>> graph = slim.trace(model, torch.zeros(1, 3, 8, 8))
+        >>> scores = {"0": torch.tensor([0.9, 0.1, 0.7, 0.2])}
+        >>> half, most = (slim.make_plan(graph, scores, channels=c, round_to=1, min_channels=1) for c in (0.5, 0.75))
+        >>> print(slim.compare(half, most).splitlines()[1])
+        0           4      2       3     2    0.667
+    """
+    check_same_network(first, second)
+    firsts, seconds = ({g.name: g for g in plan.groups} for plan in (first, second))
+    names = list({**firsts, **seconds})
+    width = max([5, *map(len, names)])
+    lines = [f"{'group':<{width}}  before  first  second  both  overlap"]
+    for name in names:
+        a, b = firsts.get(name), seconds.get(name)
+        before = (a or seconds[name]).widths[0]
+        kept = f"{a.widths[1] if a else '-':>5}  {b.widths[1] if b else '-':>6}"
+        if a and b:
+            both, either = set(a.keep) & set(b.keep), set(a.keep) | set(b.keep)
+            overlap = f"{len(both) * a.per_channel:>4}  {len(both) / len(either):>7.3f}"
+        else:
+            overlap = f"only in the {'first' if a else 'second'}"
+        lines.append(f"{name:<{width}}  {before:>6}  {kept}  {overlap}")
+    for label, unit, one, two in (
+        ("MACs", 1, first.macs, second.macs),
+        ("parameters", 3, first.params, second.params),
+    ):
+        ends = " and ".join(f"{after / 1e6:.{unit}f} M ({percent(after, before)})" for before, after in (one, two))
+        lines.append(f"{label} {one[0] / 1e6:.{unit}f} M -> {ends}")
+    return "\n".join(lines)
+
+
+def check_same_network(first: Plan, second: Plan) -> None:
+    """SlimError where two plans cannot have been made for one network."""
+    for param, shape in first.shapes.items():
+        if second.shapes.get(param, shape) != shape:
+            raise SlimError(
+                f"the plans are of different networks: {param} has shape {shape} in the first, {second.shapes[param]} in the "
+                "second"
+            )
+    if first.params[0] != second.params[0]:
+        raise SlimError(f"the plans are of different networks: of {first.params[0]} and {second.params[0]} parameters")
+    others = {g.name: g for g in second.groups}
+    for group in first.groups:
+        other = others.get(group.name, group)
+        ours, theirs = ((g.size, {(m.param, m.axis): m.index for m in g.members}) for g in (group, other))
+        if ours != theirs:
+            raise SlimError(
+                f"the plans are of different networks: group {group.name} of {group.size} channels and of {other.size} does "
+                "not occupy the same positions; trace both alike"
+            )
+
+
+def chart(plan: Plan, width: int = 60) -> str:
+    """A bar for each group: solid what stays, light what goes.
+
+    Args:
+        plan: a plan
+        width: length of the widest group's bar, in characters
+
+    Raises:
+        SlimError: for a width below 1.
+
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        >>> graph = slim.trace(model, torch.zeros(1, 3, 8, 8))
+        >>> scores = {"0": torch.tensor([0.9, 0.1, 0.7, 0.2])}
+        >>> print(slim.chart(slim.make_plan(graph, scores, channels=0.75, round_to=1, min_channels=1), width=8))
+        0      ██████░░      4 ->     3   75.0%
+    """
+    if width < 1:
+        raise SlimError(f"width={width}: expected at least 1 character")
+    names = max([5, *(len(g.name) for g in plan.groups)])
+    widest = max((g.widths[0] for g in plan.groups), default=1)
+    lines = []
+    for g in plan.groups:
+        before, after = g.widths
+        length, solid = (max(1, round(width * w / widest)) for w in (before, after))
+        bar = "█" * solid + "░" * (length - solid)
+        lines.append(f"{g.name:<{names}}  {bar:<{width}}  {before:>5} -> {after:>5}  {percent(after, before):>6}")
+    return "\n".join(lines)

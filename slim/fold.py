@@ -14,31 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from slim.errors import SlimError
-from slim.gate import Gate, detach_gate, gates_in, site_of
-from slim.labels import spread
-from slim.propagate import Call, Propagation
-from slim.sites import SCALABLE
-from slim.surgery import get_tensor
+from slim.gate import Gate, detach_gate, gate_parameters, gated_path, gates_in
+from slim.ops import SCALABLE
+from slim.propagate import Call, Propagation, spread
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 HOMOGENEOUS = {
-    "relu",
-    "leaky_relu",
-    "prelu",
-    "_prelu_kernel",
-    "clone",
-    "contiguous",
-    "detach",
-    "alias",
-    "to",
-    "_to_copy",
-    "neg",
-    "dropout",
-    "native_dropout",
-    "copy",
-}
+    "relu", "leaky_relu", "prelu", "_prelu_kernel", "clone", "contiguous", "detach", "alias", "to", "_to_copy", "neg",
+    "dropout", "native_dropout", "copy",
+}  # fmt: skip
 """f(g * x) = g * f(x) for g >= 0."""
 ADDITIVE = {"add", "sub", "maximum", "minimum"}
 
@@ -50,13 +36,12 @@ class GatePropagation(Propagation):
         super().__init__(model)
         self.start: dict[int, int] = {}
         count = 1
-        for _, gate in gates_in(model):
-            for vector in gate.vectors:
-                if id(vector) not in self.start:
-                    self.start[id(vector)] = count
-                    count += vector.numel()
+        for vector in gate_parameters(model):
+            self.start[id(vector)] = count
+            count += vector.numel()
         self.unfoldable: dict[int, str] = {}
-        self.readers: dict[tuple[str, int], Tensor] = {}
+        # For each weight that reads gated channels, the entries by its first two axes.
+        self.readers: dict[str, Tensor] = {}
 
     def fail(self, labels: Tensor | None, name: str) -> None:
         """These entries cannot be folded: an operator met them that does not commute with a factor."""
@@ -159,7 +144,7 @@ class GatePropagation(Propagation):
 
     def read(self, param: str, entries: Tensor) -> None:
         """A weight reads these entries' channels, by its first two axes."""
-        before = self.readers.setdefault((param, 0), entries)
+        before = self.readers.setdefault(param, entries)
         if before is not entries and not torch.equal(before, entries):
             self.fail(before, f"{param} is used again on other channels")
             self.fail(entries, f"{param} is used again on other channels")
@@ -168,20 +153,42 @@ class GatePropagation(Propagation):
 def fold_gates(model: Model, example_inputs: Any = None) -> Model:
     """A new model with the gates multiplied into the weights that read what they scale, or into those that make it; exact.
 
-    Nothing is left in any YOLOv5. Where an operator between gate and reader does not commute with a factor, and the gate does
-    not follow a layer that could take it up, it stays and a warning says which and why. ``example_inputs`` may be left out
-    when ``slim.add_gates`` placed the gates.
+    No gate is left in any YOLOv5. Where an operator between gate and reader does not commute with a factor, and the gate does
+    not follow a layer that could take it up, it stays and a logged warning says which and why.
+
+    Args:
+        model: a model with gates; it is not changed
+        example_inputs: as for ``slim.trace``; may be left out when the gates were placed with tensor inputs by position
+
+    Raises:
+        SlimError: when a gate is negative, and when example inputs are needed.
+
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.rand(1, 3, 8, 8)
+        >>> gates = slim.add_gates(model, slim.trace(model, x))
+        >>> _ = torch.nn.init.uniform_(gates["0"])
+        >>> folded = slim.fold_gates(model)
+        >>> slim.gate_vectors(folded), slim.max_difference(model, folded, x) < 1e-5
+        ({}, True)
     """
     folded = copy.deepcopy(model)
-    if any(bool((vector < 0).any()) for vector in distinct_vectors(folded)):
+    if any(bool((vector < 0).any()) for vector in gate_parameters(folded)):
         raise SlimError("a gate is negative; call SmallestHalfL1.project() (or step) after every optimizer step")
-    while distinct_vectors(folded):
+    while gate_parameters(folded):
         run = GatePropagation(folded)
-        for tensor in run.run(example_of(folded) if example_inputs is None else example_inputs):
+        for tensor in run.run(example_inputs_of(folded) if example_inputs is None else example_inputs):
             run.fail(run.get(tensor), "the model's output")
         stuck = stuck_vectors(run, folded)
         fold_into_readers(run, folded, stuck)
-        behind_layers = {key for key in stuck if all(folds_back(folded, path) for path in gate_paths(folded, key))}
+        behind_layers = {
+            key
+            for key in stuck
+            if all(
+                folds_back(folded, path) for path, gate in gates_in(folded) if any(id(v) == key for v in gate.vectors)
+            )
+        }
         if not behind_layers:
             warn_of(stuck, folded)
             break
@@ -190,20 +197,10 @@ def fold_gates(model: Model, example_inputs: Any = None) -> Model:
     return folded
 
 
-def distinct_vectors(model: nn.Module) -> list[nn.Parameter]:
-    """Gate vectors in the order in which their entries are numbered."""
-    return list({id(v): v for _, gate in gates_in(model) for v in gate.vectors}.values())
-
-
-def gate_paths(model: nn.Module, vector: int) -> list[str]:
-    """The gates that hold a vector, given by its id."""
-    return [path for path, gate in gates_in(model) if any(id(v) == vector for v in gate.vectors)]
-
-
 def stuck_vectors(run: GatePropagation, model: nn.Module) -> dict[int, str]:
     """id of each vector of which some entry cannot be folded forward, and why."""
     stuck = {}
-    for vector in distinct_vectors(model):
+    for vector in gate_parameters(model):
         labels = range(run.start[id(vector)], run.start[id(vector)] + vector.numel())
         reason = next((run.unfoldable[x] for x in labels if x in run.unfoldable), None)
         if reason is not None:
@@ -221,20 +218,20 @@ def warn_of(stuck: dict[int, str], model: nn.Module) -> None:
 @torch.no_grad()
 def fold_into_readers(run: GatePropagation, model: nn.Module, stuck: dict[int, str]) -> None:
     """Multiply the weights that read what is scaled; of stuck vectors nothing is taken up. In place."""
-    taken = [torch.ones_like(v) if id(v) in stuck else v for v in distinct_vectors(model)]
+    taken = [torch.ones_like(v) if id(v) in stuck else v for v in gate_parameters(model)]
     factors = torch.cat([torch.ones(1), *[v.detach().float().cpu() for v in taken]])
-    for (param, _), entries in run.readers.items():
-        weight = get_tensor(model, param)
+    for param, entries in run.readers.items():
+        weight = model.get_parameter(param)
         factor = factors[entries].to(weight.device, weight.dtype)
         weight.mul_(factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2)))
-    remove_gates(model, {id(v) for v in distinct_vectors(model)} - set(stuck))
+    remove_gates(model, {id(v) for v in gate_parameters(model)} - set(stuck))
 
 
 @torch.no_grad()
 def fold_into_makers(model: nn.Module, vectors: set[int]) -> None:
     """Multiply weight and bias of the layers that gates with these vectors follow. In place."""
     for path, gate in gates_in(model):
-        layer: Any = model.get_submodule(site_of(path))
+        layer: Any = model.get_submodule(gated_path(path))
         taken = torch.cat([v if id(v) in vectors else torch.ones_like(v) for v in gate.vectors])
         if any(id(v) in vectors for v in gate.vectors):
             factor = (taken if gate.index is None else taken[gate.index]).to(layer.weight.dtype)
@@ -246,7 +243,7 @@ def fold_into_makers(model: nn.Module, vectors: set[int]) -> None:
 
 def folds_back(model: nn.Module, gate_path: str) -> bool:
     """Whether the module that a gate follows can take it up: a layer whose weight and bias no other module shares."""
-    layer = model.get_submodule(site_of(gate_path))
+    layer = model.get_submodule(gated_path(gate_path))
     own = {id(p) for p in layer._parameters.values() if p is not None}
     shared = sum(id(p) in own for m in model.modules() for p in m._parameters.values()) > len(own)
     return isinstance(layer, SCALABLE) and layer.weight is not None and not shared
@@ -259,10 +256,10 @@ def remove_gates(model: nn.Module, folded: set[int]) -> None:
             if id(vector) in folded:
                 vector.fill_(1.0)
         if all(id(v) in folded for v in gate.vectors):
-            detach_gate(model.get_submodule(site_of(path)))
+            detach_gate(model.get_submodule(gated_path(path)))
 
 
-def example_of(model: nn.Module) -> tuple[Tensor, ...]:
+def example_inputs_of(model: nn.Module) -> tuple[Tensor, ...]:
     """Inputs of the shapes with which the gates were placed."""
     spec = getattr(model, "slim_example", None)
     if spec is None:

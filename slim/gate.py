@@ -7,23 +7,32 @@ followed by a bias and a non-linearity and promises no such thing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from slim.errors import SlimError
+from slim.graph import ChannelGraph, GateSite
+
+logger = logging.getLogger(__name__)
 
 CLOSED = 0.01
-"""A gate below this is closed."""
+"""A gate below this magnitude is closed."""
+NAME = "slim_gate"
+"""The name of a gate among the children of the module that it follows."""
 
 
 class Gate(nn.Module):
     """Multiplies each channel of one activation by its factor.
 
-    The factors of the activation's channels come from one vector per group (FP32 parameters, shared between the gates of
-    one group when tied); ``index`` [channels] picks them from the vectors' concatenation, None when in order.
+    Args:
+        groups: names of the channel groups to which the activation's channels belong
+        vectors: the factors of each of these groups, FP32; gates of one group share a vector when they are tied
+        index: for each channel its position in the vectors' concatenation, int64 [channels]; None when they are in order
+        axis: the channel axis of the activation
     """
 
     index: Tensor | None
@@ -59,10 +68,6 @@ class Gate(nn.Module):
         return f"groups={list(self.groups)}, channels={self.factors().numel()}"
 
 
-NAME = "slim_gate"
-"""The name of a gate among the children of the module that it follows."""
-
-
 def attach_gate(module: nn.Module, gate: Gate) -> None:
     """Scale what a module gives from now on; in place. No other module or parameter changes its name."""
     module.add_module(NAME, gate)
@@ -70,177 +75,172 @@ def attach_gate(module: nn.Module, gate: Gate) -> None:
 
 
 def detach_gate(module: nn.Module) -> None:
-    """The inverse of ``attach_gate``, in place."""
+    """Undo ``attach_gate``, in place."""
     gate = module._modules.pop(NAME)
     for key, hook in list(module._forward_hooks.items()):
         if getattr(hook, "__self__", None) is gate:
             del module._forward_hooks[key]
 
 
-def site_of(gate_path: str) -> str:
+def gated_path(gate_path: str) -> str:
     """Path of the module that the gate at a path follows."""
     return gate_path.removesuffix(f".{NAME}")
 
 
-def gates_in(model: nn.Module) -> Iterator[tuple[str, Gate]]:
+def gates_in(model: nn.Module) -> list[tuple[str, Gate]]:
     """(path, gate) of every gate in a model."""
-    for path, module in model.named_modules():
-        if isinstance(module, Gate):
-            yield path, module
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, Gate)]
+
+
+def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all gates of a model, each once, in the order of its modules."""
+    return list({id(p): p for _, gate in gates_in(model) for p in gate.parameters()}.values())
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of learnable parameters, gates not counted since they fold away."""
+    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in gate_parameters(model))
 
 
 def gate_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every distinct gate vector of a model by name.
 
-    The name is the group's when the gates of a group are tied, otherwise ``group@activation path``.
+    The name is the group's when the gates of a group are tied, otherwise ``group@path of the module before the gate``.
     """
-    found: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    found: dict[str, dict[int, tuple[str, nn.Parameter]]] = {}
     for path, gate in gates_in(model):
         for group, vector in zip(gate.groups, gate.vectors, strict=True):
-            known = found.setdefault(group, [])
-            if all(vector is not other for _, other in known):
-                known.append((site_of(path), vector))
-    names: dict[str, nn.Parameter] = {}
-    for group, vectors in found.items():
-        for path, vector in vectors:
-            names[group if len(vectors) == 1 else f"{group}@{path}"] = vector
-    return names
+            found.setdefault(group, {}).setdefault(id(vector), (gated_path(path), vector))
+    return {
+        group if len(vectors) == 1 else f"{group}@{path}": vector
+        for group, vectors in found.items()
+        for path, vector in vectors.values()
+    }
 
 
 def closed_share(model: nn.Module) -> float:
     """Share of gates that are closed, 0..1; 0 for a model without gates."""
-    vectors = [v.detach() for v in gate_vectors(model).values()]
+    vectors = [v.detach() for v in gate_parameters(model)]
     total = sum(v.numel() for v in vectors)
     return sum(int((v.abs() < CLOSED).sum()) for v in vectors) / total if total else 0.0
 
 
 @contextlib.contextmanager
 def closed_gates_at_zero(model: nn.Module) -> Iterator[bool]:
-    """Inside, closed gates are exactly 0, as a cut of them leaves them; in place. Gives whether that changes any."""
-    vectors = list(gate_vectors(model).values())
-    kept = [vector.detach().clone() for vector in vectors]
+    """Set closed gates to exactly 0 for the duration, as a cut leaves them; in place. Gives whether that changes any."""
+    vectors = gate_parameters(model)
+    before = [vector.detach().clone() for vector in vectors]
     changed = False
     with torch.no_grad():
-        for vector, before in zip(vectors, kept, strict=True):
-            vector[before.abs() < CLOSED] = 0.0
-            changed |= not torch.equal(vector, before)
+        for vector, old in zip(vectors, before, strict=True):
+            vector[old.abs() < CLOSED] = 0.0
+            changed |= not torch.equal(vector, old)
     try:
         yield changed
     finally:
         with torch.no_grad():
-            for vector, before in zip(vectors, kept, strict=True):
-                vector.copy_(before)
+            for vector, old in zip(vectors, before, strict=True):
+                vector.copy_(old)
 
 
-class SmallestHalfL1:
-    """The L1 pull on the smallest part of every gate vector, as a proximal step.
+def add_gates(
+    model: nn.Module, graph: ChannelGraph, *, tie: Literal["group", "layer"] = "group"
+) -> dict[str, nn.Parameter]:
+    """Put a gate, all factors 1, behind every activation whose channels can be pruned; in place and idempotent.
 
-    Take it once, right after ``optimizer.step()``: in each vector the ``fraction`` of entries that is smallest by
-    magnitude (the ranking is fresh at each step; of equal entries the ones of lower index) becomes
-    ``max(0, gate - lr * strength)``; the others become ``max(0, gate)``. Unlike a term in the loss it reaches exactly 0
-    and owes nothing to batch size, loss scale, momentum or AMP. (Proximal operator of the L1 norm: Parikh and Boyd,
-    "Proximal Algorithms", 2014, section 6.5.2.)
+    Where channels reach a weight past no activation module of their own (one that runs several times in a forward pass,
+    a function, a sum), the gate sits behind the norm or layer that makes them.
 
-    Vectors that require no gradient are frozen: they are left alone and count in no share.
+    Args:
+        model: the model that was traced
+        graph: what ``slim.trace`` found in it
+        tie: "group" gives all gates of one group one shared vector, "layer" each gate its own
 
-    ``strength`` and ``limit`` may be changed between steps; with a limit only so many gates are pulled, of those the
-    smallest over all vectors.
+    Returns:
+        The gate vectors, FP32 [channels of the group], by group name (``group@module`` where a group has several).
+
+    Raises:
+        SlimError: for another ``tie``, and when the graph has no channels that can be pruned.
+
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        >>> graph = slim.trace(model, torch.zeros(1, 3, 8, 8))
+        >>> {name: gate.tolist() for name, gate in slim.add_gates(model, graph).items()}
+        {'0': [1.0, 1.0, 1.0, 1.0]}
     """
-
-    limit: int | None = None
-
-    def __init__(self, model: nn.Module, *, strength: float, fraction: float = 0.5) -> None:
-        if not 0.0 <= fraction <= 1.0:
-            raise SlimError(f"fraction is {fraction}; expected 0 to 1, the part of each gate vector that is pulled")
-        if not strength >= 0.0:
-            raise SlimError(f"strength is {strength}; expected a number of at least 0")
-        gates = gate_vectors(model)
-        if not gates:
-            raise SlimError("the model has no gates to pull; call slim.add_gates(model, graph) first")
-        self.vectors = {name: vector for name, vector in gates.items() if vector.requires_grad}
-        if not self.vectors:
-            raise SlimError(f"all {len(gates)} gate vectors of the model are frozen; leave one its requires_grad")
-        self.strength = strength
-        self.fraction = fraction
-        self._sizes = [vector.numel() for vector in self.vectors.values()]
-        # All vectors are ranked at once, as rows of a table that is as wide as the longest of them.
-        width = max(self._sizes)
-        self._slots = torch.cat([row * width + torch.arange(size) for row, size in enumerate(self._sizes)])
-        self._pulled = torch.tensor([[int(size * fraction)] for size in self._sizes])
-
-    @torch.no_grad()
-    def pulled(self) -> Tensor:
-        """Which gates the next step pulls: bool [all gates], in the order of ``joined``."""
-        gates = self.joined()
-        slots, pulled = self._slots.to(gates.device), self._pulled.to(gates.device)
-        table = gates.new_full((len(self._sizes), max(self._sizes)), float("inf"))
-        table.view(-1)[slots] = gates.abs()
-        order = torch.sort(table, dim=1, stable=True).indices
-        is_low = torch.arange(table.shape[1], device=gates.device) < pulled
-        chosen = torch.zeros_like(table, dtype=torch.bool).scatter_(1, order, is_low).view(-1)[slots]
-        if self.limit is None:
-            return chosen
-        ranked = gates.abs().masked_fill_(~chosen, float("inf")).sort(stable=True).indices
-        chosen[ranked[self.limit :]] = False
-        return chosen
-
-    def joined(self) -> Tensor:
-        """All gates one after another, detached, [all gates]."""
-        return torch.cat([vector.detach() for vector in self.vectors.values()])
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Pull once with learning rate ``lr``, in place."""
-        if self.strength > 0:
-            gates = self.joined().sub_(self.pulled() * (lr * self.strength))
-            torch._foreach_copy_(list(self.vectors.values()), list(gates.split(self._sizes)))
-        self.project()
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Only keep the gates at or above 0, in place."""
-        torch._foreach_clamp_min_(list(self.vectors.values()), 0.0)
-
-    def penalty(self) -> float:
-        """Sum of the magnitudes of the entries that the next step would pull."""
-        return float(self.joined()[self.pulled()].abs().sum())
-
-    def closed_share(self) -> float:
-        """Share of all gates that are closed, 0..1."""
-        gates = self.joined()
-        return int((gates.abs() < CLOSED).sum()) / gates.numel()
-
-    def against_gradient(self) -> float | None:
-        """The pull over the mean magnitude of the loss's gradient at the pulled gates; above 1 they close.
-
-        Read it between a backward pass and the next ``zero_grad``. None where there is no gradient.
-        """
-        gradients = [vector.grad for vector in self.vectors.values()]
-        if any(gradient is None for gradient in gradients):
-            return None
-        opposed = float(torch.cat([g for g in gradients if g is not None])[self.pulled()].abs().mean())
-        return self.strength / opposed if opposed > 0 else None
-
-    def gates(self) -> dict[str, Tensor]:
-        """The gate vectors by name, detached (for histograms)."""
-        return {name: vector.detach() for name, vector in self.vectors.items()}
-
-    def state(self) -> dict[str, float]:
-        """What ``restore`` needs to continue exactly."""
-        return {"strength": self.strength}
-
-    def restore(self, state: Mapping[str, float]) -> None:
-        """Continue from a ``state``, in place."""
-        self.strength = state["strength"]
+    if tie not in ("group", "layer"):
+        raise SlimError(f"tie is {tie!r}; expected 'group' or 'layer'")
+    if gates_in(model):
+        return gate_vectors(model)
+    shared: dict[str, nn.Parameter] = {}
+    device = next(model.parameters()).device
+    for site in graph.gate_sites:
+        numbers = list(dict.fromkeys(group for group, _ in site.channels))
+        groups = [graph.groups[n] for n in numbers]
+        frozen = next((g for g in groups if not g.prunable), None)
+        if frozen is not None:
+            logger.debug("no gate at %s: group %s is frozen (%s)", site.path, frozen.name, frozen.frozen_reason)
+            continue
+        vectors = []
+        for group in groups:
+            key = group.name if tie == "group" else f"{group.name}@{site.path}"
+            shared.setdefault(key, nn.Parameter(torch.ones(group.size, dtype=torch.float32, device=device)))
+            vectors.append(shared[key])
+        gate = Gate([g.name for g in groups], vectors, gate_index(site, numbers, [g.size for g in groups]), site.axis)
+        attach_gate(model.get_submodule(site.path), gate.to(device))
+    if not shared:
+        raise SlimError("no gate could be placed: the graph has no channels that can be pruned; see graph.report()")
+    model.slim_example, model.slim_layers = graph.example, graph.layers  # type: ignore[assignment]
+    return gate_vectors(model)
 
 
-def strength_for(total_lr: float, travel: float = 2.0) -> float:
-    """The strength with which an unopposed gate travels ``travel`` (a gate starts at 1; the data resists).
+def gate_index(site: GateSite, numbers: Sequence[int], sizes: Sequence[int]) -> Tensor | None:
+    """For each channel of the site its position in the concatenation of the groups' vectors; None when in order."""
+    start = {n: sum(sizes[:i]) for i, n in enumerate(numbers)}
+    index = [start[group] + channel for group, channel in site.channels]
+    return None if index == list(range(sum(sizes))) else torch.tensor(index)
 
-    ``total_lr`` is the sum of the learning rates over the steps that pull.
-    """
-    if not total_lr > 0:
-        raise SlimError(
-            f"the learning rates of the sparse steps sum to {total_lr}; expected more than 0 (train longer)"
-        )
-    return travel / total_lr
+
+class GateLayout(TypedDict):
+    """Where one gate sits and which vectors feed it: plain data, enough to put it back on a fresh model."""
+
+    path: str
+    axis: int
+    groups: list[str]
+    vectors: list[str]
+    sizes: list[int]
+    index: list[int] | None
+
+
+def gate_layout(model: nn.Module) -> list[GateLayout]:
+    """The layout of all gates of a model."""
+    names = {id(vector): name for name, vector in gate_vectors(model).items()}
+    return [
+        {
+            "path": gated_path(path),
+            "axis": gate.axis,
+            "groups": list(gate.groups),
+            "vectors": [names[id(v)] for v in gate.vectors],
+            "sizes": [v.numel() for v in gate.vectors],
+            "index": None if gate.index is None else gate.index.tolist(),
+        }
+        for path, gate in gates_in(model)
+    ]
+
+
+def restore_gates(model: nn.Module, layout: Sequence[GateLayout]) -> None:
+    """Put gates back by their layout, factors 1, in place."""
+    shared: dict[str, nn.Parameter] = {}
+    for item in layout:
+        vectors = [
+            shared.setdefault(name, nn.Parameter(torch.ones(size)))
+            for name, size in zip(item["vectors"], item["sizes"], strict=True)
+        ]
+        index = None if item["index"] is None else torch.tensor(item["index"])
+        try:
+            module = model.get_submodule(item["path"])
+        except AttributeError as error:
+            raise SlimError(f"a gate belongs at {item['path']}, but the built model has no such module") from error
+        attach_gate(module, Gate(item["groups"], vectors, index, item["axis"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 Role = Literal["out", "in", "depthwise", "scale", "width"]
-"""How a parameter's axis meets a channel: produces it, consumes it linearly, acts on it alone; ``width``: not a tensor but
-a module's integer attribute that counts the channels (such as a group norm's ``num_groups``)."""
-
-
+"""What a parameter's axis is to a channel: "out" produces it, "in" consumes it linearly, "depthwise" both, "scale" acts on
+it alone; "width" is no tensor but a module's integer attribute that counts the channels (a norm's ``num_features``)."""
 Example = tuple[tuple[tuple[int, ...], str], ...]
 """Shape and type (such as ``float32``) of each tensor that a model takes by position."""
 
@@ -37,9 +35,14 @@ class Member:
         """Path of the module that owns the parameter."""
         return self.param.rpartition(".")[0]
 
+    @property
+    def produces(self) -> bool:
+        """Whether the parameter is a weight whose output the channels are."""
+        return self.role in ("out", "depthwise")
+
     @cached_property
-    def places(self) -> Tensor:
-        """``index`` as a tensor, [positions]."""
+    def index_tensor(self) -> Tensor:
+        """``index`` as a tensor, int64 [positions]."""
         return torch.tensor(self.index)
 
     def positions(self, channels: tuple[int, ...] | list[int], size: int) -> list[int]:
@@ -74,7 +77,16 @@ class ChannelGroup:
 
 def positions_per_channel(members: tuple[Member, ...], size: int) -> int:
     """Output channels of the first producing layer for each of a group's ``size`` channels."""
-    return next((len(m.index) // size for m in members if m.role in ("out", "depthwise")), 1)
+    return next((len(m.index) // size for m in members if m.produces), 1)
+
+
+def unique_name(name: str, taken: Collection[str]) -> str:
+    """The name, numbered when it is taken."""
+    found, number = name, 1
+    while found in taken:
+        number += 1
+        found = f"{name}#{number}"
+    return found
 
 
 @dataclass(frozen=True)
@@ -92,8 +104,11 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class Site:
-    """An activation module's output: for each channel its (group index, channel of the group); axis is the channel axis."""
+class GateSite:
+    """A module behind which a gate can go: for each channel of its output (group index, channel of the group).
+
+    ``axis`` is the channel axis of the output.
+    """
 
     path: str
     axis: int
@@ -117,7 +132,7 @@ class ChannelGraph:
     groups: tuple[ChannelGroup, ...]
     layers: tuple[LayerCost, ...]
     shapes: dict[str, tuple[int, ...]]
-    sites: tuple[Site, ...]
+    gate_sites: tuple[GateSite, ...]
     freezing_ops: tuple[FreezingOp, ...]
     example: Example | None
     unused: tuple[str, ...] = ()
@@ -147,7 +162,7 @@ class ChannelGraph:
         return sum(
             by_weight.get(m.param, 0) * len(m.index) // self.shapes[m.param][m.axis]
             for m in group.members
-            if m.role in ("out", "depthwise") and m.param in by_weight
+            if m.produces and m.param in by_weight
         )
 
     def macs_share(self, groups: Iterable[ChannelGroup]) -> float:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from slim.channels import ChannelPropagation
 from slim.propagate import Call
-
-if TYPE_CHECKING:
-    from slim.trace import ChannelPropagation
 
 
 def attach(run: ChannelPropagation, vector: Tensor | None, channels: Tensor) -> None:

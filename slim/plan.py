@@ -1,14 +1,14 @@
-"""A plan: which channels of which group are kept. Plain data that prints, diffs, saves and applies to any fresh copy."""
+"""A plan: which channels of which group are kept. Plain data that prints, is written as JSON and applies to any fresh copy."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from slim import chart
 from slim.errors import SlimError
-from slim.graph import Example, Member, Role, positions_per_channel
+from slim.graph import Example, Member, positions_per_channel
 
 PLAN_VERSION = 2
 MOST_POSITIONS = 1 << 22
@@ -49,11 +49,29 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept channels of the groups that may be cut, with MACs and parameters (gates not counted) before and after.
+    """Kept channels of the groups that may be cut, made by ``slim.make_plan``.
 
-    ``shapes`` holds the traced network's shape of every parameter that the groups occupy, by name; ``example`` shapes and
-    types of the inputs with which it was traced (None where they were no tensors by position). ``solved`` is set by
-    ``make_plan`` and tells ``apply_plan`` that these very groups need no check.
+    Args:
+        groups: what is kept of each group
+        macs: multiply-accumulates of one image before and after
+        params: learnable parameters before and after, gates not counted
+        shapes: the traced network's shape of every parameter that the groups occupy, by name
+        example: shapes and types of the inputs with which it was traced; None where they were no tensors by position
+        verified_hash: set where a cut of all groups was tried on the traced model, see ``mark_verified``
+
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        >>> graph = slim.trace(model, torch.zeros(1, 3, 8, 8))
+        >>> scores = {"0": torch.tensor([0.9, 0.1, 0.7, 0.2])}
+        >>> plan = slim.make_plan(graph, scores, channels=0.5, round_to=1, min_channels=1)
+        >>> print(plan)
+        group  before  after   kept  scores                highest out    lowest in
+        0           4      2  50.0%  0.1 .. 0.9                    0.2          0.7
+        MACs 0.0 M -> 0.0 M (50.0%), parameters 0.000 M -> 0.000 M (50.8%), channels 4 -> 2 (50.0%)
+        >>> slim.Plan.from_json(plan.to_json()) == plan
+        True
     """
 
     groups: tuple[GroupPlan, ...]
@@ -61,38 +79,34 @@ class Plan:
     params: tuple[int, int]
     shapes: dict[str, tuple[int, ...]]
     example: Example | None = None
-    solved: int | None = field(default=None, compare=False, repr=False)
+    verified_hash: int | None = field(default=None, compare=False, repr=False)
 
-    def seal(self) -> Plan:
-        """The same plan, marked as solved on a graph whose cut was tried. An altered copy does not pass for it."""
-        return replace(self, solved=hash(self.groups))
+    def mark_verified(self) -> Plan:
+        """The same plan, marked as one of a graph whose cut was tried, so that ``apply_plan`` need not check its shapes."""
+        return replace(self, verified_hash=hash(self.groups))
 
     @property
-    def sealed(self) -> bool:
-        """Whether the groups are those that were sealed, in this process."""
-        return self.solved is not None and self.solved == hash(self.groups)
-
-    def then(self, later: Plan) -> Plan:
-        """One plan in place of two: ``later`` was made on the network that this one leaves.
-
-        Applied to this plan's network it gives the very weights that the two give in turn. Scores are those of the last
-        round that judged the group. SlimError, naming the parameter, where ``later`` does not fit.
-        """
-        from slim.compose import compose
-
-        return compose(self, later)
-
-    def compare(self, other: Plan) -> str:
-        """A table of two plans for one network: widths in both, channels that both keep, and their Jaccard overlap (kept by
-        both / kept by either). SlimError when the plans are of different networks."""
-        return chart.compare(self, other)
-
-    def chart(self, width: int = 60) -> str:
-        """A bar for each group, before (light) and after (solid); the widest group is ``width`` characters long."""
-        return chart.bars(self, width)
+    def is_verified(self) -> bool:
+        """Whether it was marked as verified in this process, and its groups are still the same."""
+        return self.verified_hash is not None and self.verified_hash == hash(self.groups)
 
     def __str__(self) -> str:
-        return chart.table(self)
+        """Each group's width before and after, and its scores: all, the highest that goes, the lowest that stays; totals."""
+        width = max([5, *(len(g.name) for g in self.groups)])
+        lines = [f"{'group':<{width}}  before  after   kept  {'scores':<20}  {'highest out':>11}  {'lowest in':>11}"]
+        for g in self.groups:
+            before, after = g.widths
+            scores = "" if g.score_range is None else f"{g.score_range[0]:.3g} .. {g.score_range[1]:.3g}"
+            highest, lowest = ("" if s is None else f"{s:.3g}" for s in (g.highest_removed, g.lowest_kept))
+            row = f"{g.name:<{width}}  {before:>6}  {after:>5}  {percent(after, before):>5}  {scores:<20}  "
+            lines.append((row + f"{highest:>11}  {lowest:>11}").rstrip())
+        (m0, m1), (p0, p1) = self.macs, self.params
+        c0, c1 = (sum(g.widths[when] for g in self.groups) for when in (0, 1))
+        lines.append(
+            f"MACs {m0 / 1e6:.1f} M -> {m1 / 1e6:.1f} M ({percent(m1, m0)}), parameters {p0 / 1e6:.3f} M -> "
+            f"{p1 / 1e6:.3f} M ({percent(p1, p0)}), channels {c0} -> {c1} ({percent(c1, c0)})"
+        )
+        return "\n".join(lines)
 
     def to_json(self) -> str:
         """Versioned JSON; runs of consecutive integers are written as [first, last + 1] pairs."""
@@ -124,35 +138,22 @@ class Plan:
             raise SlimError(
                 f"not a plan: {type(error).__name__} {error}; expected what Plan.to_json() wrote"
             ) from error
-        check_version(plain)
-        plain = fields_of(plain, "the plan", ("version", "macs", "params", "example", "shapes", "groups"))
-        shapes = {
-            name: tuple(integer(n, f"shapes[{name!r}]", 0) for n in listed(shape, f"shapes[{name!r}]"))
-            for name, shape in named(plain["shapes"], "shapes").items()
-        }
-        groups = tuple(
-            read_group(group, f"groups[{n}]", shapes) for n, group in enumerate(listed(plain["groups"], "groups"))
-        )
-        check_claims(groups)
-        macs, params = costs_of(plain["macs"], "macs"), costs_of(plain["params"], "params")
-        return Plan(groups, macs, params, shapes, example_of(plain["example"]))
+        version = plain.pop("version", None) if isinstance(plain, dict) else None
+        if version == 1 and version is not True:
+            raise SlimError(
+                "the plan has version 1, which did not record the network's shapes; make it again with prune.py "
+                f"(this slim reads version {PLAN_VERSION})"
+            )
+        if version != PLAN_VERSION or not isinstance(version, int):
+            raise SlimError(f"not a plan: its version is {version!r}; this slim reads version {PLAN_VERSION}")
+        plan: Plan = decode(Plan, plain, "the plan")
+        check_plan(plan)
+        return plan
 
 
-def malformed(where: str, found: Any, expected: str) -> SlimError:
-    """What is said of a plan's text that no ``to_json`` wrote."""
-    shown = repr(found)
-    return SlimError(f"not a plan: {where} is {shown if len(shown) < 60 else shown[:60] + '...'}; expected {expected}")
-
-
-def check_version(plain: Any) -> None:
-    version = named(plain, "the text").get("version")
-    if version == 1 and version is not True:
-        raise SlimError(
-            "the plan has version 1, which did not record the network's shapes; make it again with prune.py "
-            f"(this slim reads version {PLAN_VERSION})"
-        )
-    if version != PLAN_VERSION or not isinstance(version, int):
-        raise SlimError(f"not a plan: its version is {version!r}; this slim reads version {PLAN_VERSION}")
+def percent(part: int, whole: int) -> str:
+    """A share as it stands in tables."""
+    return f"{part / whole:.1%}" if whole else "-"
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -163,142 +164,59 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def named(value: Any, where: str) -> dict[str, Any]:
+def malformed(where: str, found: Any, expected: str) -> SlimError:
+    """What is said of a plan's text that no ``to_json`` wrote."""
+    shown = repr(found)
+    return SlimError(f"not a plan: {where} is {shown if len(shown) < 60 else shown[:60] + '...'}; expected {expected}")
+
+
+SCALARS = {int: "an integer of at least 0", float: "a number", str: "a name"}
+
+
+def decode(kind: Any, value: Any, where: str) -> Any:
+    """A value of the type ``kind`` from its JSON form; SlimError that names the place where it is of another type."""
+    options = get_args(kind)
+    if kind in SCALARS:
+        right = type(value) is kind or (kind is float and type(value) is int)
+        if not right or value != value or (kind is int and value < 0) or value == "":
+            raise malformed(where, value, SCALARS[kind])
+        return kind(value)
+    if get_origin(kind) is UnionType:
+        return None if value is None else decode(options[0], value, where)
+    if get_origin(kind) is Literal:
+        if value not in options:
+            raise malformed(where, value, f"one of {', '.join(options)}")
+        return value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise malformed(where, value, "a list")
+        kinds = [options[0]] * len(value) if options[-1] is ... else options
+        if len(kinds) != len(value):
+            raise malformed(where, value, f"{len(kinds)} values")
+        return tuple(decode(k, v, f"{where}[{n}]") for n, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if not isinstance(value, dict):
         raise malformed(where, value, "an object")
-    return value
-
-
-def fields_of(value: Any, where: str, names: tuple[str, ...]) -> dict[str, Any]:
-    """An object with exactly these fields."""
-    found = named(value, where)
-    if set(found) != set(names):
-        missing, strange = sorted(set(names) - set(found)), sorted(set(found) - set(names))
-        wrong = f"without {', '.join(missing)}" if missing else f"an object with the unknown {', '.join(strange)}"
+    if not is_dataclass(kind):
+        return {key: decode(options[1], v, f"{where}[{key!r}]") for key, v in value.items()}
+    names = [f.name for f in fields(kind) if f.compare]
+    if set(value) != set(names):
+        missing, unknown = sorted(set(names) - set(value)), sorted(set(value) - set(names))
+        wrong = f"without {', '.join(missing)}" if missing else f"an object with the unknown {', '.join(unknown)}"
         raise SlimError(f"not a plan: {where} is {wrong}; expected {', '.join(names)}")
-    return found
+    hints = get_type_hints(kind)
+    values = {n: (from_runs if n in ("keep", "index") else decode)(hints[n], value[n], f"{where}.{n}") for n in names}
+    return kind(**values)  # type: ignore[operator]
 
 
-def listed(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise malformed(where, value, "a list")
-    return value
-
-
-def integer(value: Any, where: str, least: int, most: int | None = None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        raise malformed(where, value, f"an integer from {least}" + ("" if most is None else f" to {most}"))
-    return value
-
-
-def text_in(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise malformed(where, value, "a name")
-    return value
-
-
-def number(value: Any, where: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:
-        raise malformed(where, value, "a number")
-    return float(value)
-
-
-def costs_of(value: Any, where: str) -> tuple[int, int]:
-    """[before, after]."""
-    if len(listed(value, where)) != 2:
-        raise malformed(where, value, "two integers, before and after")
-    before = integer(value[0], where, 0)
-    return before, integer(value[1], where, 0, before)
-
-
-def example_of(value: Any) -> Example | None:
-    """Shape and type of each input."""
-    if value is None:
-        return None
-    found = []
-    for n, pair in enumerate(listed(value, "example")):
-        where = f"example[{n}]"
-        if len(listed(pair, where)) != 2:
-            raise malformed(where, pair, "a shape and a type")
-        found.append((tuple(integer(size, where, 0) for size in listed(pair[0], where)), text_in(pair[1], where)))
-    return tuple(found)
-
-
-def indices(value: Any, where: str, length: int) -> tuple[int, ...]:
-    """Distinct integers from 0 to ``length`` - 1, from their runs."""
-    found: list[int] = []
-    for n, run in enumerate(listed(value, where)):
-        if len(listed(run, f"{where}[{n}]")) != 2:
-            raise malformed(f"{where}[{n}]", run, "a run: [first, last + 1]")
-        first = integer(run[0], f"{where}[{n}]", 0, length - 1)
-        found += range(first, integer(run[1], f"{where}[{n}]", first + 1, length))
-        if len(found) > length:
-            break
-    if not found or len(set(found)) != len(found):
+def from_runs(kind: Any, value: Any, where: str) -> tuple[int, ...]:
+    """Distinct integers from their runs, see ``to_runs``."""
+    runs: tuple[tuple[int, int], ...] = decode(tuple[tuple[int, int], ...], value, where)
+    if not runs or any(end <= first for first, end in runs) or sum(end - first for first, end in runs) > MOST_POSITIONS:
+        raise malformed(where, value, "runs of integers, [first, last + 1]")
+    found = tuple(n for first, end in runs for n in range(first, end))
+    if len(set(found)) < len(found):
         raise malformed(where, value, "some integers, each once")
-    return tuple(found)
-
-
-def read_group(plain: Any, where: str, shapes: dict[str, tuple[int, ...]]) -> GroupPlan:
-    names = ("name", "size", "keep", "members", "score_range", "lowest_kept", "highest_removed")
-    plain = fields_of(plain, where, names)
-    name = text_in(plain["name"], f"{where}.name")
-    where = f"group {name}: "
-    size = integer(plain["size"], where + "size", 1, MOST_POSITIONS)
-    keep = indices(plain["keep"], where + "keep", size)
-    if list(keep) != sorted(keep):
-        raise malformed(where + "keep", plain["keep"], "ascending channels")
-    members = tuple(
-        read_member(m, f"{where}members[{n}]", size, shapes)
-        for n, m in enumerate(listed(plain["members"], where + "members"))
-    )
-    if not members:
-        raise malformed(where + "members", [], "at least one")
-    scores = plain["score_range"]
-    if scores is not None:
-        if len(listed(scores, where + "score_range")) != 2:
-            raise malformed(where + "score_range", scores, "the lowest and the highest score")
-        low, high = (number(score, where + "score_range") for score in scores)
-        if low > high:
-            raise malformed(where + "score_range", scores, "the lowest and the highest score")
-        scores = (low, high)
-    edges = [None if plain[k] is None else number(plain[k], where + k) for k in ("lowest_kept", "highest_removed")]
-    return GroupPlan(name, size, keep, members, scores, *edges)
-
-
-def read_member(plain: Any, where: str, size: int, shapes: dict[str, tuple[int, ...]]) -> Member:
-    plain = fields_of(plain, where, ("param", "axis", "role", "index"))
-    param = text_in(plain["param"], where + ".param")
-    where = f"{where} ({param})"
-    shape = shapes.get(param)
-    axis = integer(plain["axis"], where + ".axis", 0, None if shape is None else len(shape) - 1)
-    role = plain["role"]
-    if role not in get_args(Role):
-        raise malformed(where + ".role", role, f"one of {', '.join(get_args(Role))}")
-    index = indices(plain["index"], where + ".index", MOST_POSITIONS if shape is None else shape[axis])
-    if len(index) % size:
-        raise malformed(where + ".index", f"{len(index)} positions long", f"a multiple of the group's {size} channels")
-    return Member(param, axis, role, index)
-
-
-def check_claims(groups: tuple[GroupPlan, ...]) -> None:
-    """Names are unique, and each position of each axis belongs to one channel of one group."""
-    names = [group.name for group in groups]
-    for name in names:
-        if names.count(name) > 1:
-            raise SlimError(f"not a plan: two groups are named {name}")
-    claims: dict[tuple[str, int], dict[int, tuple[str, int]]] = {}
-    for group in groups:
-        for m in group.members:
-            taken = claims.setdefault((m.param, m.axis), {})
-            each = len(m.index) // group.size
-            for n, position in enumerate(m.index):
-                owner = taken.setdefault(position, (group.name, n // each))
-                if owner != (group.name, n // each):
-                    raise SlimError(
-                        f"not a plan: position {position} of {m.param} (axis {m.axis}) belongs to channel {owner[1]} of group "
-                        f"{owner[0]} and to channel {n // each} of group {group.name}"
-                    )
+    return found
 
 
 def to_runs(numbers: tuple[int, ...] | list[int]) -> list[list[int]]:
@@ -310,3 +228,38 @@ def to_runs(numbers: tuple[int, ...] | list[int]) -> list[list[int]]:
         else:
             runs.append([n, n + 1])
     return runs
+
+
+def check_plan(plan: Plan) -> None:
+    """SlimError where the values of a plan do not fit each other."""
+    for what, (before, after) in (("macs", plan.macs), ("params", plan.params)):
+        if after > before:
+            raise malformed(what, [before, after], "at most as many after as before")
+    if len({g.name for g in plan.groups}) < len(plan.groups):
+        raise malformed("the list of groups' names", [g.name for g in plan.groups], "each name once")
+    owners: dict[tuple[str, int], dict[int, tuple[str, int]]] = {}
+    for g in plan.groups:
+        if not 1 <= g.size <= MOST_POSITIONS:
+            raise malformed(f"group {g.name}: size", g.size, f"1 to {MOST_POSITIONS} channels")
+        if list(g.keep) != sorted(g.keep) or g.keep[-1] >= g.size:
+            raise malformed(f"group {g.name}: keep", to_runs(g.keep), f"ascending channels below {g.size}")
+        if not g.members:
+            raise malformed(f"group {g.name}: members", [], "at least one")
+        if g.score_range is not None and g.score_range[0] > g.score_range[1]:
+            raise malformed(f"group {g.name}: score_range", g.score_range, "the lowest and the highest score")
+        for m in g.members:
+            shape = plan.shapes.get(m.param)
+            if shape is not None and m.axis >= len(shape):
+                raise malformed(f"group {g.name}: the axis of {m.param}", m.axis, f"below {len(shape)}")
+            length = MOST_POSITIONS if shape is None else shape[m.axis]
+            if max(m.index) >= length or len(m.index) % g.size:
+                expected = f"positions below {length}, equally many for each of {g.size} channels"
+                raise malformed(f"group {g.name}: the index of {m.param}", to_runs(m.index), expected)
+            taken, each = owners.setdefault((m.param, m.axis), {}), len(m.index) // g.size
+            for n, position in enumerate(m.index):
+                owner = taken.setdefault(position, (g.name, n // each))
+                if owner != (g.name, n // each):
+                    raise SlimError(
+                        f"not a plan: position {position} of {m.param} (axis {m.axis}) belongs to channel {owner[1]} of group "
+                        f"{owner[0]} and to channel {n // each} of group {g.name}"
+                    )

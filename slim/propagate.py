@@ -1,14 +1,15 @@
-"""Runs a model once under a dispatch mode and carries a label tensor beside every tensor.
+"""Runs a model once and carries a label tensor beside every tensor: what each of its elements belongs to.
+
+A label tensor has as many axes as the tensor that it describes; an axis along which the label is constant has size 1
+(so an activation [1, C, H, W] carries labels [1, C, 1, 1]). Label 0 means "nothing". ``None`` stands for all 0.
 
 ``Propagation`` knows the operators that only move elements; what a label means, and what arithmetic does to it, is its
-subclasses' business (channels in ``slim.trace``, gate factors in ``slim.fold``).
+subclasses' business (channels in ``slim.channels``, gate factors in ``slim.fold``).
 """
 
 from __future__ import annotations
 
-import random
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,15 +22,71 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from slim.errors import SlimError
-from slim.gate import gates_in
+from slim.forward import call_arguments, evaluation_mode, tensors_in, transparent_gates, untouched
+from slim.gate import count_params
 from slim.graph import LayerCost
-from slim.labels import along, collapse, split_axes, spread
 from slim.ops import KINDS, LIKE_PARAMETER, VIEW, operator_name
+
+
+def collapse(labels: Tensor) -> Tensor | None:
+    """Shrink every axis along which the labels do not change to size 1; None when nothing is labelled."""
+    for axis in range(labels.ndim):
+        if labels.shape[axis] <= 1:
+            continue
+        first = labels.narrow(axis, 0, 1)
+        # Axes that came from expand() have stride 0: constant by construction, no need to compare.
+        if labels.stride(axis) == 0 or bool((labels == first).all()):
+            labels = first
+    return labels.clone() if bool(labels.any()) else None
+
+
+def spread(labels: Tensor | None, tensor: Tensor) -> Tensor:
+    """Labels in the full shape of the tensor that they describe (a view where possible)."""
+    if labels is None:
+        return torch.zeros((1,) * tensor.ndim, dtype=torch.int64).expand(tensor.shape)
+    return labels.expand(tensor.shape)
+
+
+def varying_axes(labels: Tensor) -> list[int]:
+    """Axes along which the labels change."""
+    return [axis for axis, size in enumerate(labels.shape) if size > 1]
+
+
+def split_axes(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[int, list[int]]]:
+    """For a view from one shape to another: the input axes that it splits, each with the output axes (size > 1) they become.
+
+    A run of input axes that merges and splits at once is reported for each of its axes.
+    """
+    result: list[tuple[int, list[int]]] = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        ins, outs = [i], [j]
+        size_in, size_out = before[i], after[j]
+        i, j = i + 1, j + 1
+        while size_in != size_out:
+            if size_in < size_out and i < len(before):
+                size_in *= before[i]
+                ins.append(i)
+                i += 1
+            elif j < len(after):
+                size_out *= after[j]
+                outs.append(j)
+                j += 1
+            else:
+                return result
+        wide = [k for k in outs if after[k] > 1]
+        if len(wide) > 1:
+            result.extend((axis, wide) for axis in ins if before[axis] > 1)
+    return result
 
 
 @dataclass(frozen=True)
 class Call:
-    """One operator as the model called it; ``inputs`` and ``outputs`` are the tensors among arguments and results."""
+    """One operator as the model called it, as a channel rule gets it.
+
+    ``inputs`` and ``outputs`` are the tensors among arguments and results; ``contiguous`` says whether the first input lay
+    row by row in memory before the call.
+    """
 
     name: str
     func: Any
@@ -39,7 +96,6 @@ class Call:
     outputs: list[Tensor]
     in_place: bool = False
     contiguous: bool = True
-    """Whether the first input lay row by row in memory before the call."""
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema."""
@@ -54,7 +110,7 @@ class Call:
 
 
 class Propagation(TorchDispatchMode):
-    """Base of the label propagations; use through ``run``."""
+    """Base of the label propagations; use through ``run``. ``muted``: follow no labels, count costs alone."""
 
     def __init__(self, model: nn.Module, *, muted: bool = False) -> None:
         super().__init__()
@@ -63,15 +119,16 @@ class Propagation(TorchDispatchMode):
         self.tensors: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.tensors.setdefault(id(tensor), name)
-        self.met: set[int] = set()
+        # Parameters and buffers that an operator has seen, by identity.
+        self.seen: set[int] = set()
         self.views: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.labels: dict[int, Tensor | None] = {}
         # Labels are held by identity: every tensor must live as long as the table does.
         self.alive: list[Any] = []
         # Tensors whose values come from the example inputs: indices among them choose other elements on other inputs.
-        self.computed: set[int] = set()
+        self.data_dependent: set[int] = set()
         self.path: list[str] = []
-        self.in_rule = ""
+        self.current_rule = ""
         self.failed_at: tuple[str, list[Tensor]] | None = None
         self.layers: list[LayerCost] = []
         self.batch_size = 1
@@ -82,7 +139,7 @@ class Propagation(TorchDispatchMode):
         """Forward once in evaluation mode without gradients; returns the tensors among the outputs."""
         args, kwargs = call_arguments(example_inputs)
         given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        self.computed = {id(tensor) for tensor in given}
+        self.data_dependent = {id(tensor) for tensor in given}
         self.batch_size = next((t.shape[0] for t in given if t.ndim), 1)
         with untouched(self.model), self.watched_modules(), evaluation_mode(self.model), torch.no_grad():
             try:
@@ -91,16 +148,15 @@ class Propagation(TorchDispatchMode):
             except SlimError:
                 raise
             except Exception as error:
-                where, _ = self.failed_at or (self.where(), [])
-                own = "the model's own forward"
+                where = (self.failed_at or (self.where(), []))[0] or "the model's own forward"
                 text = (str(error).strip() or repr(error)).splitlines()[0]
-                if self.in_rule:
+                if self.current_rule:
                     raise SlimError(
-                        f"the channel rule of {self.in_rule} failed in {where or own}: {type(error).__name__}: {text}; "
+                        f"the channel rule of {self.current_rule} failed in {where}: {type(error).__name__}: {text}; "
                         "mend the rule where it was registered with slim.register_rule, or report it"
                     ) from error
                 raise SlimError(
-                    f"the model does not run on the example inputs: {type(error).__name__} in {where or own}: "
+                    f"the model does not run on the example inputs: {type(error).__name__} in {where}: "
                     f"{text}; give inputs as model(*example_inputs) would take them"
                 ) from error
         return tensors_in(outputs)
@@ -108,32 +164,33 @@ class Propagation(TorchDispatchMode):
     @contextmanager
     def watched_modules(self) -> Iterator[None]:
         """Keep ``path`` on the module whose forward is running."""
+
+        def entering(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self.path.append(path)
+                self.before_module(path, module, args)
+
+            return hook
+
+        def leaving(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                # The hooks of a failing module run too, before its error reaches run().
+                if self.failed_at is None and sys.exc_info()[1] is not None:
+                    self.failed_at = (self.where(), [])
+                self.path.pop()
+                self.after_module(path, module, args, output)
+
+            return hook
+
         handles = []
         for path, module in self.model.named_modules():
-            handles.append(module.register_forward_pre_hook(self.entering(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(self.leaving(path), always_call=True))
+            handles.append(module.register_forward_pre_hook(entering(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(leaving(path), always_call=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def entering(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.path.append(path)
-            self.before_module(path, module, args)
-
-        return hook
-
-    def leaving(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            # The hooks of a failing module run too, before its error reaches run().
-            if self.failed_at is None and sys.exc_info()[1] is not None:
-                self.failed_at = (self.where(), [])
-            self.path.pop()
-            self.after_module(path, module, args, output)
-
-        return hook
 
     def before_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Called as a module's forward begins."""
@@ -151,6 +208,15 @@ class Propagation(TorchDispatchMode):
         """Remember the labels of a tensor."""
         self.alive.append(tensor)
         self.labels[id(tensor)] = labels
+
+    def channel_labels(self, tensor: Tensor, axis: int) -> Tensor | None:
+        """Labels along one axis, [size] (0: none); None when the labels vary along another axis."""
+        labels, axis = self.get(tensor), axis % tensor.ndim
+        if labels is None:
+            return torch.zeros(tensor.shape[axis], dtype=torch.int64)
+        if any(other != axis for other in varying_axes(labels)):
+            return None
+        return labels.reshape(-1).expand(tensor.shape[axis])
 
     def weight_of(self, tensor: Tensor | None) -> tuple[str, tuple[int, ...]] | None:
         """(parameter name, its axes in this tensor's order) of a parameter or of a transposed or cast view of one."""
@@ -177,9 +243,9 @@ class Propagation(TorchDispatchMode):
         outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
         if not outputs:
             return out
-        self.met.update(id(tensor) for tensor in inputs if id(tensor) in self.tensors)
-        if not self.computed.isdisjoint(map(id, inputs)):
-            self.computed.update(map(id, outputs))
+        self.seen.update(id(tensor) for tensor in inputs if id(tensor) in self.tensors)
+        if not self.data_dependent.isdisjoint(map(id, inputs)):
+            self.data_dependent.update(map(id, outputs))
         name, in_place = operator_name(func)
         if name in LIKE_PARAMETER and inputs and self.weight_of(inputs[0]) and inputs[0].ndim > 1:
             self.view_of_weight(name, inputs[0], outputs[0], args)
@@ -190,9 +256,9 @@ class Propagation(TorchDispatchMode):
         if self.muted:
             return out
         if any(self.labels.get(id(t)) is not None or self.weight_of(t) for t in inputs):
-            self.in_rule = name
+            self.current_rule = name
             self.apply(call)
-            self.in_rule = ""
+            self.current_rule = ""
         elif not in_place:
             for tensor in outputs:
                 self.put(tensor, None)
@@ -205,6 +271,10 @@ class Propagation(TorchDispatchMode):
         """Find the operator's rule among the methods and follow it."""
         rule: Callable[[Call], None] = getattr(self, KINDS.get(call.name, "unknown"), self.unknown)
         rule(call)
+
+    def unknown(self, call: Call) -> None:
+        """Called for an operator without a rule, and by rules that do not understand their call."""
+        raise NotImplementedError
 
     def count(self, call: Call) -> None:
         """Note the cost of a convolution or linear layer."""
@@ -250,107 +320,48 @@ class Propagation(TorchDispatchMode):
         else:
             # The padding of a map carries no label, whatever its value.
             padding = call.name == "constant_pad_nd"
-            result = call.func(
-                *tree_map(swap, call.args[:2] if padding else call.args),
-                **tree_map(swap, {} if padding else call.kwargs),
-            )
+            args, kwargs = (call.args[:2], {}) if padding else (call.args, call.kwargs)
+            result = call.func(*tree_map(swap, args), **tree_map(swap, kwargs))
             moved = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
         for tensor, labels in zip(call.outputs, moved, strict=True):
             self.put(tensor, collapse(labels))
 
-    def unknown(self, call: Call) -> None:
-        """Called for an operator without a rule, and by rules that do not understand their call."""
-        raise NotImplementedError
 
-    def split_of_labelled_axis(self, tensor: Tensor, out: Tensor) -> list[int] | None:
-        """Output axes into which a view splits the labelled axis of ``tensor``; None when it does not."""
-        labels = self.get(tensor)
-        if labels is None:
-            return None
-        for axis, parts in split_axes(tuple(tensor.shape), tuple(out.shape)):
-            if labels.shape[axis] > 1:
-                return parts
-        return None
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs: ``macs`` for one image, ``params`` without gates (they fold away), a row per call of a layer."""
 
-    def channel_labels(self, tensor: Tensor, axis: int) -> Tensor | None:
-        """Labels along one axis, [size] (0: none); None when the labels vary along another axis."""
-        return along(self.get(tensor), axis, tensor)
+    macs: int
+    params: int
+    layers: tuple[LayerCost, ...]
+
+    def __str__(self) -> str:
+        width = max([5, *(len(row.path) for row in self.layers)])
+        lines = [f"{'layer':<{width}}  {'weight':<20}  {'positions':>9}  {'M MACs':>9}"]
+        lines += [f"{r.path:<{width}}  {r.shape!s:<20}  {r.positions:>9}  {r.macs / 1e6:>9.3f}" for r in self.layers]
+        return "\n".join([*lines, f"{self.macs / 1e6:.1f} M MACs, {self.params / 1e6:.3f} M parameters"])
 
 
-def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, a tuple or list of positional arguments, or a dictionary of keyword arguments."""
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    raise SlimError(
-        f"example_inputs is {type(example_inputs).__name__}; expected a tensor, a tuple, a list or a dictionary"
-    )
+def cost(model: nn.Module, example_inputs: Any) -> Cost:
+    """Count the multiply-accumulates and parameters of a model, with a row for each call of a layer.
 
+    Convolutions and linear layers are counted; element-wise work (activations, norms, pooling) is not.
 
-def tensors_in(output: Any) -> list[Tensor]:
-    """Every tensor of a model's output: in tuples, lists, dictionaries, and in the attributes of other objects."""
-    found: list[Tensor] = []
-    for leaf in tree_flatten(output)[0]:
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
-            found += tensors_in(dict(vars(leaf)))
-    return found
+    Args:
+        model: any model; it runs once in evaluation mode and is left as it was
+        example_inputs: a tensor, a tuple of positional or a dictionary of keyword arguments; MACs are for one image of them
 
+    Raises:
+        SlimError: when the model does not run on the inputs.
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the duration; every module's flag is put back as it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """What a forward pass writes is undone: buffers, attributes that modules set on themselves, random number generators."""
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
-    containers = [
-        (value, value.copy())
-        for _, values in attributes
-        for value in values.values()
-        if type(value) in (dict, OrderedDict, list, set)
-    ]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {t.device.index for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
-    python_state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
-            yield
-    finally:
-        random.setstate(python_state)
-        for module, values in attributes:
-            vars(module).clear()
-            vars(module).update(values)
-        for container, values in containers:
-            container.clear()
-            container.extend(values) if isinstance(container, list) else container.update(values)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-@contextmanager
-def transparent_gates(model: nn.Module) -> Iterator[None]:
-    """Gates pass their input on unchanged for the duration."""
-    gates = [gate for _, gate in gates_in(model)]
-    for gate in gates:
-        gate.transparent = True
-    try:
-        yield
-    finally:
-        for gate in gates:
-            gate.transparent = False
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> found = slim.cost(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))
+        >>> found.macs == 3 * 3 * 3 * 4 * 6 * 6, found.params == 3 * 3 * 3 * 4 + 4
+        (True, True)
+    """
+    counter = Propagation(model, muted=True)
+    with transparent_gates(model):
+        counter.run(example_inputs)
+    return Cost(sum(row.macs for row in counter.layers), count_params(model), tuple(counter.layers))

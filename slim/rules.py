@@ -8,26 +8,18 @@ must go together. Layers with weights are in ``slim.layers``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slim.channels import ChannelPropagation, RuleTable
 from slim.errors import SlimError
-from slim.labels import collapse, spread, varying_axes
 from slim.layers import batch_norm, convolution, group_norm, layer_norm, matmul
 from slim.ops import KINDS, VIEW, operator_name
-from slim.propagate import Call
+from slim.propagate import Call, collapse, split_axes, spread, varying_axes
 
-if TYPE_CHECKING:
-    from slim.trace import ChannelPropagation
-
-Rule = Callable[["ChannelPropagation", Call], None]
-
-
-def unknown(run: ChannelPropagation, call: Call) -> None:
-    """No rule: freeze everything that enters; what comes out has no channels that we could follow."""
-    run.give_up(call, f"{call.name} in {run.here()} has no channel rule")
+Rule = Callable[[ChannelPropagation, Call], None]
 
 
 def attention(run: ChannelPropagation, call: Call) -> None:
@@ -64,16 +56,13 @@ def operands(run: ChannelPropagation, tensors: list[Tensor], out: Tensor) -> lis
         labels = None if run.is_map(tensor) else run.get(tensor)
         if labels is not None and labels.ndim <= out.ndim:
             labels = labels.reshape((1,) * (out.ndim - labels.ndim) + tuple(labels.shape))
-            labels = alone(run, labels, tensor, out)
+            labels = without_lone(run, labels, tensor, out)
         found.append(labels)
     axes = {axis for labels in found if labels is not None for axis in varying_axes(labels)}
-    for place, tensor in enumerate(tensors):
-        if run.is_map(tensor):
-            found[place] = run.map_labels(tensor, axes, out)
-    return found
+    return [run.map_labels(t, axes, out) if run.is_map(t) else own for t, own in zip(tensors, found, strict=True)]
 
 
-def alone(run: ChannelPropagation, labels: Tensor, tensor: Tensor, out: Tensor) -> Tensor | None:
+def without_lone(run: ChannelPropagation, labels: Tensor, tensor: Tensor, out: Tensor) -> Tensor | None:
     """A lone channel that is stretched over many (a spatial map of weights) does not tie those; it stays alone."""
     shape = (1,) * (out.ndim - tensor.ndim) + tuple(tensor.shape)
     if labels.numel() > 1 or all(own == wide for own, wide in zip(shape[1:], out.shape[1:], strict=True)):
@@ -139,7 +128,7 @@ def spatial(run: ChannelPropagation, call: Call) -> None:
     if labels is not None and any(axis >= labels.ndim - width for axis in varying_axes(labels)):
         labels = run.settle(call.inputs[0])
     if labels is not None and any(axis >= labels.ndim - width for axis in varying_axes(labels)):
-        return unknown(run, call)
+        return run.unknown(call)
     keep_first(run, call, labels)
 
 
@@ -147,7 +136,7 @@ def windows(run: ChannelPropagation, call: Call) -> None:
     """Regions cut from maps [N, C, H, W] and pooled to [regions, C, h, w]."""
     labels = run.get(call.inputs[0])
     if labels is not None and varying_axes(labels) not in ([], [1]):
-        return unknown(run, call)
+        return run.unknown(call)
     keep_first(run, call, labels)
 
 
@@ -163,14 +152,14 @@ def reduce(run: ChannelPropagation, call: Call) -> None:
     """A summary over other axes than the channels' keeps them; over the channels it mixes them."""
     labels = run.get(call.inputs[0])
     if labels is None or len(call.inputs) > 1:
-        return unknown(run, call)
+        return run.unknown(call)
     axes, varying = call.axes(call.inputs[0]), varying_axes(labels)
     if any(axis in axes for axis in varying):
         labels = run.settle(call.inputs[0])
         varying = [] if labels is None else varying_axes(labels)
     if labels is not None and any(axis in axes for axis in varying):
         if not all(axis in axes for axis in varying):
-            return unknown(run, call)
+            return run.unknown(call)
         run.mix(call, labels)
         labels = None
     if labels is not None:
@@ -187,7 +176,7 @@ def along_axis(run: ChannelPropagation, call: Call) -> None:
         labels = run.settle(call.inputs[0])
     if labels is not None and labels.shape[axis] > 1:
         if "softmax" not in call.name:
-            return unknown(run, call)
+            return run.unknown(call)
         run.mix(call, labels)
     for tensor in call.outputs:
         run.put(tensor, labels)
@@ -196,11 +185,13 @@ def along_axis(run: ChannelPropagation, call: Call) -> None:
 def move(run: ChannelPropagation, call: Call) -> None:
     """Elements are rearranged, and so are labels; code that splits the channel axis into parts (chunk, view) computes the
     parts' size from its length, so the same position of every part is one channel."""
-    if call.name.startswith("index") and any(id(t) in run.computed for t in call.inputs[1:]):
+    if call.name.startswith("index") and any(id(t) in run.data_dependent for t in call.inputs[1:]):
         return run.give_up(call, f"{call.name} in {run.here()} picks elements by indices that depend on the image")
     run.move(call)
     if call.name in VIEW:
-        parts, labels = run.split_of_labelled_axis(call.inputs[0], call.outputs[0]), run.get(call.outputs[0])
+        labels, before = run.get(call.outputs[0]), run.get(call.inputs[0])
+        split = split_axes(tuple(call.inputs[0].shape), tuple(call.outputs[0].shape))
+        parts = next((parts for axis, parts in split if before is not None and before.shape[axis] > 1), None)
         if parts and labels is not None:
             shape = [call.outputs[0].shape[a] if a in parts else s for a, s in enumerate(labels.shape)]
             run.tie(labels.expand(shape).movedim(parts[0], 0).flatten(1))
@@ -242,10 +233,10 @@ def as_strided(run: ChannelPropagation, call: Call) -> None:
     """Followed where it is but a view of the whole tensor, row by row (as pooling to one position in channels-last is)."""
     tensor, out, labels = call.inputs[0], call.outputs[0], run.get(call.inputs[0])
     if labels is None or not (call.contiguous and out.is_contiguous() and out.untyped_storage().nbytes() == out.nbytes):
-        return unknown(run, call)
+        return run.unknown(call)
     shape = out.shape if call.in_place else tensor.shape
     if labels.ndim != len(shape) or any(own not in (1, size) for own, size in zip(labels.shape, shape, strict=True)):
-        return unknown(run, call)
+        return run.unknown(call)
     run.put(out, collapse(labels.expand(shape).reshape(out.shape)))
 
 
@@ -265,7 +256,7 @@ def pixel_shuffle(run: ChannelPropagation, call: Call) -> None:
     tensor, r = call.inputs[0], call.argument("upscale_factor")
     channels = run.channel_labels(tensor, tensor.ndim - 3)
     if channels is None:
-        return unknown(run, call)
+        return run.unknown(call)
     blocks = channels.reshape(-1, r * r)
     run.tie(blocks.t())
     run.put(
@@ -273,25 +264,12 @@ def pixel_shuffle(run: ChannelPropagation, call: Call) -> None:
     )
 
 
-CHANNEL_RULES: dict[str, Rule] = {
-    "along_axis": along_axis,
-    "as_strided": as_strided,
-    "attention": attention,
-    "batch_norm": batch_norm,
-    "convolution": convolution,
-    "copy": copy,
-    "elementwise": elementwise,
-    "gated_halves": gated_halves,
-    "group_norm": group_norm,
-    "layer_norm": layer_norm,
-    "matmul": matmul,
-    "move": move,
-    "pixel_shuffle": pixel_shuffle,
-    "reduce": reduce,
-    "spatial": spatial,
-    "unknown": unknown,
-    "windows": windows,
-}
+_RULES = (
+    along_axis, as_strided, attention, batch_norm, convolution, copy, elementwise, gated_halves, group_norm, layer_norm,
+    matmul, move, pixel_shuffle, reduce, spatial, windows,
+)  # fmt: skip
+CHANNEL_RULES: dict[str, Rule] = {"unknown": ChannelPropagation.unknown, **{rule.__name__: rule for rule in _RULES}}
+"""The rule of each kind of operator in ``slim.ops.KINDS``."""
 
 REGISTERED: dict[str, Rule] = {}
 """Rules of users by operator name."""
@@ -300,10 +278,19 @@ REGISTERED: dict[str, Rule] = {}
 def register_rule(op: Any, rule: str | Rule) -> None:
     """Say what an operator does to channels; replaces the rule that it had.
 
-    ``op`` is an operator (``torch.ops.mylib.scale``), one of its overloads, or its name (``"mylib::scale"``, ATen's without
-    ``aten::``). ``rule`` is the kind of a known rule ("elementwise", "spatial", "move", ...) or a function of (run, call),
-    as those in this file are: it must give every output its labels with ``run.put``, unite labels that must go together,
-    and freeze what it cannot follow. SlimError for a kind that does not exist.
+    Args:
+        op: an operator (``torch.ops.mylib.scale``), one of its overloads, or its name (``"mylib::scale"``, ATen's without
+            ``aten::``)
+        rule: the kind of a known rule ("elementwise", "spatial", "move", ...), or a function of the running
+            ``slim.ChannelPropagation`` and the ``slim.Call``. It must give every output its labels with ``run.put``,
+            unite labels that must go together (``run.unite``), and freeze what it cannot follow (``run.give_up``).
+
+    Raises:
+        SlimError: for a kind that does not exist.
+
+    Example:
+        >>> import slim
+        >>> slim.register_rule("mylib::scaled_tanh", "elementwise")  # each element alone: channels keep their place
     """
     name = op.removeprefix("aten::") if isinstance(op, str) else operator_name(op)[0]
     REGISTERED.pop(name, None)
@@ -336,7 +323,7 @@ ORDERLY = ("cat", "permute", "transpose", "t", "unsqueeze", "stack")
 """Operators that keep the order of channels and take no number of them."""
 
 
-def arranges(run: ChannelPropagation, call: Call) -> bool:
+def is_position_sensitive(run: ChannelPropagation, call: Call) -> bool:
     """Whether an operator takes channels by position or by number, so that a constant in the code could decide which."""
     kind = KINDS.get(call.name)
     # A roll all round changes nothing at this width, and does at others.
@@ -348,3 +335,7 @@ def arranges(run: ChannelPropagation, call: Call) -> bool:
         return False
     before, after = run.get(call.inputs[0]), [run.get(tensor) for tensor in call.outputs]
     return before is None or len(after) != 1 or after[0] is None or not torch.equal(before, after[0])
+
+
+RULES = RuleTable(rule_for, is_position_sensitive)
+"""What ``slim.trace`` hands to the propagation."""

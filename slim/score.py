@@ -1,32 +1,35 @@
 """Scores: how much each channel of each group matters. Larger is kept.
 
-A criterion judges one group at a time; ``score`` makes what it returns comparable between layers and groups.
+A criterion scores one group at a time; ``score`` makes what it returns comparable between layers and groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from slim.errors import SlimError
+from slim.forward import evaluation_mode
 from slim.gate import gates_in
 from slim.graph import ChannelGraph, ChannelGroup, Member
-from slim.taylor import Loss, differentiable, position_sums
+from slim.ops import BATCH_NORMS, NORMS
 
 Scores = dict[str, Tensor]
 Criterion = Callable[[ChannelGroup], Tensor | Sequence[Tensor] | None]
 """From a group to one score per channel, [size], or to one such vector per layer; None leaves the group whole."""
+Loss = Callable[[nn.Module, Any], Tensor]
+"""From the model and a batch to a scalar that depends on the model's weights."""
 Reduction = Literal["mean", "max", "sum"]
 Normalise = Literal["mean", "max", "none"]
+Axis = tuple[str, int]
+"""A parameter's name and one of its axes."""
 
-BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
-NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
-
-class Habit(NamedTuple):
+class CriterionDefaults(NamedTuple):
     """What a criterion does unless told otherwise. A layer's mean or maximum below ``floor`` counts as ``floor``: weights so
     small are dead, while squared gradients may well be."""
 
@@ -35,9 +38,11 @@ class Habit(NamedTuple):
     floor: float = 0.0
 
 
-HABITS = {"gate": Habit("max", "none"), **dict.fromkeys(("bn", "l1", "l2", "fpgm"), Habit(floor=1e-12))}
-
-NOTHING_TO_JUDGE = {
+DEFAULTS = {
+    "gate": CriterionDefaults("max", "none"),
+    **dict.fromkeys(("bn", "l1", "l2", "fpgm"), CriterionDefaults(floor=1e-12)),
+}
+NOTHING_FOUND = {
     "gate": ": it has no gates; train it with gates (train_sparse.py, slim.add_gates) or use --criterion l1",
     "bn": ": it has no batch norms; use l1",
 }
@@ -54,19 +59,40 @@ def score(
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
 ) -> Scores:
-    """{group name: scores [size], float64 on the CPU} for every prunable group that the criterion can judge.
-
-    ``criterion`` is a function from a group to its scores (see ``Criterion``), or a name: ``gate``; ``bn`` (Liu et al.,
-    ICCV 2017); ``l1``, ``l2`` (Li et al., ICLR 2017); ``fpgm`` (He et al., CVPR 2019); ``taylor`` (Molchanov et al., CVPR
-    2019; it alone reads ``batches``, an iterable, and ``loss(model, batch)``); ``random``, by ``seed``.
+    """How much each channel matters, by a criterion; larger is kept.
 
     The vectors of a group's layers are each divided by their mean or maximum (``normalise``), so that layers and groups
     compare, and then reduced to one (``reduction``). As the layers that share a channel go together, so do their
-    scores: Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023. None is the criterion's own habit: for
+    scores: Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023. None is the criterion's own default: for
     gates the largest, not normalised, for others the mean, normalised by the mean; a vector that comes alone (as
     ``random``'s) is normalised only on demand.
 
-    SlimError for an unknown choice, a graph of another model, a criterion that finds nothing or returns what is no score.
+    Args:
+        model: the model that was traced
+        graph: what ``slim.trace`` found in it
+        criterion: a function from a group to its scores (see ``Criterion``), or a name: ``gate``; ``bn`` (Liu et
+            al., ICCV 2017); ``l1``, ``l2`` (Li et al., ICLR 2017); ``fpgm`` (He et al., CVPR 2019); ``taylor`` (Molchanov
+            et al., CVPR 2019); ``random``
+        seed: of ``random``
+        reduction: of the layers' scores to the group's: "mean", "max" or "sum"
+        normalise: a layer's scores by their "mean", their "max" or not at all, "none"
+        batches: what ``taylor`` reads, an iterable
+        loss: for ``taylor``: from the model and a batch to a scalar tensor
+
+    Returns:
+        {group name: scores [size], float64 on the CPU} for every prunable group that the criterion can score.
+
+    Raises:
+        SlimError: for an unknown choice, a graph of another model, a criterion that finds nothing or returns what is no score.
+
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 1))
+        >>> model[0].weight.data = torch.tensor([1.0, -2.0, 3.0]).reshape(3, 1, 1, 1)
+        >>> graph = slim.trace(model, torch.zeros(1, 1, 4, 4))
+        >>> slim.score(model, graph, "l1")["0"].tolist()
+        [0.5, 1.0, 1.5]
     """
     for option, given, choices in (("reduction", reduction, Reduction), ("normalise", normalise, Normalise)):
         if given is not None and given not in get_args(choices):
@@ -84,16 +110,17 @@ def score(
         "random": lambda: random_criterion(seed),
     }
     if isinstance(criterion, str) and criterion in built_in:
-        name, judge, habit = criterion, built_in[criterion](), HABITS.get(criterion, Habit())
+        name, score_group = criterion, built_in[criterion]()
     elif callable(criterion):
-        name, judge, habit = getattr(criterion, "__qualname__", "custom"), criterion, Habit()
+        name, score_group = getattr(criterion, "__qualname__", "custom"), criterion
     else:
         raise SlimError(f"criterion is {criterion!r}; expected one of {', '.join(built_in)} or a function of a group")
-    found = {group.name: combined(judge(group), group, name, habit, reduction, normalise) for group in groups}
+    defaults = DEFAULTS.get(criterion, CriterionDefaults()) if isinstance(criterion, str) else CriterionDefaults()
+    found = {group.name: combined(score_group(group), group, name, defaults, reduction, normalise) for group in groups}
     scores = {group: s for group, s in found.items() if s is not None}
     if not scores:
-        advice = NOTHING_TO_JUDGE.get(name, "") if isinstance(criterion, str) else ": it returned None for every group"
-        raise SlimError(f"criterion {name!r} finds nothing to judge in this model{advice}")
+        advice = NOTHING_FOUND.get(name, "") if isinstance(criterion, str) else ": it returned None for every group"
+        raise SlimError(f"criterion {name!r} finds nothing to score in this model{advice}")
     return scores
 
 
@@ -101,7 +128,7 @@ def combined(
     found: Any,
     group: ChannelGroup,
     name: str,
-    habit: Habit,
+    defaults: CriterionDefaults,
     reduction: Reduction | None,
     normalise: Normalise | None,
 ) -> Tensor | None:
@@ -120,9 +147,10 @@ def combined(
             raise SlimError(f"{start} NaN or infinity; are weights, gates and gradients finite?")
     if not vectors:
         return None
-    how = normalise or ("none" if alone else habit.normalise)
-    layers = [normalised(vector.detach().double().cpu(), how, habit.floor, group) for vector in vectors]
-    return reduced(torch.stack(layers), reduction or habit.reduction)
+    how = normalise or ("none" if alone else defaults.normalise)
+    layers = torch.stack([normalised(v.detach().double().cpu(), how, defaults.floor, group) for v in vectors])
+    reduce = reduction or defaults.reduction
+    return layers.amax(0) if reduce == "max" else layers.mean(0) if reduce == "mean" else layers.sum(0)
 
 
 def normalised(layer: Tensor, how: Normalise, floor: float, group: ChannelGroup) -> Tensor:
@@ -138,13 +166,6 @@ def normalised(layer: Tensor, how: Normalise, floor: float, group: ChannelGroup)
     return layer / scale.clamp_min(floor)
 
 
-def reduced(layers: Tensor, how: Reduction) -> Tensor:
-    """[layers, size] to [size]."""
-    if how == "max":
-        return layers.amax(0)
-    return layers.mean(0) if how == "mean" else layers.sum(0)
-
-
 def gate_criterion(model: nn.Module) -> Criterion:
     """The gate vectors of a group: one when tied, one per activation when free."""
     by_group: dict[str, dict[int, Tensor]] = {}
@@ -152,7 +173,7 @@ def gate_criterion(model: nn.Module) -> Criterion:
         for group, vector in zip(gate.groups, gate.vectors, strict=True):
             by_group.setdefault(group, {})[id(vector)] = vector.detach().abs()
 
-    def judge(group: ChannelGroup) -> list[Tensor]:
+    def score_group(group: ChannelGroup) -> list[Tensor]:
         vectors = list(by_group.get(group.name, {}).values())
         for vector in vectors:
             if vector.numel() != group.size:
@@ -161,7 +182,7 @@ def gate_criterion(model: nn.Module) -> Criterion:
                 )
         return vectors
 
-    return judge
+    return score_group
 
 
 def batch_norm_criterion(model: nn.Module) -> Criterion:
@@ -246,9 +267,59 @@ def taylor_layers(group: ChannelGroup, norms: set[str]) -> list[list[Member]]:
     return layers
 
 
+@contextmanager
+def differentiable(model: nn.Module, tensors: Mapping[Axis, Tensor]) -> Iterator[None]:
+    """Evaluation mode, with gradients for ``tensors``; flags, buffers and random state are put back as they were."""
+    flags = [(tensor, tensor.requires_grad) for tensor in tensors.values()]
+    tables = [module._buffers for module in model.modules()]
+    buffers = [(table, key, b, b.clone()) for table in tables for key, b in table.items() if b is not None]
+    devices = sorted({tensor.device.index for tensor in tensors.values() if tensor.is_cuda})
+    try:
+        with evaluation_mode(model), torch.random.fork_rng(devices=devices):
+            for tensor in tensors.values():
+                tensor.requires_grad_(True)
+            yield
+    finally:
+        for tensor, flag in flags:
+            tensor.requires_grad_(flag)
+        with torch.no_grad():
+            for table, key, buffer, value in buffers:
+                table[key] = buffer.copy_(value)
+
+
+def position_sums(
+    model: nn.Module, tensors: Mapping[Axis, Tensor], batch: Any, number: int, loss: Loss
+) -> dict[Axis, Tensor]:
+    """Sum of gradient * weight over all that lies at each position of an axis, [positions], float64 on the CPU.
+
+    0 for parameters that the loss does not reach. To be called within ``differentiable``.
+    """
+    with torch.enable_grad():
+        value: Any = loss(model, batch)
+    start = f"the loss of batch {number} (counted from 1)"
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
+        raise SlimError(f"{start} {found}; loss must return a scalar tensor: a mean or a sum, without .item()")
+    if not bool(torch.isfinite(value)):
+        raise SlimError(f"{start} is {value.item()}; use a model whose training is finite, and clean data")
+    if not value.requires_grad:
+        raise SlimError(
+            f"{start} has no gradient; compute it from model(...), without no_grad, inference_mode or detach"
+        )
+    gradients = torch.autograd.grad(value, list(tensors.values()), allow_unused=True)
+    sums = {}
+    for ((name, axis), tensor), gradient in zip(tensors.items(), gradients, strict=True):
+        if gradient is None:
+            sums[name, axis] = torch.zeros(tensor.shape[axis], dtype=torch.float64)
+        else:
+            product = gradient.double() * tensor.detach().double()
+            sums[name, axis] = product.movedim(axis, 0).reshape(tensor.shape[axis], -1).sum(1).cpu()
+    return sums
+
+
 def producers(group: ChannelGroup) -> list[Member]:
     """The weights that make a group's channels."""
-    return [m for role in ("out", "depthwise") for m in group.members if m.role == role]
+    return sorted((m for m in group.members if m.produces), key=lambda m: m.role != "out")
 
 
 def norm_paths(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[str]:
@@ -281,7 +352,7 @@ def channel_rows(rows: Tensor, member: Member, size: int) -> Tensor:
     """From what belongs to each position, [positions, ...], to what belongs to each channel of the group, [size, elements]."""
     if max(member.index) >= len(rows):
         raise SlimError(f"{member.param} has {len(rows)} channels, the graph expects more; trace the model again")
-    return rows.index_select(0, member.places).reshape(size, -1)
+    return rows.index_select(0, member.index_tensor).reshape(size, -1)
 
 
 def channel_norms(model: nn.Module, member: Member, size: int, order: int) -> Tensor:
@@ -289,7 +360,6 @@ def channel_norms(model: nn.Module, member: Member, size: int, order: int) -> Te
     rows = filters(model, member)
     if len(member.index) == size:
         # One filter a channel: the norms are gathered instead of the filters.
-        norms = torch.linalg.vector_norm(rows, order, dim=1)
-        return channel_rows(norms, member, size).flatten()
+        return channel_rows(torch.linalg.vector_norm(rows, order, dim=1), member, size).flatten()
     joined: Tensor = torch.linalg.vector_norm(channel_rows(rows, member, size), order, dim=1)
     return joined

@@ -13,7 +13,7 @@ from torch import Tensor
 from slim.errors import SlimError
 from slim.graph import ChannelGraph, ChannelGroup
 from slim.plan import GroupPlan, Plan
-from slim.targets import Room, Rounding, Target, WidthCosts, Widths, rooms_of, unreachable
+from slim.targets import Rounding, Target, WidthConstraint, WidthCosts, Widths, unreachable, width_constraints
 
 Scope = Literal["global", "local", "isomorphic"]
 SCOPES = ("global", "local", "isomorphic")
@@ -37,28 +37,45 @@ def make_plan(
 ) -> Plan:
     """The plan that keeps at most the given MACs, parameters or channels of the traced model.
 
-    Exactly one target. ``macs``, ``params``, ``channels`` (of the groups with scores): a keep ratio up to 1, or a whole
-    number above 1 to keep. ``threshold``: every channel with a score below it goes and nothing at or above it, in any scope.
-
-    ``scope``: ``"global"`` ranks all channels against each other; ``"local"`` keeps the same ratio of every group;
-    ``"isomorphic"`` ranks channels within classes of groups of like structure, of which each keeps the same ratio (Fang et
-    al., "Isomorphic Pruning for Vision Models", ECCV 2024). ``cost_aware`` ranks by score per MAC or parameter that one
-    channel of the full network saves: the greedy answer to the knapsack that Shen et al. pose for latency ("Structural
-    Pruning via Latency-Saliency Knapsack", NeurIPS 2022). Of equal channels, those go first that stand lowest in their own
-    group, so that ties are spread over the groups.
+    The channels with the lowest scores go first. Widths go to the nearest allowed multiple (a threshold's to the next);
+    what this leaves of the budget widens groups again: of the class that keeps the lowest ratio, the group whose next
+    channel ranks highest, while the budget lasts. Of equal channels, those go first that stand lowest in their own group,
+    so that ties are spread over the groups. Groups without scores stay whole.
 
     Channels are counted at the producing layer: where one channel of a group stands for several that go together, all
-    count. Every layer that produces a group's channels keeps at least ``min_channels`` and a multiple of ``round_to``, and
-    the group at least the share ``min_keep``, or all of its channels. Widths go to the nearest such multiple (a threshold's
-    to the next); what this leaves of the budget widens groups again: of the class that keeps the lowest ratio, the group
-    whose next channel ranks highest, while the budget lasts.
+    count.
 
-    ``overrides``: {pattern of a group's or producing layer's name: keep ratio (float) or channels (int)}; the first that
-    matches sets the group's exact width, past rounding, floors and ranking. ``ignore``: patterns of groups that stay whole,
-    before all else, as do groups without scores.
+    Args:
+        graph: what ``slim.trace`` found
+        scores: {group name: [size]}, larger is kept, see ``slim.score``
+        macs, params, channels: exactly one target: a keep ratio up to 1, or a whole number above 1 to keep; ``channels`` of
+            the groups with scores
+        threshold: in place of these: every channel with a score below it goes and nothing at or above it, in any scope
+        round_to: every layer that produces a group's channels keeps a multiple of this, or all
+        min_channels: such a layer keeps at least so many channels, or all
+        min_keep: a group keeps at least this share of its channels, 0..1
+        scope: "global" ranks all channels against each other; "local" keeps the same ratio of every group; "isomorphic"
+            ranks channels within classes of groups of like structure, of which each keeps the same ratio (Fang et al.,
+            "Isomorphic Pruning for Vision Models", ECCV 2024)
+        cost_aware: rank by score per MAC or parameter that one channel of the full network saves: the greedy answer to the
+            knapsack that Shen et al. pose for latency ("Structural Pruning via Latency-Saliency Knapsack", NeurIPS 2022)
+        overrides: {pattern of a group's or producing layer's name: keep ratio (float) or channels (int)}; the first that
+            matches sets the group's exact width, past rounding, floors and ranking
+        ignore: patterns of groups that stay whole, before all else
 
-    SlimError for options out of range, patterns that match nothing, scores that do not fit the graph, and a target that
-    cannot be reached, with how far it can go and what binds.
+    Raises:
+        SlimError: for options out of range, patterns that match nothing, scores that do not fit the graph, and a target
+            that cannot be reached, with how far it can go and what binds.
+
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        >>> graph = slim.trace(model, torch.zeros(1, 3, 8, 8))
+        >>> scores = {"0": torch.tensor([0.9, 0.1, 0.7, 0.2])}
+        >>> plan = slim.make_plan(graph, scores, macs=0.5, round_to=1, min_channels=1)
+        >>> plan.groups[0].keep
+        (0, 2)
     """
     target = Target.of(macs=macs, params=params, channels=channels, threshold=threshold)
     if scope not in SCOPES:
@@ -67,32 +84,39 @@ def make_plan(
         raise SlimError(f"cost_aware=True needs macs= or params=: {target.kind} has no cost to divide by")
     rounding = Rounding(round_to, min_channels, min_keep)
     patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    rooms = rooms_of(graph, checked_scores(graph, scores), rounding, overrides or {}, patterns)
-    costs = WidthCosts(graph, rooms)
-    values = {n: flat(scores[room.group.name]) for n, room in enumerate(rooms) if room.ranked}
+    constraints = width_constraints(graph, checked_scores(graph, scores), rounding, overrides or {}, patterns)
+    costs = WidthCosts(graph, constraints)
+    values = {n: flat(scores[constraint.group.name]) for n, constraint in enumerate(constraints) if constraint.ranked}
     if target.kind == "threshold":
-        widths = [r.at_least(above(scores[r.group.name], target)) if r.ranked else r.floor for r in rooms]
+        # Scores reach the threshold or not in their own precision.
+        widths = [
+            c.at_least(int((scores[c.group.name] >= target.value).sum())) if c.ranked else c.floor for c in constraints
+        ]
     else:
         if cost_aware:
-            values = {n: per_unit_saved(v, n, rooms[n], costs, target) for n, v in values.items()}
-        widths = solve(target, rooms, costs, Ranking(values, classes_of(graph, list(values), scope)))
-    return assemble(graph, scores, rooms, costs, widths)
+            values = {n: per_unit_saved(v, n, constraints[n], costs, target) for n, v in values.items()}
+        widths = solve(target, constraints, costs, Ranking(values, classes_of(graph, list(values), scope)))
+    return assemble(graph, scores, constraints, costs, widths)
 
 
 def assemble(
-    graph: ChannelGraph, scores: Mapping[str, Tensor], rooms: list[Room], costs: WidthCosts, widths: Widths
+    graph: ChannelGraph,
+    scores: Mapping[str, Tensor],
+    constraints: list[WidthConstraint],
+    costs: WidthCosts,
+    widths: Widths,
 ) -> Plan:
     """The plan of the groups that may change, each at its width."""
     chosen = [
-        keep_best(room.group, flat(scores[room.group.name]), width)
-        for room, width in zip(rooms, widths, strict=True)
-        if room.counted and room.held != "ignored"
+        keep_best(constraint.group, flat(scores[constraint.group.name]), width)
+        for constraint, width in zip(constraints, widths, strict=True)
+        if constraint.counted and constraint.bound_by != "ignored"
     ]
     touched = {m.param for group in chosen for m in group.members}
     shapes = {name: shape for name, shape in graph.shapes.items() if name in touched}
     after = (costs.measure("macs", widths), costs.measure("params", widths))
     plan = Plan(tuple(chosen), (graph.macs, after[0]), (graph.params, after[1]), shapes, graph.example)
-    return plan.seal() if graph.dry_run else plan
+    return plan.mark_verified() if graph.dry_run else plan
 
 
 def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> set[str]:
@@ -108,18 +132,15 @@ def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> set[str
     return set(scores)
 
 
-def above(values: Tensor, target: Target) -> int:
-    """How many scores reach the threshold, compared in their own precision."""
-    return int((values >= target.value).sum())
-
-
 def flat(values: Tensor) -> Tensor:
     return values.detach().double().cpu()
 
 
-def per_unit_saved(values: Tensor, number: int, room: Room, costs: WidthCosts, target: Target) -> Tensor:
+def per_unit_saved(
+    values: Tensor, number: int, constraint: WidthConstraint, costs: WidthCosts, target: Target
+) -> Tensor:
     """Scores over what one output channel of the group saves at full width; what saves nothing goes last."""
-    saved = -costs.change(target.kind, costs.sizes, number, room.group.size - 1) / room.group.per_channel
+    saved = -costs.change(target.kind, costs.sizes, number, constraint.group.size - 1) / constraint.group.per_channel
     return values / saved if saved else torch.full_like(values, inf)
 
 
@@ -157,7 +178,7 @@ class Ranking:
         self.classes = classes
         self.orders = [channel_order({n: values[n] for n in members}) for members in classes]
         # Where each group's channels stand in the order of its class, ascending.
-        self.places = {
+        self.ranks = {
             n: (order == n).nonzero().flatten().tolist()
             for members, order in zip(classes, self.orders, strict=True)
             for n in members
@@ -171,7 +192,7 @@ class Ranking:
         for members, order in zip(self.classes, self.orders, strict=True):
             kept = round(len(order) * (self.rungs - rung) / self.rungs)
             removed = torch.bincount(order[: len(order) - kept], minlength=max(members) + 1).tolist()
-            widths.update({n: len(self.places[n]) - removed[n] for n in members})
+            widths.update({n: len(self.ranks[n]) - removed[n] for n in members})
         return widths
 
 
@@ -179,53 +200,56 @@ def channel_order(values: dict[int, Tensor]) -> Tensor:
     """The group number of each channel, lowest channel first."""
     numbers = torch.cat([torch.full_like(v, n, dtype=torch.long) for n, v in values.items()])
     ordered = torch.cat([v.sort().values for v in values.values()])
-    places = torch.cat([torch.arange(len(v), dtype=torch.float64) / len(v) for v in values.values()])
-    by_place = places.sort(stable=True).indices
-    return numbers[by_place[ordered[by_place].sort(stable=True).indices]]
+    within = torch.cat([torch.arange(len(v), dtype=torch.float64) / len(v) for v in values.values()])
+    by_rank = within.sort(stable=True).indices
+    return numbers[by_rank[ordered[by_rank].sort(stable=True).indices]]
 
 
-def solve(target: Target, rooms: list[Room], costs: WidthCosts, ranking: Ranking) -> Widths:
+def solve(target: Target, constraints: list[WidthConstraint], costs: WidthCosts, ranking: Ranking) -> Widths:
     """The widths that meet the target; SlimError when the floors do not allow it."""
     budget = target.budget(costs.measure(target.kind, costs.sizes))
-    if costs.measure(target.kind, [room.floor for room in rooms]) > budget:
-        raise SlimError(unreachable(target, rooms, costs))
+    if costs.measure(target.kind, [constraint.floor for constraint in constraints]) > budget:
+        raise SlimError(unreachable(target, constraints, costs))
 
     def widths_at(rung: int) -> Widths:
         kept = ranking.kept(rung)
-        return [room.nearest(kept[n]) if room.ranked else room.floor for n, room in enumerate(rooms)]
+        return [
+            constraint.nearest(kept[n]) if constraint.ranked else constraint.floor
+            for n, constraint in enumerate(constraints)
+        ]
 
     def within(rung: int) -> bool:
         return costs.measure(target.kind, widths_at(rung)) <= budget
 
     widths = widths_at(bisect_left(range(ranking.rungs), True, key=within))
-    return give_back(widths, target.kind, budget, rooms, costs, ranking)
+    return spend_leftover_budget(widths, target.kind, budget, constraints, costs, ranking)
 
 
-def give_back(
-    widths: Widths, kind: str, budget: float, rooms: list[Room], costs: WidthCosts, ranking: Ranking
+def spend_leftover_budget(
+    widths: Widths, kind: str, budget: float, constraints: list[WidthConstraint], costs: WidthCosts, ranking: Ranking
 ) -> Widths:
-    """Spend what rounding left of the budget: widen groups again, of the class that keeps the lowest ratio first, and in it
-    those whose next channel ranks highest."""
+    """Widen groups again while the budget lasts: of the class that keeps the lowest ratio first, and in it those whose next
+    channel ranks highest."""
     widths, cost = list(widths), costs.measure(kind, widths)
-    home = {n: c for c, members in enumerate(ranking.classes) for n in members}
+    class_of = {n: c for c, members in enumerate(ranking.classes) for n in members}
     kept = [sum(widths[n] for n in members) for members in ranking.classes]
-    candidates = {n for n in home if widths[n] < rooms[n].group.size}
+    candidates = {n for n in class_of if widths[n] < constraints[n].group.size}
 
-    def turn(n: int) -> tuple[float, int, int]:
-        # Places ascend: with w kept, the best removed channel is the one at index size - w - 1.
-        next_place = ranking.places[n][len(ranking.places[n]) - widths[n] - 1]
-        return kept[home[n]] / len(ranking.orders[home[n]]), home[n], -next_place
+    def priority(n: int) -> tuple[float, int, int]:
+        # Ranks ascend: with w kept, the best removed channel is the one at index size - w - 1.
+        next_rank = ranking.ranks[n][len(ranking.ranks[n]) - widths[n] - 1]
+        return kept[class_of[n]] / len(ranking.orders[class_of[n]]), class_of[n], -next_rank
 
     while candidates:
-        best = min(candidates, key=turn)
-        wider = rooms[best].wider(widths[best])
+        best = min(candidates, key=priority)
+        wider = constraints[best].wider(widths[best])
         more = costs.change(kind, widths, best, wider)
         if cost + more > budget:
             candidates.discard(best)
             continue
-        kept[home[best]] += wider - widths[best]
+        kept[class_of[best]] += wider - widths[best]
         widths[best], cost = wider, cost + more
-        if wider == rooms[best].group.size:
+        if wider == constraints[best].group.size:
             candidates.discard(best)
     return widths
 

@@ -81,33 +81,34 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class Room:
+class WidthConstraint:
     """The widths that a group may take, in its own channels: ``floor``, larger multiples of ``step``, or the whole group.
 
-    ``held`` says what else than rounding and ``min_channels`` sets the floor; unranked groups stay at their floor.
+    ``bound_by`` says what else than rounding and ``min_channels`` sets the floor. Groups that are not ``ranked`` stay at
+    their floor; the channels of those that are not ``counted`` are in no total.
     """
 
     group: ChannelGroup
     floor: int
     step: int = 1
-    held: str = ""
+    bound_by: str = ""
     ranked: bool = False
     counted: bool = True
 
     @staticmethod
-    def of(group: ChannelGroup, rounding: Rounding) -> Room:
-        """The room that rounding and floors leave."""
+    def of(group: ChannelGroup, rounding: Rounding) -> WidthConstraint:
+        """What rounding and floors leave of a group's widths."""
         # Every layer that produces the channels is rounded; one channel can stand for several of a layer's.
-        counts = [len(m.index) // group.size for m in group.members if m.role in ("out", "depthwise")] or [1]
+        counts = [len(m.index) // group.size for m in group.members if m.produces] or [1]
         step = lcm(*(rounding.round_to // gcd(rounding.round_to, count) for count in counts))
         least = -(-rounding.min_channels // min(counts))
         share = ceil(rounding.min_keep * group.size - 1e-9)
         lowest = -(-max(least, share) // step) * step
-        held = "min_keep" if lowest > -(-least // step) * step else ""
-        return Room(group, min(group.size, lowest), step, held, ranked=True)
+        bound_by = "min_keep" if lowest > -(-least // step) * step else ""
+        return WidthConstraint(group, min(group.size, lowest), step, bound_by, ranked=True)
 
     def nearest(self, width: int) -> int:
-        """The nearest multiple within the room."""
+        """The nearest allowed width."""
         return min(self.group.size, max(self.floor, (2 * width + self.step) // (2 * self.step) * self.step))
 
     def at_least(self, width: int) -> int:
@@ -119,34 +120,38 @@ class Room:
         return min(self.group.size, width + self.step)
 
 
-def rooms_of(
+def width_constraints(
     graph: ChannelGraph,
     scored: set[str],
     rounding: Rounding,
     overrides: Mapping[str, float],
     ignore: Iterable[str],
-) -> list[Room]:
-    """The room of every group of the graph: ``ignore`` wins over ``overrides``, of which the first that matches counts."""
+) -> list[WidthConstraint]:
+    """The constraint on every group of the graph: ``ignore`` wins over ``overrides``, of which the first that matches counts."""
     check_patterns(graph, scored, overrides, ignore)
-    rooms = []
+    constraints = []
     for group in graph.groups:
         pattern = next((p for p in overrides if matches(p, group)), None)
         if not group.prunable:
-            rooms.append(Room(group, group.size, held=f"frozen: {group.frozen_reason}", counted=False))
+            constraints.append(
+                WidthConstraint(group, group.size, bound_by=f"frozen: {group.frozen_reason}", counted=False)
+            )
         elif group.name not in scored:
-            rooms.append(Room(group, group.size, held="no scores", counted=False))
+            constraints.append(WidthConstraint(group, group.size, bound_by="no scores", counted=False))
         elif any(matches(p, group) for p in ignore):
-            rooms.append(Room(group, group.size, held="ignored"))
+            constraints.append(WidthConstraint(group, group.size, bound_by="ignored"))
         elif pattern is not None:
-            rooms.append(Room(group, override_width(pattern, overrides[pattern], group), held="override"))
+            constraints.append(
+                WidthConstraint(group, override_width(pattern, overrides[pattern], group), bound_by="override")
+            )
         else:
-            rooms.append(Room.of(group, rounding))
-    return rooms
+            constraints.append(WidthConstraint.of(group, rounding))
+    return constraints
 
 
 def names_of(group: ChannelGroup) -> list[str]:
     """The group's name and the paths of the layers that produce its channels."""
-    return list(dict.fromkeys([group.name, *(m.layer for m in group.members if m.role in ("out", "depthwise"))]))
+    return list(dict.fromkeys([group.name, *(m.layer for m in group.members if m.produces)]))
 
 
 def matches(pattern: str, group: ChannelGroup) -> bool:
@@ -196,20 +201,22 @@ class WidthCosts:
     Channels are output channels of the producing layers, of the groups that count: those with scores.
     """
 
-    def __init__(self, graph: ChannelGraph, rooms: list[Room]) -> None:
-        self.sizes = [room.group.size for room in rooms]
-        self.each = [room.group.per_channel if room.counted else 0 for room in rooms]
+    def __init__(self, graph: ChannelGraph, constraints: list[WidthConstraint]) -> None:
+        self.sizes = [constraint.group.size for constraint in constraints]
+        self.each = [constraint.group.per_channel if constraint.counted else 0 for constraint in constraints]
         axes: dict[str, dict[int, list[tuple[int, int]]]] = {}
         self.touched: list[list[str]] = []
-        for number, room in enumerate(rooms):
+        for number, constraint in enumerate(constraints):
             # The same axis can appear in two roles (a layer that feeds itself); each position counts once.
-            places: dict[tuple[str, int], set[int]] = {}
-            for m in room.group.members:
+            occupied: dict[tuple[str, int], set[int]] = {}
+            for m in constraint.group.members:
                 if m.param in graph.shapes:
-                    places.setdefault((m.param, m.axis), set()).update(m.index)
-            for (param, axis), positions in places.items():
-                axes.setdefault(param, {}).setdefault(axis, []).append((number, len(positions) // room.group.size))
-            self.touched.append(list(dict.fromkeys(param for param, _ in places)))
+                    occupied.setdefault((m.param, m.axis), set()).update(m.index)
+            for (param, axis), positions in occupied.items():
+                axes.setdefault(param, {}).setdefault(axis, []).append(
+                    (number, len(positions) // constraint.group.size)
+                )
+            self.touched.append(list(dict.fromkeys(param for param, _ in occupied)))
         self.axes = axes
         self.shapes = graph.shapes
         self.positions: dict[str, int] = {}
@@ -244,29 +251,33 @@ class WidthCosts:
         return sum(self.cost_of(kind, p, other) - self.cost_of(kind, p, widths) for p in self.touched[number])
 
 
-def unreachable(target: Target, rooms: list[Room], costs: WidthCosts) -> str:
+def unreachable(target: Target, constraints: list[WidthConstraint], costs: WidthCosts) -> str:
     """The message for a target below what the floors allow: how far it goes, and what holds most of the rest."""
-    floors = [room.floor for room in rooms]
+    floors = [constraint.floor for constraint in constraints]
     lowest, whole = costs.measure(target.kind, floors), costs.measure(target.kind, costs.sizes)
     gains = sorted(
-        ((-costs.change(target.kind, floors, n, 0), room.group.name, room) for n, room in enumerate(rooms)),
+        (
+            (-costs.change(target.kind, floors, n, 0), constraint.group.name, constraint)
+            for n, constraint in enumerate(constraints)
+        ),
         key=lambda row: row[:2],
         reverse=True,
     )
-    bound = [room for gain, _, room in gains if room.counted and gain][:5]
+    bound = [constraint for gain, _, constraint in gains if constraint.counted and gain][:5]
     named = ", ".join(
-        f"{r.group.name} ({r.held + ': ' if r.held else ''}{counted(r.floor * r.group.per_channel)})" for r in bound
+        f"{r.group.name} ({r.bound_by + ': ' if r.bound_by else ''}{counted(r.floor * r.group.per_channel)})"
+        for r in bound
     )
-    stuck = [room for gain, _, room in gains if not room.counted and gain]
-    without = costs.measure(target.kind, [room.floor if room.counted else 0 for room in rooms])
+    stuck = [constraint for gain, _, constraint in gains if not constraint.counted and gain]
+    without = costs.measure(target.kind, [constraint.floor if constraint.counted else 0 for constraint in constraints])
     fixed = ""
     if stuck and lowest - without >= 0.05 * lowest:
-        reasons = ", ".join(f"{room.group.name} ({room.held})" for room in stuck[:3])
+        reasons = ", ".join(f"{constraint.group.name} ({constraint.bound_by})" for constraint in stuck[:3])
         fixed = f"; {(lowest - without) / whole:.3f} hangs on groups that cannot be cut: {reasons}"
-    if not any(room.ranked for room in rooms):
+    if not any(constraint.ranked for constraint in constraints):
         fixed += "; no group can be pruned"
-    held = {room.held for room in bound}
-    remedies = [text for key, text in REMEDIES.items() if key in held]
+    bound_by = {constraint.bound_by for constraint in bound}
+    remedies = [text for key, text in REMEDIES.items() if key in bound_by]
     return (
         f"{target} cannot be reached: with every group at its floor {lowest / whole:.3f} remains ({lowest:,} of {whole:,} "
         f"{UNITS[target.kind]}); the floors that bind most: {named or 'none'}{fixed}; "

@@ -1,300 +1,61 @@
-"""Finds a model's channel groups by propagating channel labels through one forward pass.
-
-Method: every convolution or linear layer reads the labels of its input channels, gives its output fresh ones, and records
-which axis of its weight belongs to which label; element-wise operators unite the labels that meet (union-find over single
-channels); operators that move elements move the labels alike. A class of united labels is exactly what must be removed
-together. The dependency-graph idea is that of Fang et al., "DepGraph: Towards Any Structural Pruning" (CVPR 2023), here on
-single channels and on operators instead of on layer types.
-"""
+"""Finds a model's channel groups: a propagation of channel labels with the rules, groups from its labels, a dry run of a cut."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
+from slim.channels import ChannelPropagation
 from slim.dry_run import freeze_what_breaks
 from slim.errors import SlimError
-from slim.gate import Gate
-from slim.graph import ChannelGraph, Role
+from slim.forward import transparent_gates
+from slim.graph import ChannelGraph
 from slim.groups import build_graph
-from slim.labels import UnionFind, collapse, varying_axes
-from slim.ops import KINDS, READERS
-from slim.propagate import Call, Propagation, transparent_gates
-from slim.rules import arranges, rule_for, unknown
-from slim.sites import ACTIVATIONS, SCALABLE, Flow
-
-HANDS_ON = {"alias", "clone", "contiguous", "detach", "empty_like", "lift_fresh"}
-"""Operators that compute nothing with the numbers of their argument, which may not be filled yet."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """The positions of one parameter axis (or of an attribute that counts channels), in order, each under a label."""
-
-    param: str
-    axis: int
-    role: Role
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one operator did to labels: those of its outputs, and the numbers that element-wise arithmetic used."""
-
-    op: str
-    where: str
-    numbers: tuple[float, ...]
-    labels: tuple[Tensor | None, ...]
-
-
-class ChannelPropagation(Propagation):
-    """Labels are channels. What rules may use: get, put, fresh, unite, tie, record, freeze, mix, give_up, here."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        allow_inexact: bool = False,
-        depthwise: frozenset[str] | None = None,
-        muted: bool = False,
-    ) -> None:
-        super().__init__(model, muted=muted)
-        self.allow_inexact = allow_inexact
-        # A cut can leave a grouped convolution one channel a group: to the dry run it is what it was before.
-        self.known_depthwise = depthwise
-        self.depthwise: set[str] = set()
-        self.classes = UnionFind()
-        self.records: list[Record] = []
-        self.claims: dict[tuple[str, int], Tensor] = {}
-        self.frozen: list[tuple[Tensor, str]] = []
-        self.inexact: list[tuple[Tensor, str]] = []
-        self.unreadable: dict[str, str] = {}
-        self.freezing_ops: list[tuple[str, str, str, Tensor]] = []
-        self.flow = Flow()
-        self.steps: list[Step] = []
-        self.called: list[tuple[str, str, tuple[float, ...]]] = []
-        # Channels that an operator took by position or counted: where code could hold a number of channels.
-        self.arranged: list[Tensor] = []
-        self.direct: list[bool] = []
-        self.affine: set[int] = set()
-        self.loose: set[int] = set()
-        self.storages: dict[int, set[int]] = {}
-
-    # -- labels of tensors --------------------------------------------------------------------------------------
-
-    def get(self, tensor: Tensor) -> Tensor | None:
-        """Labels of a tensor; a parameter along a single axis gets labels of its own on its first use."""
-        if id(tensor) not in self.labels and id(tensor) in self.tensors:
-            wide = varying_axes(tensor)
-            if len(wide) == 1 and tensor.is_floating_point():
-                self.own_labels(tensor, wide[0])
-            elif len(wide) > 1:
-                self.untouchable(tensor, "is read element by element")
-        return self.labels.get(id(tensor))
-
-    def put(self, tensor: Tensor, labels: Tensor | None) -> None:
-        """Give a tensor its labels: as many axes as the tensor, size 1 where they do not change; None for no channels."""
-        super().put(tensor, labels)
-        self.storages.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
-
-    def channel_labels(self, tensor: Tensor, axis: int) -> Tensor | None:
-        found = super().channel_labels(tensor, axis)
-        if found is None and self.get(tensor) is not None:
-            self.settle(tensor)
-            found = super().channel_labels(tensor, axis)
-        return found
-
-    def settle(self, tensor: Tensor) -> Tensor | None:
-        """Write every label as its class, so that axes along which only united labels alternate collapse."""
-        labels = self.get(tensor)
-        if labels is None:
-            return None
-        unique, place = torch.unique(labels, return_inverse=True)
-        classes = torch.tensor([self.classes.find(label) for label in unique.tolist()])
-        settled = collapse(classes[place])
-        self.put(tensor, settled)
-        return settled
-
-    def own_labels(self, tensor: Tensor, axis: int) -> Tensor:
-        """A parameter or buffer gets channels of its own along one axis."""
-        labels = self.fresh(tensor.shape[axis])
-        self.loose.update(labels.tolist())
-        self.record(self.tensors[id(tensor)], axis, "scale", labels)
-        shaped = labels.reshape([size if a == axis else 1 for a, size in enumerate(tensor.shape)])
-        self.put(tensor, shaped)
-        return shaped
-
-    def is_map(self, tensor: Tensor) -> bool:
-        """Whether it is a parameter that varies along several axes (a positional embedding, a map of offsets)."""
-        return id(tensor) in self.tensors and id(tensor) not in self.labels and len(varying_axes(tensor)) > 1
-
-    def map_labels(self, tensor: Tensor, axes: set[int], out: Tensor) -> Tensor | None:
-        """Labels of such a parameter where it meets channels along a single axis of the output."""
-        own = [axis - (out.ndim - tensor.ndim) for axis in axes]
-        if len(own) != 1 or own[0] < 0 or tensor.shape[own[0]] == 1 or not tensor.is_floating_point():
-            self.untouchable(tensor, "is read element by element")
-            return None
-        labels = self.own_labels(tensor, own[0])
-        return labels.reshape((1,) * (out.ndim - tensor.ndim) + tuple(labels.shape))
-
-    def made_by_layer(self, labels: Tensor) -> bool:
-        """Whether some of these channels come from a layer and not from a bare parameter."""
-        return any(label and label not in self.loose for label in labels.flatten().tolist())
-
-    # -- what rules say -----------------------------------------------------------------------------------------
-
-    def fresh(self, count: int) -> Tensor:
-        """New labels, [count]."""
-        return self.classes.fresh(count)
-
-    def unite(self, first: Tensor, second: Tensor) -> None:
-        """Labels that stand opposite each other go together."""
-        self.classes.unite(first, second)
-
-    def tie(self, parts: Tensor) -> None:
-        """[parts, size]: the same position of every part is one channel."""
-        self.unite(parts[:1], parts[1:])
-        absent = (parts == 0).any(0)
-        if bool(absent.any()):
-            self.freeze(parts[:, absent], f"{self.here()} ties them to channels that are not ours to cut")
-
-    def record(self, param: str, axis: int, role: Role, labels: Tensor) -> None:
-        """Note that the positions of a parameter's axis, in order, belong to labels (0: to none)."""
-        before = self.claims.setdefault((param, axis), labels)
-        if before is not labels:
-            # A layer that runs twice has one weight: what meets the same position goes together.
-            self.unite(before, labels)
-            mixed = (before == 0) != (labels == 0)
-            self.freeze(
-                torch.where(mixed, before + labels, 0), f"{param} is also used on channels that are not ours to cut"
-            )
-        self.records.append(Record(param, axis, role, labels))
-
-    def freeze(self, labels: Tensor | None, reason: str) -> None:
-        """These channels stay."""
-        if labels is not None and bool(labels.any()):
-            self.frozen.append((torch.unique(labels), reason))
-
-    def mix(self, call: Call, labels: Tensor) -> None:
-        """The operator mixes these channels without weights: its result changes when one goes."""
-        reason = f"{call.name} in {self.here()} mixes channels"
-        if self.allow_inexact:
-            self.inexact.append((torch.unique(labels), reason))
-        else:
-            self.freeze(labels, f"{reason}, so no cut is exact")
-            self.freezing_ops.append((call.name, self.where(), reason, torch.unique(labels)))
-
-    def give_up(self, call: Call, reason: str) -> None:
-        """Freeze all channels that enter; the outputs have none that could be followed."""
-        labels = [self.get(t) for t in call.inputs]
-        for tensor, found in zip(call.inputs, labels, strict=True):
-            self.freeze(found, reason)
-            self.untouchable(tensor, f"is read by {call.name}")
-        met = [torch.unique(x) for x in labels if x is not None]
-        if met:
-            self.freezing_ops.append((call.name, self.where(), reason, torch.cat(met)))
-        for tensor in call.outputs:
-            self.put(tensor, None)
-
-    def unknown(self, call: Call) -> None:
-        unknown(self, call)
-
-    def untouchable(self, tensor: Tensor, reason: str) -> None:
-        """A parameter that is read in a way that we do not follow keeps its shape."""
-        weight = self.weight_of(tensor)
-        if weight:
-            self.unreadable.setdefault(weight[0], f"{weight[0]} {reason} in {self.here()}")
-
-    def is_depthwise(self, param: str, groups: int, in_channels: int) -> bool:
-        """Whether a convolution has one input channel for each of its groups."""
-        if self.known_depthwise is not None:
-            return param in self.known_depthwise
-        if groups > 1 and groups == in_channels:
-            self.depthwise.add(param)
-        return param in self.depthwise
-
-    def here(self) -> str:
-        """The running module, in words."""
-        return self.where() or "the model"
-
-    def module(self) -> nn.Module:
-        """The running module."""
-        return self.model.get_submodule(self.where())
-
-    # -- hooks of the base --------------------------------------------------------------------------------------
-
-    def apply(self, call: Call) -> None:
-        target = call.inputs[0]
-        before = self.get(target) if call.in_place else None
-        rule_for(call.name)(self, call)
-        labels = tuple(self.get(t) for t in call.outputs)
-        self.steps.append(Step(*self.called[-1], labels))
-        if arranges(self, call):
-            self.arranged += [x for x in (*labels, *map(self.get, call.inputs)) if x is not None]
-        self.flow.operator(call.name, KINDS.get(call.name) in READERS, call.inputs, call.outputs)
-        if call.in_place and before is None and len(self.storages.get(target.untyped_storage()._cdata, ())) > 1:
-            # The rest of that memory is known under other tensors, which would not learn of these channels.
-            self.freeze(self.get(target), f"{self.here()} writes it in place into a part of another tensor")
-
-    def note(self, call: Call) -> None:
-        computes = KINDS.get(call.name) == "elementwise" and call.name not in HANDS_ON
-        numbers = self.numbers(call) if computes else ()
-        self.called.append((call.name, self.here(), numbers))
-
-    def numbers(self, call: Call) -> tuple[float, ...]:
-        """The plain numbers among the arguments, and the lone numbers that come as tensors but not from the inputs."""
-        plain = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, (int, float))]
-        return (
-            *plain,
-            *(float(t) for t in call.inputs if t.ndim == 0 and not t.is_meta and id(t) not in self.computed),
-        )
-
-    def before_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        # An activation in place overwrites what it was given, so this must be seen before it runs.
-        self.direct.append(bool(args) and id(args[0]) in self.affine)
-
-    def after_module(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        direct = self.direct.pop()
-        if not isinstance(output, Tensor) or isinstance(module, Gate):
-            return
-        # Behind a sum a gate would scale some terms twice; an Identity straight behind a layer is an activation too.
-        if isinstance(module, (*ACTIVATIONS, nn.Identity)):
-            self.flow.module("activation" if direct else "move", path, output)
-        elif isinstance(module, SCALABLE) and module.weight is not None:
-            self.flow.module("layer", path, output)
+from slim.rules import RULES
 
 
 def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False, dry_run: bool = True) -> ChannelGraph:
     """Find the channel groups of a model.
 
-    ``example_inputs`` is a tensor, a tuple of positional or a dictionary of keyword arguments; a small batch of one is
-    enough. The model runs once in evaluation mode without gradients and is left exactly as it was; gates that it already
-    has are looked through.
+    The model runs once in evaluation mode without gradients and is left exactly as it was; gates that it already has are
+    looked through.
 
-    ``allow_inexact`` also cuts channels that layer norms, softmax or means over channels mix: their statistics change
-    when one goes, so that pruned = masked holds no more; the report names these groups. The dry run cuts a copy of the
-    model and runs it, to find groups that code with constant channel counts cannot spare; they are frozen.
+    Args:
+        model: any model
+        example_inputs: a tensor, a tuple of positional or a dictionary of keyword arguments; a small batch of one is enough
+        allow_inexact: cut channels, too, that layer norms, softmax or means over channels mix. Their statistics change when
+            one goes, so that pruned = masked holds no more; the report names these groups
+        dry_run: cut a copy of the model and run it, to find groups that code with constant channel counts cannot spare;
+            they are frozen
 
-    SlimError when the model does not run on the inputs.
+    Raises:
+        SlimError: when the model does not run on the inputs.
+
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        >>> graph = slim.trace(model, torch.zeros(1, 3, 8, 8))
+        >>> [(group.name, group.size, group.prunable, group.frozen_reason) for group in graph.groups]
+        [('0', 4, True, None), ('2', 2, False, 'a model output')]
     """
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise SlimError(f"{lazy} has no shape yet (a lazy module); run the model once before slim.trace")
     with collection_paused():
-        run = ChannelPropagation(model, allow_inexact=allow_inexact)
+        run = ChannelPropagation(model, RULES, allow_inexact=allow_inexact)
         with transparent_gates(model):
             outputs = run.run(example_inputs)
-        met, run.frozen = run.frozen, []
+        # That it is an output comes first among the reasons why a group is frozen.
+        frozen, run.frozen = run.frozen, []
         for tensor in outputs:
             run.freeze(run.get(tensor), "a model output")
-        run.frozen += met
+        run.frozen += frozen
         graph = build_graph(run, example_inputs)
         return freeze_what_breaks(graph, run, example_inputs) if dry_run else graph
 

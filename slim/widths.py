@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from slim.errors import SlimError
+from slim.ops import BATCH_NORMS
 
 
 def refresh_widths(model: nn.Module) -> None:
@@ -52,35 +53,41 @@ def refresh_prelu(module: Any) -> None:
     module.num_parameters = module.weight.numel()
 
 
-FROM_TENSORS: dict[type[nn.Module], Callable[[Any], None]] = {
+FROM_TENSORS: dict[Any, Callable[[Any], None]] = {
     nn.modules.conv._ConvNd: refresh_convolution,
     nn.Linear: refresh_linear,
-    nn.modules.batchnorm._NormBase: refresh_norm,
+    BATCH_NORMS: refresh_norm,
     nn.LayerNorm: refresh_layer_norm,
     nn.GroupNorm: refresh_group_norm,
     nn.PReLU: refresh_prelu,
 }
-
-ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.modules.batchnorm._NormBase: ("num_features",),
+NORM_COUNTS: dict[Any, tuple[str, ...]] = {
+    BATCH_NORMS: ("num_features",),
     nn.LayerNorm: ("normalized_shape",),
     nn.GroupNorm: ("num_channels", "num_groups"),
 }
 """Counts of norms, which may have no tensor that tells them."""
 
 
+def layer_widths(model: nn.Module) -> dict[str, list[int]]:
+    """{path: [input channels, output channels]} of every convolution and linear layer."""
+    widths = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            widths[path] = [module.in_channels, module.out_channels]
+        elif isinstance(module, nn.Linear):
+            widths[path] = [module.in_features, module.out_features]
+    return widths
+
+
 def norm_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
     """{path: {attribute: count}} of every norm: plain data."""
     return {
-        path: {name: plain(getattr(module, name)) for name in names}
+        path: {name: list(n) if isinstance(n := getattr(module, name), tuple) else n for name in names}
         for path, module in model.named_modules()
-        for kind, names in ATTRIBUTES.items()
+        for kind, names in NORM_COUNTS.items()
         if isinstance(module, kind)
     }
-
-
-def plain(count: int | tuple[int, ...]) -> int | list[int]:
-    return list(count) if isinstance(count, tuple) else count
 
 
 def set_norm_widths(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -> None:
@@ -104,46 +111,28 @@ def set_count(model: nn.Module, name: str, axis: int, count: int) -> None:
 def check_layers(model: nn.Module) -> None:
     """SlimError naming the first layer whose tensors do not fit each other."""
     for path, module in model.named_modules():
-        problem = next((p for kind, check in CHECKS.items() if isinstance(module, kind) if (p := check(module))), None)
+        problem = layer_problem(module)
         if problem:
             raise SlimError(
                 f"the plan would break {path}: {problem}; make the plan with slim.make_plan on a graph of this very network"
             )
 
 
-def wrong_convolution(module: Any) -> str | None:
-    if module.in_channels % module.groups or module.out_channels % module.groups:
-        return f"{module.in_channels} to {module.out_channels} channels do not divide into {module.groups} groups"
-    return wrong_bias(module, module.out_channels)
-
-
-def wrong_linear(module: Any) -> str | None:
-    return wrong_bias(module, module.out_features)
-
-
-def wrong_bias(module: Any, outputs: int) -> str | None:
-    if module.bias is not None and module.bias.numel() != outputs:
-        return f"its bias has {module.bias.numel()} entries for {outputs} output channels"
-    return None
-
-
-def wrong_norm(module: Any) -> str | None:
-    vectors = [module._parameters.get("weight"), module._parameters.get("bias")]
-    vectors += [module._buffers.get("running_mean"), module._buffers.get("running_var")]
-    sizes = {v.numel() for v in vectors if v is not None}
-    return f"its vectors have {' and '.join(map(str, sorted(sizes)))} entries" if len(sizes) > 1 else None
-
-
-def wrong_group_norm(module: Any) -> str | None:
-    if module.num_channels % module.num_groups:
+def layer_problem(module: Any) -> str | None:
+    """What does not fit in a layer, or None."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        inputs, outputs = layer_widths(module)[""]
+        groups = getattr(module, "groups", 1)
+        if inputs % groups or outputs % groups:
+            return f"{inputs} to {outputs} channels do not divide into {groups} groups"
+        if module.bias is not None and module.bias.numel() != outputs:
+            return f"its bias has {module.bias.numel()} entries for {outputs} output channels"
+    if isinstance(module, nn.GroupNorm) and module.num_channels % module.num_groups:
         return f"{module.num_channels} channels do not divide into {module.num_groups} groups"
-    return wrong_norm(module)
-
-
-CHECKS: dict[type[nn.Module], Callable[[Any], str | None]] = {
-    nn.modules.conv._ConvNd: wrong_convolution,
-    nn.Linear: wrong_linear,
-    nn.modules.batchnorm._NormBase: wrong_norm,
-    nn.LayerNorm: wrong_norm,
-    nn.GroupNorm: wrong_group_norm,
-}
+    if isinstance(module, (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)):
+        tensors = {**module._parameters, **module._buffers}
+        vectors = [tensors.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
+        sizes = {v.numel() for v in vectors if v is not None}
+        if len(sizes) > 1:
+            return f"its vectors have {' and '.join(map(str, sorted(sizes)))} entries"
+    return None

@@ -11,11 +11,10 @@ from engine import (
     WeightAverage,
     build_optimizer,
     build_scheduler,
-    gate_parameters,
     learning_rate_factor,
     learning_rate_sum,
 )
-from slim import Gate, SlimError
+from slim import Gate, SlimError, gate_parameters
 from tests.engine.tiny_detector import TinyDetector
 
 

@@ -56,7 +56,7 @@ def test_the_loop_ends_at_the_target_with_gates_folded(loop: Path, small_run: Pa
     assert metrics["macs"] == found and metrics["baseline"]["macs"] == dense
     whole = slim.Plan.from_json((loop / "plan.json").read_text())
     from_dense = slim.apply_plan(read_network(small_run / "weights" / "best.pt").model, whole)
-    assert slim.widths_of(from_dense) == slim.widths_of(network.model), "the rounds' plans make one plan"
+    assert slim.layer_widths(from_dense) == slim.layer_widths(network.model), "the rounds' plans make one plan"
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         wanted = network.model.eval()(images)[0]

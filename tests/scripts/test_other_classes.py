@@ -46,7 +46,7 @@ def more_names(tiny: Path, tmp_path: Path) -> Path:
 
 def body_widths(network: Network) -> dict[str, list[int]]:
     """Of all but the head, whose inputs count."""
-    widths = slim.widths_of(network.model)
+    widths = slim.layer_widths(network.model)
     return {path: width if not path.startswith("model.24") else width[:1] for path, width in widths.items()}
 
 

@@ -175,7 +175,7 @@ def test_finetune_keeps_the_structure_and_leaves_no_gate(
     network = read_network(tmp_path / "f" / "weights" / "last.pt")
     assert not slim.gate_vectors(network.model)
     assert metrics(tmp_path / "f")["params"] == metrics(cut_run)["params"]
-    assert slim.widths_of(network.model) != slim.widths_of(build_network(network.build))
+    assert slim.layer_widths(network.model) != slim.layer_widths(build_network(network.build))
 
 
 def test_finetune_can_keep_the_gates(cut_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_taylor_with_overrides_and_isomorphic_scope(
     )  # fmt: skip
     assert done.code == 0, done.err
     before, after = (
-        slim.widths_of(read_network(f).model) for f in (weights, tmp_path / "cut" / "weights" / "pruned.pt")
+        slim.layer_widths(read_network(f).model) for f in (weights, tmp_path / "cut" / "weights" / "pruned.pt")
     )
     assert after["model.1.conv"][1] == before["model.1.conv"][1] // 2 and after["model.2.cv1.conv"][1] == 8
     assert all(after[path][1] == before[path][1] for path in before if path.startswith("model.23."))
@@ -317,7 +317,7 @@ def test_a_controller_closes_the_share_that_is_asked_for(script: Runner, tiny: P
     scalars = events(tmp_path / "s").Tags()["scalars"]
     assert {"gates/strength", "gates/pull_over_gradient", "gates/closed_share", "metrics/masked_ap"} <= set(scalars)
     for more, words in (
-        (("--closed-share", 0.7), "closed share 0.7: expected above 0 and at most the fraction that is pulled, 0.5"),
+        (("--closed-share", 0.7), "closed share 0.7: expected above 0 and at most the fraction that is shrunk, 0.5"),
         (("--closed-share", 0.3, "--strength", 2), "--strength 2 and --closed-share 0.3: give one of them"),
     ):
         done = script("train_sparse", *common, *more, "--name", "bad")

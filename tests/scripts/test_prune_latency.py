@@ -69,7 +69,7 @@ def test_a_share_and_one_rounding(clock: FakeClock, sparse_run: Path, tmp_path: 
     record = json.loads((tmp_path / "exp" / "latency.json").read_text())
     assert {row["round_to"] for row in record["measurements"]} == {4}
     assert 0.95 * 0.7 <= record["chosen"]["latency_share"] <= 0.7
-    widths = slim.widths_of(read_network(tmp_path / "exp" / "weights" / "pruned.pt").model)
+    widths = slim.layer_widths(read_network(tmp_path / "exp" / "weights" / "pruned.pt").model)
     assert any(out % 8 for path, (_, out) in widths.items() if not path.startswith("model.24"))
 
 
@@ -81,7 +81,7 @@ def test_the_rounding_that_measures_faster_is_taken(
 
     def slower(measurer: latency.Measurer, model: torch.nn.Module) -> Any:
         found = plain(measurer, model)
-        odd = any(out % 16 for path, (_, out) in slim.widths_of(model).items() if not path.startswith("model.24"))
+        odd = any(out % 16 for path, (_, out) in slim.layer_widths(model).items() if not path.startswith("model.24"))
         return replace(found, ratio=found.ratio * (1.25 if odd else 1.0))
 
     monkeypatch.setattr(latency.Measurer, "against_dense", slower)

@@ -60,7 +60,7 @@ def test_the_share_is_exact_and_the_widths_stay(
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "exp" / "metrics.json").read_text())
     dense, zeroed = (read_network(f).model for f in (weights, tmp_path / "exp" / "weights" / "pruned.pt"))
-    assert slim.widths_of(dense) == slim.widths_of(zeroed) and not slim.gate_vectors(zeroed)
+    assert slim.layer_widths(dense) == slim.layer_widths(zeroed) and not slim.gate_vectors(zeroed)
     convolutions = {path: m.weight for path, m in zeroed.named_modules() if isinstance(m, nn.Conv2d)}
     zeros = {path: int((weight == 0).sum()) for path, weight in convolutions.items()}
     size = sum(weight.numel() for weight in convolutions.values())

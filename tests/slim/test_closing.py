@@ -62,11 +62,11 @@ def test_only_the_smallest_of_all_are_pulled_when_the_share_is_below_the_fractio
     with torch.no_grad():
         pull.vectors["g1"][:] = torch.linspace(0.2, 0.5, 33)
     pull.limit = 10
-    chosen = pull.pulled()
+    chosen = pull.selected()
     assert int(chosen.sum()) == 10
     assert chosen[16:26].all()  # the ten smallest of g1
     pull.limit = 20  # g1 may give its smaller half, 16, and the rest comes from equal gates in order
-    assert pull.pulled()[:20].tolist() == [True] * 4 + [False] * 12 + [True] * 4
+    assert pull.selected()[:20].tolist() == [True] * 4 + [False] * 12 + [True] * 4
 
 
 def test_a_controller_continues_from_its_state() -> None:
@@ -113,9 +113,9 @@ def gradients(pull: SmallestHalfL1, value: float) -> list[Tensor]:
 
 def test_pull_against_gradient_is_measured_where_it_pulls() -> None:
     pull = SmallestHalfL1(Gates(), strength=3.0)
-    assert pull.against_gradient() is None
+    assert pull.strength_over_gradient() is None
     gradients(pull, -0.5)
-    assert pull.against_gradient() == pytest.approx(6.0)
+    assert pull.strength_over_gradient() == pytest.approx(6.0)
 
 
 def test_closed_gates_are_zero_inside_and_themselves_again_outside() -> None:

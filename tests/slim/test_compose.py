@@ -52,7 +52,7 @@ def test_later_positions_are_carried_back_to_the_first_network() -> None:
     model = Joined()
     first, later = rounds(model, SCORES)
     assert [m.index for g in later.groups for m in g.members if m.param == "head.weight"] == [(0, 1), (2, 3, 4, 5)]
-    both = first.then(later)
+    both = slim.compose(first, later)
     assert [(g.name, g.size, g.keep) for g in both.groups] == [("a", 4, (2,)), ("b", 4, (1, 2))]
     assert [m.index for g in both.groups for m in g.members if m.param == "head.weight"] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert (both.macs, both.params) == ((first.macs[0], later.macs[1]), (first.params[0], later.params[1]))
@@ -65,7 +65,7 @@ def test_later_positions_are_carried_back_to_the_first_network() -> None:
 
 def test_a_group_that_the_later_plan_leaves_out_keeps_its_first_scores() -> None:
     first, later = rounds(Joined(), SCORES)
-    both = first.then(replace(later, groups=later.groups[1:]))
+    both = slim.compose(first, replace(later, groups=later.groups[1:]))
     assert both.groups[0] == first.groups[0]
 
 
@@ -92,7 +92,7 @@ def test_groups_may_be_split_or_merged_in_between() -> None:
         (first_whole, split(later_whole, 0), {"a": (1, 2)}),
         (split(first_both, 0), later_both, {"a": (1,), "a'": (1,), "b": (0,)}),
     ):  # fmt: skip
-        both = one.then(two)
+        both = slim.compose(one, two)
         assert {g.name: g.keep for g in both.groups} == expected
         assert same(slim.apply_plan(model, both), slim.apply_plan(slim.apply_plan(model, one), two))
 
@@ -102,40 +102,40 @@ def test_two_judges_of_one_group_give_it_the_scores_of_both() -> None:
     low, high = split(later, 0).groups
     low = replace(low, score_range=(0.1, 0.9), lowest_kept=0.9, highest_removed=0.1)
     high = replace(high, score_range=(0.2, 0.8), lowest_kept=0.8, highest_removed=0.2)
-    assert first.then(replace(later, groups=(low, high))).groups == later.groups
+    assert slim.compose(first, replace(later, groups=(low, high))).groups == later.groups
 
 
 def test_a_name_that_now_means_other_channels_is_numbered() -> None:
     first, later = rounds(Joined(), [{"a": [0.9, 0.1, 0.9, 0.1]}, {"b": [0.1, 0.7, 0.8, 0.2]}])
     renamed = replace(later, groups=(replace(later.groups[0], name="a"),))
-    assert [(g.name, g.keep) for g in first.then(renamed).groups] == [("a", (0, 2)), ("a#2", (1, 2))]
+    assert [(g.name, g.keep) for g in slim.compose(first, renamed).groups] == [("a", (0, 2)), ("a#2", (1, 2))]
 
 
 def test_a_later_plan_that_does_not_fit_is_refused_by_parameter() -> None:
     first, later = rounds(Joined(), [{"a": [0.9, 0.1, 0.9, 0.9]}, {"a": [0.3, 0.6, 0.6], "b": [0.1, 0.7, 0.8, 0.2]}])
     with pytest.raises(
-        slim.SlimError, match=r"its network's a.weight has shape \(4, 3, 1, 1\), this plan leaves \(3, 3, 1, 1\)"
+        slim.SlimError, match=r"its network's a.weight has shape \(4, 3, 1, 1\), the first plan leaves \(3, 3, 1, 1\)"
     ):
-        first.then(first)
+        slim.compose(first, first)
     for costs, message in (
-        ({"params": (9, 5)}, "9 parameters, this plan"),
-        ({"macs": (9, 5)}, "9 MACs, this plan leaves"),
+        ({"params": (9, 5)}, "9 parameters, the first plan"),
+        ({"macs": (9, 5)}, "9 MACs, the first plan leaves"),
     ):
         with pytest.raises(slim.SlimError, match=message):
-            first.then(replace(later, **costs))
+            slim.compose(first, replace(later, **costs))
     a, b = later.groups
     fewer = replace(a, members=tuple(m for m in a.members if m.param != "a.bias"))
     more = replace(a, members=(*a.members, Member("other.weight", 0, "in", (0, 1, 2))))
     for changed, param in ((fewer, "a.bias"), (more, "other.weight")):
         with pytest.raises(slim.SlimError, match=rf"removes other positions of {param} \(axis 0\)"):
-            first.then(replace(later, groups=(changed, b)))
+            slim.compose(first, replace(later, groups=(changed, b)))
     # Channels that the first plan ties can only go together.
     tied = tuple(replace(m, index=tuple(sorted(m.index, key=lambda p: p % 2))) for m in later.groups[1].members)
     with pytest.raises(slim.SlimError, match=r"removes other positions of b.weight"):
         whole = replace(first, groups=(*first.groups, GroupPlan("b", 2, (0, 1), tied_to(first, tied))))
-        whole.then(replace(later, groups=(a, replace(b, keep=(1, 2, 3)))))
+        slim.compose(whole, replace(later, groups=(a, replace(b, keep=(1, 2, 3)))))
     with pytest.raises(slim.SlimError, match="leaves no channel of group a"):
-        first.then(replace(later, groups=(replace(a, keep=()), b)))
+        slim.compose(first, replace(later, groups=(replace(a, keep=()), b)))
 
 
 def tied_to(first: slim.Plan, members: tuple[Member, ...]) -> tuple[Member, ...]:
@@ -186,11 +186,11 @@ def test_rounds_in_turn_equal_one_plan(kinds: list[str], seed: int, number: int,
         # At least two channels in each part of a grouped convolution: with one it would become a depthwise one.
         plans.append(slim.make_plan(graph, scores, threshold=0.3, round_to=1, min_channels=4))
         cut = slim.apply_plan(cut, plans[-1])
-    both = plans[0].then(plans[1])
-    together = both if number == 2 else both.then(plans[2])
+    both = slim.compose(plans[0], plans[1])
+    together = both if number == 2 else slim.compose(both, plans[2])
     assert same(slim.apply_plan(model, together), cut)
     assert slim.max_difference(slim.mask(model, together), cut, x) < 1e-4
     if number == 3:
-        other = plans[0].then(plans[1].then(plans[2]))
+        other = slim.compose(plans[0], slim.compose(plans[1], plans[2]))
         assert same(slim.apply_plan(model, other), cut)
     assert slim.Plan.from_json(together.to_json()) == together

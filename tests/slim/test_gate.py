@@ -176,7 +176,7 @@ def gated_block() -> tuple[Block, slim.ChannelGraph, dict[str, nn.Parameter]]:
 
 def test_layers_behind_a_reused_activation_are_gated_themselves() -> None:
     _, graph, gates = gated_block()
-    assert [site.path for site in graph.sites] == ["prelu", "stem_norm", "bn1", "bn2"]
+    assert [site.path for site in graph.gate_sites] == ["prelu", "stem_norm", "bn1", "bn2"]
     assert set(gates) == {g.name for g in graph.groups if g.prunable} == {"stem", "conv1", "squeeze"}
 
 

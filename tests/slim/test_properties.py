@@ -166,7 +166,7 @@ def check_rounds(
     if depthwise_layers(pruned) != depthwise_layers(model):
         # Cut to one channel for each group: the later plan may then cut groups apart that the first one's network ties.
         return Counter()
-    once = slim.apply_plan(model, first.then(later))
+    once = slim.apply_plan(model, slim.compose(first, later))
     assert_same_state(twice.state_dict(), once.state_dict(), "two plans composed")
     assert repr(twice) == repr(once), "two plans composed: other attributes"
     return Counter(composed=1)

@@ -216,7 +216,7 @@ def test_unknown_criterion_and_missing_gates_are_named() -> None:
         slim.score(model, graph, 3)  # type: ignore[arg-type]
     with pytest.raises(slim.SlimError, match="no gates"):
         slim.score(model, graph, "gate")
-    with pytest.raises(slim.SlimError, match=r"'bn' finds nothing to judge.*no batch norms"):
+    with pytest.raises(slim.SlimError, match=r"'bn' finds nothing to score.*no batch norms"):
         plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
         slim.score(plain, slim.trace(plain, torch.rand(1, 3, 4, 4)), "bn")
 
@@ -241,7 +241,7 @@ def test_unknown_reduction_and_normalisation_are_named() -> None:
         (torch.tensor([1.0, float("nan"), 1.0, 1.0]), r"first\.0 returned NaN or infinity"),
         ([torch.ones(4), torch.full((4,), float("inf"))], "NaN or infinity"),
         ([torch.tensor([-1.0, 0.0, 0.5, 0.0])], r"first\.0: the mean of its scores is -0\.125.*normalise='none'"),
-        (None, "'wrong' finds nothing to judge.*None for every group"),
+        (None, "'wrong' finds nothing to score.*None for every group"),
     ],
 )
 def test_what_is_no_score_is_named_with_its_group(returned: Any, message: str) -> None:

@@ -237,6 +237,39 @@ def test_formats_that_cannot_be_read_are_named(tmp_path: Path, with_gates: bool,
         slim.load(tmp_path / "m.pt", lambda build: Residual())
 
 
+def test_saving_runs_nothing_and_copies_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gated()
+    ran: list[nn.Module] = []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, args, output: ran.append(module))
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a second model is made")
+
+    monkeypatch.setattr(copy, "deepcopy", refuse)
+    monkeypatch.setattr(nn.Module, "__init__", refuse)
+    slim.save(model, tmp_path / "m.pt", build={})
+    packed = slim.pack(model, {})["state_dict"]
+    monkeypatch.undo()
+    assert ran == []
+    assert all(tensor.data_ptr() == packed[name].data_ptr() for name, tensor in model.state_dict().items())
+    model(torch.rand(1, 3, 8, 8))
+    assert ran, "the hooks see a forward pass"
+
+
+@pytest.mark.parametrize("tie", ["group", "layer"])
+def test_the_file_holds_the_macs_that_a_run_would_count(tmp_path: Path, tie: str) -> None:
+    x = torch.rand(1, 3, 8, 8)
+    model = gated(tie)
+    stages = [model, pruned := slim.apply_plan(model, planned(model)), slim.fold_gates(pruned)]
+    slim.save(pruned, tmp_path / "m.pt", build={})
+    loaded = slim.load(tmp_path / "m.pt", lambda build: Residual())
+    stages += [loaded, slim.apply_plan(loaded, planned(loaded, 0.7))]
+    found = [slim.pack(stage, {})["macs"] for stage in stages]
+    assert found == [slim.cost(stage, x).macs for stage in stages]
+    assert found[0] > found[1] == found[2] == found[3] > found[4]
+
+
 def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.pt"
     slim.save(gated(), path, build={"old": True})

@@ -1,0 +1,354 @@
+"""The state of a channel propagation: which channel each element of each tensor belongs to, and what is known of channels.
+
+Method: every convolution or linear layer reads the labels of its input channels, gives its output fresh ones, and records
+which axis of its weight belongs to which label; element-wise operators unite the labels that meet (union-find over single
+channels); operators that move elements move the labels alike. A class of united labels is exactly what must be removed
+together. The dependency-graph idea is that of Fang et al., "DepGraph: Towards Any Structural Pruning" (CVPR 2023), here on
+single channels and on operators instead of on layer types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slim.gate import Gate
+from slim.graph import Role
+from slim.ops import ACTIVATIONS, KINDS, NONZERO_AT_ZERO, READERS, SCALABLE
+from slim.propagate import Call, Propagation, collapse, varying_axes
+
+HANDS_ON = {"alias", "clone", "contiguous", "detach", "empty_like", "lift_fresh"}
+"""Operators that compute nothing with the numbers of their argument, which may not be filled yet."""
+
+
+class UnionFind:
+    """Disjoint sets of labels; label 0 is reserved."""
+
+    def __init__(self) -> None:
+        self.parent = [0]
+
+    def fresh(self, count: int) -> Tensor:
+        """``count`` new labels, [count]."""
+        start = len(self.parent)
+        self.parent.extend(range(start, start + count))
+        return torch.arange(start, start + count, dtype=torch.int64)
+
+    def find(self, label: int) -> int:
+        """The representative of a label's set: its smallest member."""
+        parent = self.parent
+        root = label
+        while parent[root] != root:
+            root = parent[root]
+        while parent[label] != root:
+            parent[label], label = root, parent[label]
+        return root
+
+    def roots(self) -> Tensor:
+        """The representative of every label, [labels]."""
+        roots = torch.tensor(self.parent)
+        while True:
+            further = roots[roots]
+            if torch.equal(further, roots):
+                return roots
+            roots = further
+
+    def unite(self, first: Tensor, second: Tensor) -> None:
+        """Unite element by element where both labels are not 0; the shapes broadcast."""
+        first, second = torch.broadcast_tensors(first, second)
+        pairs = torch.stack([first.reshape(-1), second.reshape(-1)])
+        pairs = pairs[:, (pairs[0] != pairs[1]) & (pairs != 0).all(0)]
+        if pairs.numel() == 0:
+            return
+        for a, b in torch.unique(pairs, dim=1).t().tolist():
+            root_a, root_b = self.find(a), self.find(b)
+            if root_a != root_b:
+                self.parent[max(root_a, root_b)] = min(root_a, root_b)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The positions of one parameter axis (or of an attribute that counts channels), in order, each under a label."""
+
+    param: str
+    axis: int
+    role: Role
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one operator did to labels: those of its outputs, and the numbers that element-wise arithmetic used."""
+
+    op: str
+    where: str
+    numbers: tuple[float, ...]
+    labels: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class RuleTable:
+    """What operators do to channels: the rule of each name, and whether a call takes channels by position or number."""
+
+    rule_for: Callable[[str], Callable[[ChannelPropagation, Call], None]]
+    is_position_sensitive: Callable[[ChannelPropagation, Call], bool]
+
+
+class ChannelPropagation(Propagation):
+    """Labels are channels. What rules may use: get, put, fresh, unite, tie, record, freeze, mix, give_up, here."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: RuleTable,
+        *,
+        allow_inexact: bool = False,
+        depthwise: frozenset[str] | None = None,
+        muted: bool = False,
+    ) -> None:
+        super().__init__(model, muted=muted)
+        self.rules = rules
+        self.allow_inexact = allow_inexact
+        # A cut can leave a grouped convolution one channel a group: to the dry run it is what it was before.
+        self.known_depthwise = depthwise
+        self.depthwise: set[str] = set()
+        self.classes = UnionFind()
+        self.records: list[Record] = []
+        self.claims: dict[tuple[str, int], Tensor] = {}
+        self.frozen: list[tuple[Tensor, str]] = []
+        self.inexact: list[tuple[Tensor, str]] = []
+        self.unreadable: dict[str, str] = {}
+        self.freezing_ops: list[tuple[str, str, str, Tensor]] = []
+        # What happened to which tensor, in order: (kind, operator's name or module's path, ids of inputs, ids of outputs).
+        self.flow: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]] = []
+        self.module_outputs: dict[str, list[Tensor]] = {}
+        self.steps: list[Step] = []
+        self.called: list[tuple[str, str, tuple[float, ...]]] = []
+        # Channels that an operator took by position or counted: where code could hold a number of channels.
+        self.position_sensitive: list[Tensor] = []
+        self.direct: list[bool] = []
+        self.affine: set[int] = set()
+        self.loose: set[int] = set()
+        self.storages: dict[int, set[int]] = {}
+
+    def again(self, *, muted: bool) -> ChannelPropagation:
+        """A new propagation over the same model, which may have fewer channels now."""
+        return ChannelPropagation(
+            self.model,
+            self.rules,
+            allow_inexact=self.allow_inexact,
+            depthwise=frozenset(self.depthwise),
+            muted=muted,
+        )
+
+    # -- labels of tensors --------------------------------------------------------------------------------------
+
+    def get(self, tensor: Tensor) -> Tensor | None:
+        """Labels of a tensor; a parameter along a single axis gets labels of its own on its first use."""
+        if id(tensor) not in self.labels and id(tensor) in self.tensors:
+            wide = varying_axes(tensor)
+            if len(wide) == 1 and tensor.is_floating_point():
+                self.own_labels(tensor, wide[0])
+            elif len(wide) > 1:
+                self.untouchable(tensor, "is read element by element")
+        return self.labels.get(id(tensor))
+
+    def put(self, tensor: Tensor, labels: Tensor | None) -> None:
+        """Give a tensor its labels: as many axes as the tensor, size 1 where they do not change; None for no channels."""
+        super().put(tensor, labels)
+        self.storages.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
+
+    def channel_labels(self, tensor: Tensor, axis: int) -> Tensor | None:
+        found = super().channel_labels(tensor, axis)
+        if found is None and self.get(tensor) is not None:
+            self.settle(tensor)
+            found = super().channel_labels(tensor, axis)
+        return found
+
+    def settle(self, tensor: Tensor) -> Tensor | None:
+        """Write every label as its class, so that axes along which only united labels alternate collapse."""
+        labels = self.get(tensor)
+        if labels is None:
+            return None
+        unique, inverse = torch.unique(labels, return_inverse=True)
+        classes = torch.tensor([self.classes.find(label) for label in unique.tolist()])
+        settled = collapse(classes[inverse])
+        self.put(tensor, settled)
+        return settled
+
+    def own_labels(self, tensor: Tensor, axis: int) -> Tensor:
+        """A parameter or buffer gets channels of its own along one axis."""
+        labels = self.fresh(tensor.shape[axis])
+        self.loose.update(labels.tolist())
+        self.record(self.tensors[id(tensor)], axis, "scale", labels)
+        shaped = labels.reshape([size if a == axis else 1 for a, size in enumerate(tensor.shape)])
+        self.put(tensor, shaped)
+        return shaped
+
+    def is_map(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter that varies along several axes (a positional embedding, a map of offsets)."""
+        return id(tensor) in self.tensors and id(tensor) not in self.labels and len(varying_axes(tensor)) > 1
+
+    def map_labels(self, tensor: Tensor, axes: set[int], out: Tensor) -> Tensor | None:
+        """Labels of such a parameter where it meets channels along a single axis of the output."""
+        own = [axis - (out.ndim - tensor.ndim) for axis in axes]
+        if len(own) != 1 or own[0] < 0 or tensor.shape[own[0]] == 1 or not tensor.is_floating_point():
+            self.untouchable(tensor, "is read element by element")
+            return None
+        labels = self.own_labels(tensor, own[0])
+        return labels.reshape((1,) * (out.ndim - tensor.ndim) + tuple(labels.shape))
+
+    def made_by_layer(self, labels: Tensor) -> bool:
+        """Whether some of these channels come from a layer and not from a bare parameter."""
+        return any(label and label not in self.loose for label in labels.flatten().tolist())
+
+    # -- what rules say -----------------------------------------------------------------------------------------
+
+    def fresh(self, count: int) -> Tensor:
+        """New labels, [count]."""
+        return self.classes.fresh(count)
+
+    def unite(self, first: Tensor, second: Tensor) -> None:
+        """Labels that stand opposite each other go together."""
+        self.classes.unite(first, second)
+
+    def tie(self, parts: Tensor) -> None:
+        """[parts, size]: the same position of every part is one channel."""
+        self.unite(parts[:1], parts[1:])
+        absent = (parts == 0).any(0)
+        if bool(absent.any()):
+            self.freeze(parts[:, absent], f"{self.here()} ties them to channels that are not ours to cut")
+
+    def record(self, param: str, axis: int, role: Role, labels: Tensor) -> None:
+        """Note that the positions of a parameter's axis, in order, belong to labels (0: to none)."""
+        before = self.claims.setdefault((param, axis), labels)
+        if before is not labels:
+            # A layer that runs twice has one weight: what meets the same position goes together.
+            self.unite(before, labels)
+            mixed = (before == 0) != (labels == 0)
+            self.freeze(
+                torch.where(mixed, before + labels, 0), f"{param} is also used on channels that are not ours to cut"
+            )
+        self.records.append(Record(param, axis, role, labels))
+
+    def freeze(self, labels: Tensor | None, reason: str) -> None:
+        """These channels stay."""
+        if labels is not None and bool(labels.any()):
+            self.frozen.append((torch.unique(labels), reason))
+
+    def mix(self, call: Call, labels: Tensor) -> None:
+        """The operator mixes these channels without weights: its result changes when one goes."""
+        reason = f"{call.name} in {self.here()} mixes channels"
+        if self.allow_inexact:
+            self.inexact.append((torch.unique(labels), reason))
+        else:
+            self.freeze(labels, f"{reason}, so no cut is exact")
+            self.freezing_ops.append((call.name, self.where(), reason, torch.unique(labels)))
+
+    def give_up(self, call: Call, reason: str) -> None:
+        """Freeze all channels that enter; the outputs have none that could be followed."""
+        labels = [self.get(t) for t in call.inputs]
+        for tensor, found in zip(call.inputs, labels, strict=True):
+            self.freeze(found, reason)
+            self.untouchable(tensor, f"is read by {call.name}")
+        entering = [torch.unique(x) for x in labels if x is not None]
+        if entering:
+            self.freezing_ops.append((call.name, self.where(), reason, torch.cat(entering)))
+        for tensor in call.outputs:
+            self.put(tensor, None)
+
+    def unknown(self, call: Call) -> None:
+        """No rule: freeze everything that enters; what comes out has no channels that we could follow."""
+        self.give_up(call, f"{call.name} in {self.here()} has no channel rule")
+
+    def untouchable(self, tensor: Tensor, reason: str) -> None:
+        """A parameter that is read in a way that we do not follow keeps its shape."""
+        weight = self.weight_of(tensor)
+        if weight:
+            self.unreadable.setdefault(weight[0], f"{weight[0]} {reason} in {self.here()}")
+
+    def is_depthwise(self, param: str, groups: int, in_channels: int) -> bool:
+        """Whether a convolution has one input channel for each of its groups."""
+        if self.known_depthwise is not None:
+            return param in self.known_depthwise
+        if groups > 1 and groups == in_channels:
+            self.depthwise.add(param)
+        return param in self.depthwise
+
+    def here(self) -> str:
+        """The running module, in words."""
+        return self.where() or "the model"
+
+    def module(self) -> nn.Module:
+        """The running module."""
+        return self.model.get_submodule(self.where())
+
+    # -- hooks of the base --------------------------------------------------------------------------------------
+
+    def apply(self, call: Call) -> None:
+        target = call.inputs[0]
+        before = self.get(target) if call.in_place else None
+        self.rules.rule_for(call.name)(self, call)
+        labels = tuple(self.get(t) for t in call.outputs)
+        self.steps.append(Step(*self.called[-1], labels))
+        if self.rules.is_position_sensitive(self, call):
+            self.position_sensitive += [x for x in (*labels, *map(self.get, call.inputs)) if x is not None]
+        reads, offset = KINDS.get(call.name) in READERS, call.name in ("add", "sub") and len(call.inputs) == 1
+        kind = "read" if reads else "end" if offset or call.name in NONZERO_AT_ZERO else "move"
+        self.flow.append((kind, call.name, tuple(map(id, call.inputs)), tuple(map(id, call.outputs))))
+        if call.in_place and before is None and len(self.storages.get(target.untyped_storage()._cdata, ())) > 1:
+            # The rest of that memory is known under other tensors, which would not learn of these channels.
+            self.freeze(self.get(target), f"{self.here()} writes it in place into a part of another tensor")
+
+    def note(self, call: Call) -> None:
+        numbers: list[float] = []
+        if KINDS.get(call.name) == "elementwise" and call.name not in HANDS_ON:
+            # Plain numbers among the arguments, and lone numbers that come as tensors but not from the inputs.
+            numbers = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, (int, float))]
+            lone = (t for t in call.inputs if t.ndim == 0 and not t.is_meta and id(t) not in self.data_dependent)
+            numbers += [float(t) for t in lone]
+        self.called.append((call.name, self.here(), tuple(numbers)))
+
+    def before_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # An activation in place overwrites what it was given, so this must be seen before it runs.
+        self.direct.append(bool(args) and id(args[0]) in self.affine)
+
+    def after_module(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        direct = self.direct.pop()
+        if not isinstance(output, Tensor) or isinstance(module, Gate):
+            return
+        # Behind a sum a gate would scale some terms twice; an Identity straight behind a layer is an activation too.
+        activates = isinstance(module, (*ACTIVATIONS, nn.Identity))
+        if activates or (isinstance(module, SCALABLE) and module.weight is not None):
+            self.module_outputs.setdefault(path, []).append(output)
+            if direct or not activates:
+                self.flow.append(("activation" if activates else "layer", path, (), (id(output),)))
+
+
+class Occurrences:
+    """Every occurrence of a label in the records, sorted by the class that it belongs to.
+
+    ``roots`` [labels]: the class of each label. ``record`` and ``index`` [occurrences]: the number of a record, and the
+    position on its axis. ``root``, ``start``, ``count`` [classes]: each class, in the order in which they first occur, and
+    where its occurrences begin and how many they are.
+    """
+
+    def __init__(self, run: ChannelPropagation) -> None:
+        self.roots = run.classes.roots()
+        self.keys: list[tuple[str, int, Role]] = [(r.param, r.axis, r.role) for r in run.records]
+        sizes = torch.tensor([len(r.labels) for r in run.records])
+        labels = torch.cat([r.labels for r in run.records]) if run.records else torch.zeros(0, dtype=torch.int64)
+        numbers = torch.arange(len(sizes)).repeat_interleave(sizes)
+        index = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        present = labels.nonzero().flatten()
+        classes = self.roots[labels[present]]
+        order = torch.sort(classes, stable=True).indices
+        self.record = numbers[present][order]
+        self.index = index[present][order]
+        found, counts = torch.unique_consecutive(classes[order], return_counts=True)
+        starts = counts.cumsum(0) - counts
+        first = torch.sort(order[starts]).indices
+        self.root, self.start, self.count = found[first], starts[first], counts[first]

@@ -1,0 +1,132 @@
+"""Running models and leaving them as they were."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from slim.errors import SlimError
+from slim.gate import gates_in
+
+
+def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple or list of positional arguments, or a dictionary of keyword arguments."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise SlimError(
+        f"example_inputs is {type(example_inputs).__name__}; expected a tensor, a tuple, a list or a dictionary"
+    )
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """Every tensor of a model's output: in tuples, lists, dictionaries, and in the attributes of other objects."""
+    found: list[Tensor] = []
+    for leaf in tree_flatten(output)[0]:
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
+            found += tensors_in(dict(vars(leaf)))
+    return found
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the duration; every module's flag is put back as it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """What a forward pass writes is undone: buffers, attributes that modules set on themselves, random number generators."""
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    containers = [
+        (value, value.copy())
+        for _, values in attributes
+        for value in values.values()
+        if type(value) in (dict, OrderedDict, list, set)
+    ]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {t.device.index for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
+    python_state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+            yield
+    finally:
+        random.setstate(python_state)
+        for module, values in attributes:
+            vars(module).clear()
+            vars(module).update(values)
+        for container, values in containers:
+            container.clear()
+            container.extend(values) if isinstance(container, list) else container.update(values)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not buffer.is_meta and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextmanager
+def transparent_gates(model: nn.Module) -> Iterator[None]:
+    """Gates pass their input on unchanged for the duration."""
+    gates = [gate for _, gate in gates_in(model)]
+    for gate in gates:
+        gate.transparent = True
+    try:
+        yield
+    finally:
+        for gate in gates:
+            gate.transparent = False
+
+
+def max_difference(first: nn.Module, second: nn.Module, inputs: Any) -> float:
+    """Largest absolute difference between two models' outputs, over the largest magnitude of the first's.
+
+    Both run in evaluation mode. Every floating tensor among the outputs is compared, and the largest ratio is returned;
+    NaN where an output is NaN.
+
+    Args:
+        first: a model
+        second: another model that takes the same inputs
+        inputs: a tensor, a tuple of positional or a dictionary of keyword arguments
+
+    Raises:
+        SlimError: when the outputs differ in shape.
+
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> one, two = nn.Identity(), nn.Threshold(0.5, 0.0)
+        >>> slim.max_difference(one, two, torch.tensor([0.25, 1.0]))
+        0.25
+    """
+    args, kwargs = call_arguments(inputs)
+    with torch.no_grad(), evaluation_mode(first), evaluation_mode(second):
+        outputs = [
+            [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point()] for model in (first, second)
+        ]
+    shapes = [[tuple(t.shape) for t in found] for found in outputs]
+    if shapes[0] != shapes[1]:
+        raise SlimError(f"outputs differ in shape: {shapes[0]} and {shapes[1]}")
+    worst = 0.0
+    for a, b in zip(*outputs, strict=True):
+        if a.numel():
+            ratio = (a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30)
+            worst = max(worst, float(ratio)) if not bool(torch.isnan(ratio)) else float("nan")
+    return worst
