@@ -20,7 +20,6 @@ from .freezing import freeze as freeze
 from .optimiser import WeightAverage as WeightAverage
 from .optimiser import build_optimizer as build_optimizer
 from .optimiser import build_scheduler as build_scheduler
-from .optimiser import gate_parameters as gate_parameters
 from .optimiser import learning_rate_factor as learning_rate_factor
 from .optimiser import learning_rate_sum as learning_rate_sum
 from .optimiser import recalibrate as recalibrate
