@@ -5,6 +5,7 @@ from .anchors import LOWEST_RECALL as LOWEST_RECALL
 from .anchors import AnchorFit as AnchorFit
 from .anchors import anchor_fit as anchor_fit
 from .anchors import refit_anchors as refit_anchors
+from .blocks import fuse_norms as fuse_norms
 from .builder import build_model as build_model
 from .checkpoint_import import Imported as Imported
 from .checkpoint_import import import_checkpoint as import_checkpoint
@@ -12,7 +13,6 @@ from .description import load_description as load_description
 from .detect import Detect as Detect
 from .distillation import DistillationLoss as DistillationLoss
 from .errors import ModelError as ModelError
-from .fusion import fuse_norms as fuse_norms
 from .loss import DetectionLoss as DetectionLoss
 from .postprocess import non_max_suppression as non_max_suppression
 from .settings import DistillGains as DistillGains

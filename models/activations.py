@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .errors import ModelError
+from .yolo import YOLO
 
 ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
     "silu": nn.SiLU,
@@ -29,7 +30,7 @@ _CALL = re.compile(r"\s*(?:torch\.)?(?:nn\.)?(?P<name>\w+)\s*(?:\((?P<args>[^()]
 
 
 def make_activation(name: str) -> nn.Module:
-    """A new activation module from a name such as ``silu``, ``nn.ReLU()`` or ``nn.LeakyReLU(0.1)``.
+    """Make a new activation module from a name such as ``silu``, ``nn.ReLU()`` or ``nn.LeakyReLU(0.1)``.
 
     Arguments are plain numbers, by position or by keyword; ``inplace`` is accepted and ignored.
     Raises ModelError for a name outside the table and for arguments that are not numbers.
@@ -59,18 +60,18 @@ def make_activation(name: str) -> nn.Module:
         raise ModelError(f"activation {name!r}: {match['name']} does not take these arguments") from None
 
 
-def has_activation(model: nn.Module, name: str) -> bool:
-    """Whether the blocks of a YOLO have the activation ``name`` already."""
+def has_activation(model: YOLO, name: str) -> bool:
+    """Tell whether the blocks of a YOLO have the activation ``name`` already."""
     own = model.description.get("activation") or DEFAULT_ACTIVATION
     return type(make_activation(own)) is type(make_activation(name))
 
 
-def activation_name(model: nn.Module) -> str:
-    """The kind of activation in the blocks of a YOLO, such as SiLU."""
+def activation_name(model: YOLO) -> str:
+    """Return the kind of activation in the blocks of a YOLO, such as SiLU."""
     return type(make_activation(model.description.get("activation") or DEFAULT_ACTIVATION)).__name__
 
 
-def swap_activations(model: nn.Module, name: str) -> int:
+def swap_activations(model: YOLO, name: str) -> int:
     """Give every block of a YOLO the activation ``name`` where it has the model's own now; in place, how many changed.
 
     Weights stay, so a trained model has to be trained on. ``model.description`` says it from then on. Activations of
@@ -82,8 +83,9 @@ def swap_activations(model: nn.Module, name: str) -> int:
     old = type(make_activation(description.get("activation") or DEFAULT_ACTIVATION))
     count = 0
     for module in model.modules():
-        if type(getattr(module, "act", None)) is old:
-            if list(module.act.children()):
+        act = getattr(module, "act", None)
+        if type(act) is old and isinstance(act, nn.Module):
+            if list(act.children()):
                 raise ModelError(
                     f"activation {name!r}: a gate follows the activation that it would replace; fold it first"
                 )

@@ -33,9 +33,18 @@ class AnchorFit:
 
 
 def anchor_fit(anchors_px: Tensor, sizes_px: Tensor, anchor_t: float = 4.0) -> AnchorFit:
-    """The fit of ``anchors_px`` [..., 2] to boxes ``sizes_px`` [n, 2], widths and heights in pixels of the network's input.
+    """Measure how well anchors fit boxes, by the same inequality as in ``DetectionLoss``.
 
-    The same inequality as in ``DetectionLoss``. ModelError without boxes, or for sides that are not above 0.
+    Args:
+        anchors_px: [..., 2] widths and heights in pixels.
+        sizes_px: [n, 2] widths and heights of boxes, in pixels of the network's input.
+        anchor_t: by how many times the sides of an anchor and a box may differ.
+
+    Raises:
+        ModelError: there is no box, or a side is not above 0.
+
+    >>> print(anchor_fit(torch.tensor([[10.0, 10.0]]), torch.tensor([[20.0, 30.0], [10.0, 50.0]])))
+    50.00% of the boxes within reach, 0.50 anchors a box
     """
     anchors, sizes = _checked(anchors_px, "anchors"), _checked(sizes_px, "boxes")
     within = [_closeness(anchors, chunk) > 1 / anchor_t for chunk in sizes.split(_CHUNK)]
@@ -46,7 +55,9 @@ def anchor_fit(anchors_px: Tensor, sizes_px: Tensor, anchor_t: float = 4.0) -> A
 def refit_anchors(
     sizes_px: Tensor, count: int, *, anchor_t: float = 4.0, generations: int = 1000, seed: int = 0
 ) -> Tensor:
-    """``count`` anchors [count, 2] for boxes ``sizes_px`` [n, 2], in pixels, by rising area; the same seed, the same anchors.
+    """Find ``count`` anchors [count, 2] for boxes ``sizes_px`` [n, 2], in pixels, by rising area.
+
+    The same seed gives the same anchors.
 
     K-means (Lloyd's, started as k-means++, Arthur and Vassilvitskii 2007) on widths and heights, each divided by its
     standard deviation; then an evolution strategy with one parent, one child and the 1/5 success rule (Rechenberg 1973) on

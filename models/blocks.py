@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from .activations import DEFAULT_ACTIVATION, make_activation
+
+Network = TypeVar("Network", bound=nn.Module)
 
 BN_EPS = 1e-3
 BN_MOMENTUM = 0.03
@@ -63,21 +67,13 @@ class Conv(nn.Module):
 
 
 class DWConv(Conv):
-    """Depthwise Conv: as many groups as both widths allow."""
+    """Depthwise Conv: as many groups as both widths allow. ``options`` are Conv's."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int = 1,
-        stride: int = 1,
-        dilation: int = 1,
-        act: bool | str = True,
-        *,
-        activation: str = DEFAULT_ACTIVATION,
+        self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, dilation: int = 1, **options: Any
     ) -> None:
         groups = gcd(in_channels, out_channels)
-        super().__init__(in_channels, out_channels, kernel, stride, None, groups, dilation, act, activation=activation)
+        super().__init__(in_channels, out_channels, kernel, stride, None, groups, dilation, **options)
 
 
 class Bottleneck(nn.Module):
@@ -158,9 +154,12 @@ class C3(nn.Module):
         self.cv1 = Conv(in_channels, hidden, 1, 1, activation=activation)
         self.cv2 = Conv(in_channels, hidden, 1, 1, activation=activation)
         self.cv3 = Conv(2 * hidden, out_channels, 1, 1, activation=activation)
-        self.m = nn.Sequential(
-            *(Bottleneck(hidden, hidden, shortcut, groups, 1.0, activation=activation) for _ in range(repeats))
-        )
+        self.m = nn.Sequential(*(self.make_inner(hidden, shortcut, groups, activation) for _ in range(repeats)))
+
+    @staticmethod
+    def make_inner(channels: int, shortcut: bool, groups: int, activation: str) -> nn.Module:
+        """One of the blocks that the chain ``m`` is made of."""
+        return Bottleneck(channels, channels, shortcut, groups, 1.0, activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
@@ -208,26 +207,65 @@ class SPPF(nn.Module):
 
 
 class Focus(nn.Module):
-    """Moves each 2x2 patch into the channels, then one Conv: [B, C, H, W] -> [B, out, H/2, W/2]."""
+    """Moves each 2x2 patch into the channels, then one Conv: [B, C, H, W] -> [B, out, H/2, W/2]. ``options`` are Conv's."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int = 1,
-        stride: int = 1,
-        padding: int | None = None,
-        groups: int = 1,
-        act: bool | str = True,
-        *,
-        activation: str = DEFAULT_ACTIVATION,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *options: Any, **named: Any) -> None:
         super().__init__()
-        self.conv = Conv(in_channels * 4, out_channels, kernel, stride, padding, groups, act=act, activation=activation)
+        self.conv = Conv(in_channels * 4, out_channels, *options, **named)
 
     def forward(self, x: Tensor) -> Tensor:
         top, bottom = x[..., ::2, :], x[..., 1::2, :]
         return self.conv(torch.cat((top[..., ::2], bottom[..., ::2], top[..., 1::2], bottom[..., 1::2]), 1))
+
+
+class GhostConv(nn.Module):
+    """A Conv for half of the output channels, and a 5x5 depthwise Conv of those for the other half.
+
+    Ghost blocks: Han et al. 2020, arXiv:1911.11907. ``options`` are Conv's.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1, **options: Any
+    ) -> None:
+        super().__init__()
+        half = out_channels // 2
+        self.cv1 = Conv(in_channels, half, kernel, stride, None, groups, **options)
+        self.cv2 = Conv(half, half, 5, 1, None, half, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        primary = self.cv1(x)
+        return torch.cat((primary, self.cv2(primary)), 1)
+
+
+class GhostBottleneck(nn.Module):
+    """Two GhostConvs with a residual; at stride 2 a depthwise Conv between them and in the shortcut halves the map."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, **options: Any) -> None:
+        super().__init__()
+        hidden = out_channels // 2
+        strided = stride == 2
+        self.conv = nn.Sequential(
+            GhostConv(in_channels, hidden, 1, 1, **options),
+            DWConv(hidden, hidden, kernel, stride, act=False) if strided else nn.Identity(),
+            GhostConv(hidden, out_channels, 1, 1, act=False),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if strided:
+            self.shortcut = nn.Sequential(
+                DWConv(in_channels, in_channels, kernel, stride, act=False),
+                Conv(in_channels, out_channels, 1, 1, act=False),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.shortcut(x)
+
+
+class C3Ghost(C3):
+    """C3 with GhostBottlenecks inside."""
+
+    @staticmethod
+    def make_inner(channels: int, shortcut: bool, groups: int, activation: str) -> nn.Module:
+        return GhostBottleneck(channels, channels, activation=activation)
 
 
 class Concat(nn.Module):
@@ -239,3 +277,12 @@ class Concat(nn.Module):
 
     def forward(self, xs: list[Tensor]) -> Tensor:
         return torch.cat(xs, self.axis)
+
+
+def fuse_norms(model: Network) -> Network:
+    """Multiply every Conv block's batch norm into its convolution, in place; for evaluation only, equal but for rounding."""
+    for block in model.modules():
+        if isinstance(block, Conv) and isinstance(block.bn, nn.BatchNorm2d):
+            block.conv = fuse_conv_bn_eval(block.conv.eval(), block.bn.eval())
+            block.bn = nn.Identity()  # type: ignore[assignment]
+    return model

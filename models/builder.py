@@ -12,11 +12,24 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .activations import DEFAULT_ACTIVATION, make_activation
-from .blocks import C3, SPP, SPPF, Bottleneck, BottleneckCSP, Concat, Conv, DWConv, Focus, batch_norm
+from .blocks import (
+    C3,
+    SPP,
+    SPPF,
+    Bottleneck,
+    BottleneckCSP,
+    C3Ghost,
+    Concat,
+    Conv,
+    DWConv,
+    Focus,
+    GhostBottleneck,
+    GhostConv,
+    batch_norm,
+)
 from .description import LayerSpec, check_description, layer_specs
 from .detect import Detect
 from .errors import ModelError
-from .ghost import C3Ghost, GhostBottleneck, GhostConv
 from .yolo import YOLO
 
 # Blocks whose first argument is a width, scaled by width_multiple, and whose constructor starts (in, out, ...).
@@ -63,11 +76,20 @@ class _Settings:
 
 
 def build_model(description: Mapping[str, Any], num_classes: int | None = None) -> YOLO:
-    """A freshly initialised YOLO, in training mode, from the dict of a YOLOv5 model YAML.
+    """Build a freshly initialised YOLO, in training mode, from the description of a YOLOv5 model.
 
-    ``num_classes`` replaces ``nc``. Besides YOLOv5's keys, ``activation`` names the activation of all blocks (default
-    SiLU) and ``csp_activation`` the one after BottleneckCSP's batch norm (default: the same).
-    Raises ModelError for unknown blocks, missing keys, wrong types and layers that do not fit together.
+    Args:
+        description: a model YAML as a dict. Besides YOLOv5's keys, ``activation`` names the activation of all blocks (default
+            SiLU) and ``csp_activation`` the one after BottleneckCSP's batch norm (default: the same).
+        num_classes: replaces ``nc``.
+
+    Raises:
+        ModelError: unknown blocks, missing keys, wrong types, or layers that do not fit together.
+
+    >>> from models import build_model, load_description
+    >>> model = build_model(load_description("models/yolov5n.yaml"), num_classes=3)
+    >>> [tuple(level.shape) for level in model(torch.zeros(1, 3, 64, 64))]
+    [(1, 3, 8, 8, 8), (1, 3, 4, 4, 8), (1, 3, 2, 2, 8)]
     """
     checked = check_description(description, num_classes)
     activation = checked.get("activation") or DEFAULT_ACTIVATION

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import ModelError
-from .restricted_pickle import StoredTensor, Stub, read_checkpoint
+from .restricted_pickle import Stub, read_checkpoint
 
 # Derived from anchors and strides; early releases saved it.
 _DERIVED = ("anchor_grid",)
@@ -27,7 +27,7 @@ class Imported:
 
 
 def import_checkpoint(path: str | Path) -> Imported:
-    """Reads a published YOLOv5 ``.pt`` (a zip with a pickled module tree) without running any code of the file.
+    """Read a published YOLOv5 ``.pt`` (a zip with a pickled module tree) without running any code of the file.
 
     Takes the moving average (``ema``) where there is one, else ``model``. Where a release's activations are not in its
     YAML, they are read off the module tree. Raises ModelError for any other kind of file, for a damaged one, and for
@@ -40,9 +40,10 @@ def import_checkpoint(path: str | Path) -> Imported:
     if not isinstance(description, dict) or "backbone" not in description:
         raise ModelError(f"{path}: {model.qualified_name} carries no YAML; expected a YOLOv5 detection checkpoint")
     state_dict: dict[str, Tensor] = {}
-    for name, stored in _tensors(model, "", path):
-        tensor = stored.load()
-        state_dict[name] = tensor.float() if tensor.is_floating_point() else tensor
+    for name, tensor in _tensors(model, "", path):
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # a stride of 0 could ask for any amount of memory
+            raise ModelError(f"{path}: is damaged (more elements in {name} than are stored); download the file again")
+        state_dict[name] = (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous()
     if not state_dict:
         raise ModelError(f"{path}: {model.qualified_name} holds no tensors; expected a YOLOv5 detection checkpoint")
     for key, activation in _activations(model).items():
@@ -56,7 +57,7 @@ def _find_model(content: Any, path: Path) -> Stub:
         return content
     if not isinstance(content, dict):
         raise ModelError(f"{path}: holds a {type(content).__name__}, {remedy}")
-    if content and all(isinstance(value, StoredTensor) for value in content.values()):
+    if content and all(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"{path}: holds a plain state dict without the model's structure, {remedy}")
     for key in ("ema", "model"):
         model = content.get(key)
@@ -64,7 +65,7 @@ def _find_model(content: Any, path: Path) -> Stub:
             model = model[0]
         if isinstance(model, Stub):
             return model
-        if isinstance(model, dict) and any(isinstance(value, StoredTensor) for value in model.values()):
+        if isinstance(model, dict) and any(isinstance(value, Tensor) for value in model.values()):
             raise ModelError(f"{path}: {key!r} is a plain state dict without the model's structure, {remedy}")
     raise ModelError(f"{path}: has the keys {sorted(map(str, content))[:8]}, {remedy}")
 
@@ -74,14 +75,14 @@ def _children(module: Stub) -> dict[str, Any]:
     return children if isinstance(children, dict) else {}
 
 
-def _tensors(module: Stub, prefix: str, path: Path, depth: int = 0) -> Iterator[tuple[str, StoredTensor]]:
+def _tensors(module: Stub, prefix: str, path: Path, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by the names that ``state_dict`` would give them."""
     if depth > _MAX_DEPTH:
         raise ModelError(f"{path}: modules are nested deeper than {_MAX_DEPTH} at {prefix[:80]}; the file is damaged")
     for kind in ("_parameters", "_buffers"):
         held = module.state.get(kind)
         for name, value in held.items() if isinstance(held, dict) else ():
-            if isinstance(value, StoredTensor) and name not in _DERIVED:
+            if isinstance(value, Tensor) and name not in _DERIVED:
                 yield f"{prefix}{name}", value
     for name, child in _children(module).items():
         if isinstance(child, Stub):

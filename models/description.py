@@ -29,7 +29,7 @@ class LayerSpec:
 
 
 def load_description(path: str | Path) -> dict[str, Any]:
-    """A YOLOv5 model YAML as a plain dict. Raises ModelError when the file is missing, damaged or not a description."""
+    """Read a YOLOv5 model YAML to a plain dict; ModelError when the file is missing, damaged or not a description."""
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

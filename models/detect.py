@@ -43,7 +43,7 @@ class Detect(nn.Module):
         return self.anchors * self.anchors.new_tensor(self.stride_px).view(-1, 1, 1)
 
     def calibrate(self, stride_px: Sequence[int]) -> None:
-        """Sets the strides, turns the anchors into grid units and gives the biases their prior. Once, after building.
+        """Set the strides, turn the anchors into grid units and give the biases their prior. Once, after building.
 
         The prior expects 8 objects in a 640 pixel image and 0.6 objects' worth of each class
         (after Lin et al. 2017, arXiv:1708.02002, section 3.3).
@@ -64,7 +64,7 @@ class Detect(nn.Module):
                 bias[:, 5:] += math.log(0.6 / (self.num_classes - 0.99999))
 
     def set_anchors(self, anchors_px: Tensor) -> None:
-        """Replaces the anchors, in place: as many as there are, [..., 2] in pixels, the smallest to the finest level.
+        """Replace the anchors, in place: as many as there are, [..., 2] in pixels, the smallest to the finest level.
 
         A trained head has learnt its sizes relative to the old ones. ModelError for another number or sides not above 0.
         """
@@ -90,7 +90,7 @@ class Detect(nn.Module):
         return raw if self.training else (self.decode(raw), raw)
 
     def decode(self, raw: list[Tensor]) -> Tensor:
-        """Raw maps -> [B, N, 5 + classes] float32: centre x, centre y, width, height in pixels, then probabilities.
+        """Decode raw maps to [B, N, 5 + classes] float32: centre x, centre y, width, height in pixels, then probabilities.
 
         N runs over levels, then anchors, then rows, then columns. Always float32: half precision has only
         half a pixel left at 1000 pixels.

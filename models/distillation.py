@@ -44,7 +44,7 @@ class DistillationLoss:
         check_same_head(loss.detect, teacher)
 
     def __call__(self, raw: Sequence[Tensor], targets: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The labels' total and parts, the part ``distill`` added; ``images`` are those that gave ``raw``.
+        """Return the labels' total and parts, the part ``distill`` added; ``images`` are those that gave ``raw``.
 
         The teacher runs under the caller's autocast; the distance is computed in FP32.
         """
@@ -55,43 +55,46 @@ class DistillationLoss:
         return total + distill * raw[0].shape[0], {**parts, "distill": distill.detach()}
 
     def distance(self, raw: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-        """Student's and teacher's maps, [B, A, h, w, 5 + classes] per level -> scalar, without ``weight``."""
-        sums = raw[0].new_zeros(3, dtype=torch.float32)
-        anchors = self.labels_loss.detect.anchors.float()
-        balance, divisors = level_balance(len(raw)), self._divisors(wanted)
-        for level, teacher, of_level, weight, divisor in zip(raw, wanted, anchors, balance, divisors, strict=True):
-            box, obj, cls = self._level(level.float(), teacher.float(), of_level, divisor)
-            sums = sums + torch.stack((box, obj * weight, cls))
-        ours, theirs = self.gains, self.labels_loss.gains
-        distance: Tensor = (
-            sums * sums.new_tensor((ours.box * theirs.box, ours.obj * theirs.obj, ours.cls * theirs.cls))
-        ).sum()
-        return distance
+        """Student's and teacher's maps, [B, A, h, w, 5 + classes] per level -> scalar, without ``weight``.
 
-    def _divisors(self, wanted: Sequence[Tensor]) -> list[float | None]:
-        """What each level's sums weighted by objectness are divided by in a process of several; None where it is alone."""
-        if self.labels_loss.reduce is None:
-            return [None] * len(wanted)
-        objectness = [level[..., 4].float().sigmoid() for level in wanted]
-        masses = [float(seen[seen > self.gains.min_objectness].sum()) for seen in objectness]
-        images = len(wanted[0])
-        all_images, *totals = self.labels_loss.reduce(torch.tensor([images, *masses], dtype=torch.float64)).tolist()
-        return [max(total, 1.0) * images / all_images for total in totals]
+        All levels' cells are one list here, so that a GPU is waited for once: until it is known which of them teach.
+        """
+        obj = raw[0].new_zeros((), dtype=torch.float32)
+        for level, teacher, weight in zip(raw, wanted, level_balance(len(raw)), strict=True):
+            obj = obj + _kl(level[..., 4].float(), teacher[..., 4].float()).mean() * weight
+        student, teacher = (torch.cat([level.float().flatten(0, -2) for level in maps]) for maps in (raw, wanted))
+        of_cells = [
+            (
+                own[None, :, None, None].expand(*level.shape[:-1], 2).reshape(-1, 2),
+                level.new_full(level.shape[:-1], i).flatten(),
+            )
+            for i, (level, own) in enumerate(zip(raw, self.labels_loss.detect.anchors.float(), strict=True))
+        ]
+        anchors, level_of = (torch.cat(parts) for parts in zip(*of_cells, strict=True))
 
-    def _level(
-        self, raw: Tensor, wanted: Tensor, anchors: Tensor, divisor: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        objectness = wanted[..., 4].sigmoid()
-        obj = _kl(raw[..., 4], wanted[..., 4]).mean()
-        cells = (objectness > self.gains.min_objectness).nonzero(as_tuple=True)
-        share = objectness[cells]
-        share = share / (share.sum().clamp(min=1) if divisor is None else divisor)
-        student, teacher, anchors = raw[cells], wanted[cells], anchors[cells[1]]
+        seen = teacher[:, 4].sigmoid()
+        (cells,) = (seen > self.gains.min_objectness).nonzero(as_tuple=True)
+        student, teacher, anchors, share = student[cells], teacher[cells], anchors[cells], seen[cells]
+        level_of = level_of[cells].long()
+        masses = share.new_zeros(len(raw)).index_add(0, level_of, share)
+        share = share / self._divisors(masses, len(raw[0]))[level_of]
         iou = complete_iou(cell_boxes_xyxy(student[:, :4], anchors), cell_boxes_xyxy(teacher[:, :4], anchors))
         box = ((1 - iou) * share).sum()
+        ours, theirs = self.gains, self.labels_loss.gains
+        distance = box * (ours.box * theirs.box) + obj * (ours.obj * theirs.obj)
         # A class alone is implied by objectness, and the labels' loss does not train its output either.
-        cls = (_kl(student[:, 5:], teacher[:, 5:]).mean(1) * share).sum() if student.shape[1] > 6 else raw.new_zeros(())
-        return box, obj, cls
+        if student.shape[1] > 6:
+            cls = (_kl(student[:, 5:], teacher[:, 5:]).mean(1) * share).sum()
+            distance = distance + cls * (ours.cls * theirs.cls)
+        return distance
+
+    def _divisors(self, masses: Tensor, images: int) -> Tensor:
+        """What each level's sums weighted by objectness are divided by, [levels]; ``masses``: the sums of objectness."""
+        if self.labels_loss.reduce is None:
+            return masses.clamp(min=1)
+        counts = torch.tensor([images, *masses.tolist()], dtype=torch.float64)
+        all_images, *totals = self.labels_loss.reduce(counts).tolist()
+        return masses.new_tensor([max(total, 1.0) * images / all_images for total in totals])
 
 
 def check_same_head(student: Detect, teacher: nn.Module) -> None:

@@ -29,20 +29,37 @@ _MIN_SIDE = 1e-3
 
 @dataclass(frozen=True)
 class _Matches:
-    """K predictions of one level that an object was assigned to; boxes in grid units relative to their cell."""
+    """K predictions of one level that an object was assigned to; boxes in grid units relative to their cell.
 
-    image: Tensor
-    anchor: Tensor
-    row: Tensor
-    column: Tensor
+    Everything here is found out on the CPU, so that a GPU never has to be waited for.
+    """
+
+    indices: Tensor
+    """int64 [4, K]: image, anchor, row, column"""
+    classes: Tensor
+    """int64 [K]"""
     boxes_cxcywh: Tensor
     anchors: Tensor
-    classes: Tensor
+    """[K, 2]"""
+    last: Tensor
+    """int64 [L]: for each cell and anchor with matches, which of 0..K-1 was written last"""
+
+    def to(self, device: torch.device) -> _Matches:
+        return _Matches(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
 
 class DetectionLoss:
-    """Call with the raw maps of a model in training mode and the targets of its batch. Computed in FP32, under AMP too.
+    """YOLOv5's loss of the raw maps of a model in training mode and the targets of its batch; in FP32, under AMP too.
 
+    >>> from models import LossGains, build_model, load_description
+    >>> model = build_model(load_description("models/yolov5n.yaml"), num_classes=3)
+    >>> loss = DetectionLoss(model, LossGains().scaled(num_classes=3, image_size_px=64, num_levels=3))
+    >>> total, parts = loss(model(torch.zeros(2, 3, 64, 64)), torch.tensor([[0, 1, 0.5, 0.5, 0.2, 0.2]]))
+    >>> sorted(parts), bool(total > 0)
+    (['box', 'cls', 'obj'], True)
+
+    Keep the targets on the CPU, where objects are assigned to predictions; parts come back as detached tensors, since to
+    read one waits for a GPU.
     ``gains`` are used as they are: see ``LossGains.scaled``.
 
     Where several processes have a share of the batch each, ``reduce`` adds a tensor of counts up over all of them, on
@@ -59,28 +76,52 @@ class DetectionLoss:
         self.detect = detect
         self.gains = gains
         self.reduce = reduce
+        self._anchors, self._anchors_version = detect.anchors.float().cpu(), detect.anchors._version
 
     def __call__(
         self, raw: Sequence[Tensor], targets: Tensor, images: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Raw maps [B, A, h, w, 5 + classes] per level; targets [M, 6]: image, class, cx, cy, w, h in 0..1.
+        """Compute the loss of a batch.
 
-        A loss of the training loop gets the images too; this one has no need of them.
+        Args:
+            raw: maps [B, A, h, w, 5 + classes] per level.
+            targets: [M, 6]: image, class, cx, cy, w, h in 0..1; best on the CPU.
+            images: not needed here; a loss of the training loop gets them too.
 
-        Returns the scalar to differentiate, which is B times the sum of the parts, and the weighted, detached parts
-        ``box``, ``obj`` and ``cls``. Raises ModelError for targets of another form or with unknown classes.
+        Returns:
+            The scalar to differentiate, which is B times the sum of the parts, and the weighted, detached parts ``box``,
+            ``obj`` and ``cls``.
+
+        Raises:
+            ModelError: the targets have another form or unknown classes.
         """
+        targets = targets.to("cpu", torch.float32)
         self._check(raw, targets)
-        targets = targets.to(raw[0].device, torch.float32)
-        sums = raw[0].new_zeros(3, dtype=torch.float32)
-        levels = [
-            self._level(level.float(), anchors, targets, weight)
-            for level, anchors, weight in zip(raw, self.detect.anchors.float(), level_balance(len(raw)), strict=True)
+        if self._anchors_version != self.detect.anchors._version:
+            self._anchors, self._anchors_version = self.detect.anchors.float().cpu(), self.detect.anchors._version
+        levels = [level.float() for level in raw]
+        matches = [
+            _match(level.shape[1:4], anchors, targets, self.gains.anchor_t).to(level.device)
+            for level, anchors in zip(levels, self._anchors, strict=True)
         ]
-        shares = self._shares(raw[0].shape[0], [matches for _, matches in levels])
-        for (parts, _), share in zip(levels, shares, strict=True):
-            sums = sums + (parts if share == 1 else parts * parts.new_tensor((share, 1.0, share)))
-        box, obj, cls = sums * sums.new_tensor((self.gains.box, self.gains.obj, self.gains.cls))
+        predicted = [level[tuple(found.indices)] for level, found in zip(levels, matches, strict=True)]
+        # Once for all levels: torchvision waits for a GPU here, as it gathers the pairs that overlap.
+        boxes = torch.cat(
+            [cell_boxes_xyxy(p[:, :4], found.anchors) for p, found in zip(predicted, matches, strict=True)]
+        )
+        wanted = box_convert(torch.cat([found.boxes_cxcywh for found in matches]), "cxcywh", "xyxy")
+        counts = [len(found.classes) for found in matches]
+        ious = complete_iou(boxes, wanted).split(counts)
+        sums = [raw[0].new_zeros((), dtype=torch.float32)] * 3
+        balance, shares = level_balance(len(raw)), self._shares(raw[0].shape[0], counts)
+        for level, found, outputs, iou, weight, share in zip(
+            levels, matches, predicted, ious, balance, shares, strict=True
+        ):
+            box, obj, cls = self._level(level[..., 4], outputs[:, 5:], found, iou)
+            sums = [sums[0] + box * share, sums[1] + obj * weight, sums[2] + cls * share]
+        box, obj, cls = (
+            part * gain for part, gain in zip(sums, (self.gains.box, self.gains.obj, self.gains.cls), strict=True)
+        )
         total = (box + obj + cls) * raw[0].shape[0]
         return total, {"box": box.detach(), "obj": obj.detach(), "cls": cls.detach()}
 
@@ -106,32 +147,27 @@ class DetectionLoss:
         all_images, *totals = self.reduce(torch.tensor([images, *matches], dtype=torch.float64)).tolist()
         return [own / max(total, 1.0) * all_images / images for own, total in zip(matches, totals, strict=True)]
 
-    def _level(self, raw: Tensor, anchors: Tensor, targets: Tensor, weight: float) -> tuple[Tensor, int]:
-        """Unweighted box, balanced objectness and class loss of one level: [3]; and the number of its matches."""
+    def _level(
+        self, objectness: Tensor, classes: Tensor, matches: _Matches, iou: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Unweighted box, objectness and class loss of one level; ``classes`` [K, C] logits and ``iou`` [K] of its matches."""
         gains = self.gains
-        box = cls = raw.new_zeros(())
-        objectness = raw[..., 4]
+        box = cls = objectness.new_zeros(())
         wanted = torch.zeros_like(objectness)
-        matches = _match(raw.shape[2:4], anchors, targets, gains.anchor_t)
-        if len(matches.image):
-            predicted = raw[matches.image, matches.anchor, matches.row, matches.column]
-            boxes_xyxy = cell_boxes_xyxy(predicted[:, :4], matches.anchors)
-            iou = complete_iou(boxes_xyxy, box_convert(matches.boxes_cxcywh, "cxcywh", "xyxy"))
+        if len(iou):
             box = (1 - iou).mean()
-            _write_last(wanted, matches, iou.detach().clamp(min=0))
-            num_classes = predicted.shape[1] - 5
-            if num_classes > 1:
+            wanted[tuple(matches.indices[:, matches.last])] = iou.detach().clamp(min=0)[matches.last]
+            if classes.shape[1] > 1:
                 smooth = gains.label_smoothing / 2
-                one_hot = torch.full_like(predicted[:, 5:], smooth)
+                one_hot = torch.full_like(classes, smooth)
                 one_hot.scatter_(1, matches.classes[:, None], 1 - smooth)
-                cls = _cross_entropy(predicted[:, 5:], one_hot, gains.cls_pw)
-        losses = torch.stack((box, _cross_entropy(objectness, wanted, gains.obj_pw) * weight, cls))
-        return losses, len(matches.image)
+                cls = _cross_entropy(classes, one_hot, gains.cls_pw)
+        return box, _cross_entropy(objectness, wanted, gains.obj_pw), cls
 
 
-def _match(size_hw: Sequence[int], anchors: Tensor, targets: Tensor, anchor_t: float) -> _Matches:
-    """``anchors`` [A, 2] in grid units."""
-    height, width = size_hw
+def _match(size_ahw: Sequence[int], anchors: Tensor, targets: Tensor, anchor_t: float) -> _Matches:
+    """Assign objects to predictions: ``anchors`` [A, 2] in grid units, ``targets`` [M, 6], both on the CPU."""
+    num_anchors, height, width = size_ahw
     side = targets.new_tensor((width, height))
     centres, sizes = targets[:, 2:4] * side, targets[:, 4:6] * side
     ratios = sizes[None] / anchors[:, None]
@@ -148,15 +184,18 @@ def _match(size_hw: Sequence[int], anchors: Tensor, targets: Tensor, anchor_t: f
 
     cell = (centre - centre.new_tensor(_SHIFTS)[neighbour]).long()
     column, row = cell[:, 0].clamp(0, width - 1), cell[:, 1].clamp(0, height - 1)
-    relative = centre - torch.stack((column, row), 1)
+    image = targets[target, 0].long()
+    # Several objects may be assigned to one prediction: its objectness is the last one's, on every device.
+    place = ((image * num_anchors + anchor) * height + row) * width + column
+    _, group = place.unique(return_inverse=True)
+    order = torch.arange(len(place))
+    last = order.new_zeros(int(group.max()) + 1 if len(group) else 0).scatter_reduce(0, group, order, "amax")
     return _Matches(
-        image=targets[target, 0].long(),
-        anchor=anchor,
-        row=row,
-        column=column,
-        boxes_cxcywh=torch.cat((relative, sizes[target]), 1),
-        anchors=anchors[anchor],
+        indices=torch.stack((image, anchor, row, column)),
         classes=targets[target, 1].long(),
+        boxes_cxcywh=torch.cat((centre - torch.stack((column, row), 1), sizes[target]), 1),
+        anchors=anchors[anchor],
+        last=last,
     )
 
 
@@ -164,7 +203,8 @@ def cell_boxes_xyxy(logits: Tensor, anchors: Tensor) -> Tensor:
     """Raw box outputs [K, 4] and anchors [K, 2] -> [K, 4] in grid units, relative to the cell's upper left corner."""
     p = logits.sigmoid()
     sizes = ((p[:, 2:] * 2) ** 2 * anchors).clamp(min=_MIN_SIDE)
-    return box_convert(torch.cat((p[:, :2] * 2 - 0.5, sizes), 1), "cxcywh", "xyxy")
+    boxes: Tensor = box_convert(torch.cat((p[:, :2] * 2 - 0.5, sizes), 1), "cxcywh", "xyxy")
+    return boxes
 
 
 def complete_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
@@ -174,20 +214,13 @@ def complete_iou(boxes_xyxy: Tensor, others_xyxy: Tensor) -> Tensor:
 
 
 def level_balance(levels: int) -> tuple[float, ...]:
-    """The weight of each level's objectness."""
+    """Return the weight of each level's objectness."""
     return _BALANCE_OF_THREE if levels == 3 else _BALANCE[:levels]
 
 
-def _write_last(wanted: Tensor, matches: _Matches, values: Tensor) -> None:
-    """``wanted[image, anchor, row, column] = values`` where the last of several writers wins, on every device."""
-    _, num_anchors, height, width = wanted.shape
-    flat = ((matches.image * num_anchors + matches.anchor) * height + matches.row) * width + matches.column
-    order = torch.arange(len(flat), device=flat.device)
-    last = order.new_full((wanted.numel(),), -1).scatter_reduce(0, flat, order, "amax")
-    written = last >= 0
-    wanted.view(-1)[written] = values[last[written]]
-
-
 def _cross_entropy(logits: Tensor, wanted: Tensor, positive_weight: float) -> Tensor:
-    weight = None if positive_weight == 1 else logits.new_tensor(positive_weight)
-    return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight)
+    weight = (
+        None if positive_weight == 1 else logits.new_full((), positive_weight)
+    )  # a number would be copied and awaited
+    loss: Tensor = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight)
+    return loss

@@ -22,12 +22,27 @@ def non_max_suppression(
     classes: Sequence[int] | None = None,
     class_agnostic: bool = False,
 ) -> list[Tensor]:
-    """[B, N, 5 + classes] of ``Detect.decode`` -> per image [n, 6]: x1, y1, x2, y2 in pixels, score, class; best first.
+    """Turn decoded predictions into detections: the best of boxes that overlap, for each class.
 
-    The score is objectness times class probability, and must exceed ``conf``. ``multi_label`` lets a box count for
-    every class that does, else its best class alone. ``classes`` keeps some classes only; ``class_agnostic`` lets
-    boxes of different classes suppress each other. At most 30,000 candidates an image enter the suppression.
-    Raises ModelError for thresholds outside of 0..1 and outputs of another form.
+    Args:
+        decoded: [B, N, 5 + classes] as ``Detect.decode`` gives it.
+        conf: what a detection's score, objectness times class probability, must exceed.
+        iou: above this overlap a box suppresses boxes of lower scores.
+        max_detections: at most so many for each image.
+        multi_label: a box counts for every class whose score exceeds ``conf``; else for its best class alone.
+        classes: keep these classes only.
+        class_agnostic: boxes of different classes suppress each other, too.
+
+    Returns:
+        For each image [n, 6]: x1, y1, x2, y2 in pixels, score, class; best first. At most 30,000 candidates of an image enter
+        the suppression.
+
+    Raises:
+        ModelError: a threshold outside of 0..1, or an output of another form.
+
+    >>> decoded = torch.tensor([[[10, 10, 8, 8, 0.9, 1.0], [11, 10, 8, 8, 0.6, 1.0], [40, 40, 8, 8, 0.5, 1.0]]])
+    >>> [detection.tolist()[:4] for detection in non_max_suppression(decoded)[0]]
+    [[6.0, 6.0, 14.0, 14.0], [36.0, 36.0, 44.0, 44.0]]
     """
     if decoded.ndim != 3 or decoded.shape[2] < 6:
         raise ModelError(f"non_max_suppression: found the shape {tuple(decoded.shape)}, expected [B, N, 5 + classes]")

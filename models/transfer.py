@@ -30,10 +30,14 @@ class Transfer:
 
 
 def transfer_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Transfer:
-    """Copies into ``model``, in place, each tensor that fits by name and shape, anchors included.
+    """Copy into ``model``, in place, each tensor that fits by name and shape, anchors included.
 
     Batch norm statistics go with their counter: neither is taken without the other. Raises ModelError when not one
     parameter fits.
+
+    >>> print(transfer_weights(nn.Linear(2, 3), {"weight": torch.ones(3, 2), "bias": torch.ones(4)}))
+    1 of 2 tensors loaded
+    kept as they were: bias: shape (4,) in the checkpoint, (3,) in the model
     """
     own = model.state_dict()
     loaded: list[str] = []

@@ -48,8 +48,8 @@ def test_the_loss_takes_what_the_fit_counts(tiny: dict) -> None:
         for box in boxes:
             centre = (side // 2 + 0.25) / side
             target = torch.tensor([[0, 0, centre, centre, *(box / 128).tolist()]])
-            found = _match((side, side), anchors, target, 4.0)
-            assigned += len(set(found.anchor.tolist()))
+            found = _match((2, side, side), anchors, target, 4.0)
+            assigned += len(set(found.indices[1].tolist()))
     assert assigned == round(fit.anchors_above * 50)
 
 

@@ -5,8 +5,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.blocks import C3, SPP, SPPF, Bottleneck, BottleneckCSP, Concat, Conv, DWConv, Focus
-from models.ghost import C3Ghost, GhostBottleneck, GhostConv
+from models.blocks import (
+    C3,
+    SPP,
+    SPPF,
+    Bottleneck,
+    BottleneckCSP,
+    C3Ghost,
+    Concat,
+    Conv,
+    DWConv,
+    Focus,
+    GhostBottleneck,
+    GhostConv,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,16 @@
 """The loss on hand-made cases."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from models.loss import _match, _Matches, _write_last
+import models.loss
+from models.loss import _match
 from tests.models.processes import over_processes
 
 
@@ -45,9 +48,8 @@ def test_total_is_the_batch_times_the_parts(detect):
 def test_perfect_box_costs_nothing(detect):
     """On the 4x4 map, an object as large as the anchor, centred in cell (1, 1): only that cell is assigned."""
     targets = torch.tensor([[0, 0, 0.375, 0.375, 0.25, 0.25]])
-    matches = _match((4, 4), detect.anchors[0], targets, anchor_t=4.0)
-    cells = sorted(zip(matches.column.tolist(), matches.row.tolist(), strict=True))
-    assert cells == [(1, 1)]
+    matches = _match((1, 4, 4), detect.anchors[0], targets, anchor_t=4.0)
+    assert matches.indices.tolist() == [[0], [0], [1], [1]]
     raw = [torch.zeros(1, 1, n, n, 7) for n in (4, 2, 1)]
     _, parts = models.DetectionLoss(detect, models.LossGains(anchor_t=1.5))(raw, targets)
     assert parts["box"].item() == pytest.approx(0, abs=1e-6)
@@ -65,25 +67,77 @@ def test_perfect_box_costs_nothing(detect):
 )
 def test_neighbour_cells(centre, cells):
     target = torch.tensor([[0, 0, centre[0] / 4, centre[1] / 4, 0.25, 0.25]])
-    matches = _match((4, 4), torch.ones(1, 2), target, anchor_t=4.0)
-    assert sorted(zip(matches.column.tolist(), matches.row.tolist(), strict=True)) == cells
-    back = matches.boxes_cxcywh[:, :2] + torch.stack((matches.column, matches.row), 1)
+    matches = _match((1, 4, 4), torch.ones(1, 2), target, anchor_t=4.0)
+    _, _, row, column = matches.indices
+    assert sorted(zip(column.tolist(), row.tolist(), strict=True)) == cells
+    back = matches.boxes_cxcywh[:, :2] + torch.stack((column, row), 1)
     torch.testing.assert_close(back, torch.tensor([centre] * len(cells)))
 
 
 def test_anchor_ratio_threshold():
     anchors = torch.tensor([[1.0, 1.0], [4.1, 1.0], [1.0, 0.26], [3.9, 1.0]])
-    matches = _match((4, 4), anchors, torch.tensor([[0, 0, 0.375, 0.375, 0.25, 0.25]]), anchor_t=4.0)
-    assert matches.anchor.tolist() == [0, 2, 3]
+    matches = _match((4, 4, 4), anchors, torch.tensor([[0, 0, 0.375, 0.375, 0.25, 0.25]]), anchor_t=4.0)
+    assert matches.indices[1].tolist() == [0, 2, 3]
 
 
-def test_last_writer_wins():
-    index = torch.tensor([0, 0, 0])
-    boxes = torch.zeros(3, 4)
-    matches = _Matches(index, index, torch.tensor([1, 0, 1]), index, boxes, boxes[:, :2], index)
-    wanted = torch.zeros(1, 1, 2, 2)
-    _write_last(wanted, matches, torch.tensor([0.9, 0.5, 0.1]))
-    assert wanted.flatten().tolist() == pytest.approx([0.5, 0, 0.1, 0])
+def test_the_last_of_several_objects_says_how_sure_a_prediction_should_be():
+    """Three objects in the cell (1, 1): objectness is trained towards the IoU with the third, whatever the others'."""
+    head = models.Detect(1, [[8, 8]], [4])
+    head.calibrate((8,))
+    sizes = [0.25, 0.3, 0.2]
+    targets = torch.tensor([[0, 0, 0.375, 0.375, size, size] for size in sizes])
+    matches = _match((1, 4, 4), head.anchors[0], targets, anchor_t=4.0)
+    assert matches.indices.tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 1], [1, 1, 1]] and matches.last.tolist() == [2]
+    raw = torch.zeros(1, 1, 4, 4, 6, requires_grad=True)  # the anchor's own box, 0.25 of the side
+    _, parts = models.DetectionLoss(head, models.LossGains(obj=1.0))([raw], targets)
+    wanted = torch.zeros(16)
+    wanted[5] = (0.2 / 0.25) ** 2
+    balance = 4.0
+    expected = balance * F.binary_cross_entropy_with_logits(torch.zeros(16), wanted)
+    assert parts["obj"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_other_anchors_are_noticed(detect):
+    loss = models.DetectionLoss(detect, models.LossGains())
+    before = loss(maps(), TARGETS)[1]["box"]
+    detect.set_anchors(torch.tensor([[9.0, 9.0], [20.0, 20.0], [40.0, 40.0]]))
+    after = loss(maps(), TARGETS)[1]["box"]
+    assert after != before and after == models.DetectionLoss(detect, models.LossGains())(maps(), TARGETS)[1]["box"]
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations that a GPU has to be waited for: values that become Python's, and shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else []
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive"):
+            self.counts["mask" if by_mask else name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_of_the_maps_is_read_but_by_the_iou(detect, monkeypatch):
+    """Assignment happens on the CPU; torchvision's IoU gathers by masks, once for all levels and not once for each."""
+    gains = models.LossGains(cls_pw=2.0, obj_pw=2.0, label_smoothing=0.1)
+    loss, raw = models.DetectionLoss(detect, gains), [level.requires_grad_() for level in maps(batch=2)]
+    monkeypatch.setattr("models.loss._match", lambda *arguments, real=_match: unwatched(real, *arguments))
+    monkeypatch.setattr(loss, "_check", lambda *_: None)
+    with Reads() as alone:
+        models.loss.complete_iou(torch.rand(3, 4), torch.rand(3, 4))
+    with Reads() as reads:
+        total, parts = loss(raw, TARGETS)
+        assert set(parts) == {"box", "obj", "cls"} and not any(part.requires_grad for part in parts.values())
+    assert reads.counts == alone.counts and total.requires_grad
+
+
+def unwatched(function, *arguments):
+    with torch.utils._python_dispatch._disable_current_modes():
+        return function(*arguments)
 
 
 def test_class_loss_with_smoothing_and_weight(detect):

@@ -14,6 +14,7 @@ from models.restricted_pickle import Stub, read_checkpoint
 def write_program(path, program):
     with zipfile.ZipFile(path, "w") as target:
         target.writestr("archive/data.pkl", program)
+        target.writestr("archive/version", "3\n")
     return path
 
 
@@ -31,7 +32,7 @@ def stub(module="models.common", name="Conv"):
 
 
 def hostile(tmp_path, target):
-    """Programs that would create ``target`` if anything of them ran, and the global to be named."""
+    """Programs that would create ``target`` if anything of them ran, and what is said of them."""
     command = f"touch {target}"
     run = b"(" + text(command) + b"tR"
     evaluate = b"(" + text(f"open({str(target)!r}, 'w')") + b"tR"
@@ -42,12 +43,12 @@ def hostile(tmp_path, target):
         "call": (global_("os", "system") + run, "os.system"),
         "posix": (global_("posix", "system") + run, "posix.system"),
         "eval": (global_("builtins", "eval") + evaluate, "builtins.eval"),
-        "python 2 eval": (global_("__builtin__", "eval") + evaluate, "__builtin__.eval"),
-        "stack global": (b"\x8c\x02os\x8c\x06system\x93" + run, "os.system"),
-        "dotted": (b"\x8c\x0dmodels.common\x8c\x09os.system\x93" + run, "models.common.os.system"),
-        "dotted class": (b"\x8c\x0dmodels.common\x8c\x08Conv.mro\x93" + run, "models.common.Conv.mro"),
-        "instance": (b"(" + text(command) + b"ios\nsystem\n", "os.system"),
-        "old object": (b"(" + global_("os", "system") + text(command) + b"o", "os.system"),
+        "python 2 eval": (global_("__builtin__", "eval") + evaluate, "builtins.eval"),
+        "stack global": (b"\x8c\x02os\x8c\x06system\x93" + run, "Unsupported operand 140"),
+        "dotted": (global_("models.common", "os.system") + run, "models.common.os.system"),
+        "dotted class": (global_("models.common", "Conv.mro") + run, "models.common.Conv.mro"),
+        "instance": (b"(" + text(command) + b"ios\nsystem\n", "Unsupported operand 105"),
+        "old object": (b"(" + global_("os", "system") + text(command) + b"o", "Unsupported operand 111"),
         "getattr": (global_("builtins", "getattr") + run, "builtins.getattr"),
         "function of an allowed package": (
             global_("torch.nn.modules.utils", "_pair") + run,
@@ -59,7 +60,7 @@ def hostile(tmp_path, target):
             + bytes([len(nested.getvalue())])
             + nested.getvalue()
             + b"tR",
-            "torch.storage._load_from_bytes",
+            "Unsupported operand 67",
         ),
         "hub": (global_("torch.hub", "load") + run, "torch.hub.load"),
         "partial": (global_("functools", "partial") + run, "functools.partial"),
@@ -75,9 +76,9 @@ def hostile(tmp_path, target):
 def test_functions_are_refused_by_name(tmp_path, case):
     target = tmp_path / "touched"
     program, name = hostile(tmp_path, target)[case]
-    program = b"\x80\x04" + program + b"."
+    program = b"\x80\x02" + program + b"."
     path = write_program(tmp_path / "hostile.pt", program)
-    with pytest.raises(models.ModelError, match=f"asks for {name}, ") as caught:
+    with pytest.raises(models.ModelError, match=rf"asks for {name}, |is damaged \({name}\); ") as caught:
         models.import_checkpoint(path)
     assert str(path) in str(caught.value)
     assert not target.exists()
@@ -123,7 +124,6 @@ TENSOR = (
         global_("collections", "OrderedDict"),
         global_("builtins", "set"),
         global_("models.common", "Conv"),
-        global_("copyreg", "_reconstructor"),
         TENSOR,
     ],
 )
@@ -144,7 +144,7 @@ def test_tensors_cannot_ask_for_more_than_is_stored(tmp_path, size):
     path = write_program(tmp_path / "a.pt", b"\x80\x02" + stub() + state + b"b.")
     with zipfile.ZipFile(path, "a") as target:
         target.writestr("archive/data/0", b"\0" * 4)
-    with pytest.raises(models.ModelError, match=r"does not fit record|malformed tensor"):
+    with pytest.raises(models.ModelError, match="is damaged"):
         models.import_checkpoint(path)
 
 
@@ -158,5 +158,5 @@ def test_modules_that_contain_themselves(tmp_path):
 
 def test_memo_bomb(tmp_path):
     path = write_program(tmp_path / "a.pt", b"\x80\x02Nr\xff\xff\xff\x7f.")
-    with pytest.raises(models.ModelError, match="memo index"):
+    with pytest.raises(models.ModelError, match="holds a NoneType"):
         models.import_checkpoint(path)
