@@ -41,8 +41,10 @@ class Annotations:
     unusable: bool = False
     """Whether the image itself is left out, because nobody can tell what is in it."""
 
-    def mapped(self, class_map: Sequence[int]) -> Annotations:
-        """Class ``i`` becomes ``class_map[i]``; objects of a class that becomes -1 are dropped."""
+    def mapped(self, class_map: Sequence[int] | None) -> Annotations:
+        """Class ``i`` becomes ``class_map[i]``; objects of a class that becomes -1 are dropped. None changes nothing."""
+        if class_map is None:
+            return self
         table = np.asarray(class_map, dtype=np.float64)
 
         def renumbered(rows: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -110,13 +112,6 @@ def row_from_pixels(kind: int, corners: Sequence[float], size_hw: tuple[int, int
     if x2 <= x1 or y2 <= y1:
         raise ValueError(f"a box outside the image of {width}x{height} pixels")
     return (float(kind), (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)
-
-
-def corners_px(row: Sequence[float], size_hw: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The inverse of ``row_from_pixels``: x1, y1, x2, y2."""
-    height, width = size_hw
-    _, cx, cy, w, h = (float(value) for value in row)
-    return (cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height
 
 
 def check_usable(split: str, annotations: Sequence[Annotations], names: Sequence[str]) -> None:

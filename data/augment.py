@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .colour import jitter_hsv
-from .images import FILL, grey, resize
+from .images import FILL, grey
 from .settings import Augment
 
 MIN_SIDE_PX = 2.0
@@ -106,7 +106,7 @@ def _render_aligned(tiles: Sequence[Tile], view: View) -> tuple[Tensor, Labels]:
         x, y = _visible_span(tile.x_px, width, view, axis=0), _visible_span(tile.y_px, height, view, axis=1)
         if x is None or y is None:
             continue
-        patch = resize(tile.image[:, y.crop[0] : y.crop[1], x.crop[0] : x.crop[1]], (y.length, x.length))
+        patch = _warped(tile.image[:, y.crop[0] : y.crop[1], x.crop[0] : x.crop[1]], (y.length, x.length))
         x_lo, x_hi, y_lo, y_hi = max(x.start, 0), min(x.stop, size), max(y.start, 0), min(y.stop, size)
         output[:, y_lo:y_hi, x_lo:x_hi] = patch[:, y_lo - y.start : y_hi - y.start, x_lo - x.start : x_hi - x.start]
         labels.append(tile.labels)
@@ -117,6 +117,14 @@ def _render_aligned(tiles: Sequence[Tile], view: View) -> tuple[Tensor, Labels]:
     rows, fit = np.concatenate(labels), np.repeat(np.array(fits), [len(part) for part in labels], axis=0)
     whole = rows[:, 1:] * fit[:, [0, 1, 0, 1]] + fit[:, [2, 3, 2, 3]]
     return output, _clip_and_filter(rows[:, :1], whole, _areas(whole), fit[:, 4:])
+
+
+def _warped(image: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """The random scale of a view, uint8 [3, H, W] -> [3, h, w]: bilinear, antialiased when it shrinks."""
+    if image.shape[-2:] == torch.Size(size_hw):
+        return image
+    pixels = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(pixels, size_hw, mode="bilinear", antialias=True)[0]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ _LISTS = ("images", "annotations", "categories")
 def read_coco(path: Path) -> dict[str, Any]:
     """The file's content; DataError unless it has COCO's lists of images, annotations and categories."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"cannot read the annotations {path}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:

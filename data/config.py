@@ -55,7 +55,7 @@ class DataConfig:
     """For each of ``label_names`` its index in ``names``, -1 for a class that is not looked at; ``None``: the same."""
 
     def select(self, classes: Sequence[str | int]) -> DataConfig:
-        """These classes alone, by name or index (a name that is a number wins), in this order; the others count as background."""
+        """Keep these classes alone, by name or index (a name that is a number wins), in this order; others are background."""
         chosen: list[int] = []
         for one in classes:
             text = str(one)
@@ -74,7 +74,7 @@ class DataConfig:
         return self._regrouped(tuple(self.names[i] for i in chosen), places)
 
     def single(self, name: str = "object") -> DataConfig:
-        """All classes as one."""
+        """Take all classes as one."""
         return self._regrouped((name,), [0] * len(self.names))
 
     def _regrouped(self, names: tuple[str, ...], places: Sequence[int]) -> DataConfig:
@@ -83,7 +83,7 @@ class DataConfig:
         return replace(self, names=names, label_names=self.label_names or self.names, class_map=class_map)
 
     def entries(self, split: str) -> tuple[list[Entry], list[str]]:
-        """The images of a split with their annotations, and what was left out of its files as a whole; DataError as ``split``."""
+        """List the images of a split with their annotations, and what was left out of its files; DataError as ``split``."""
         names = self.label_names or self.names
         folder = self.images.get(split)
         if folder is not None and not folder.is_dir():
@@ -91,7 +91,7 @@ class DataConfig:
         return find_entries(self.split(split), names, self.path, folder, self.format)
 
     def split(self, name: str) -> tuple[Path, ...]:
-        """The sources of the split ``name``; DataError if it is unknown, not described, or not on the disk."""
+        """Return the sources of the split ``name``; DataError if it is unknown, not described, or not on the disk."""
         if name not in SPLITS:
             raise DataError(f"unknown split {name!r}: use one of {', '.join(SPLITS)}")
         sources: tuple[Path, ...] | None = getattr(self, name)
@@ -105,11 +105,25 @@ class DataConfig:
 
 
 def load_data_config(path: str | Path, data_root: str | Path | None = None) -> DataConfig:
-    """Read a ``data.yaml``.
+    """Read the description of a data set.
 
-    A relative ``path`` is looked for under ``data_root`` (else ``$SLIM_DATA_ROOT``, else ``./datasets``), then beside the
-    YAML, then in the working folder; the first place that holds one of the splits is taken. ``download`` is not followed
-    (``data.download`` does). DataError if the file or the data is missing, or names and ``nc`` disagree.
+    A relative ``path`` in it is looked for under ``data_root``, then beside the YAML, then in the working folder; the first
+    place that holds one of the splits is taken. Its keys ``download`` and ``synthetic`` are not followed (``data.download``
+    and ``data.shapes`` do).
+
+    Args:
+        path: a YOLOv5 ``data.yaml``.
+        data_root: the folder of data sets; None: ``$SLIM_DATA_ROOT``, else ``./datasets``.
+
+    Raises:
+        DataError: the file or the data is missing, or names and ``nc`` disagree.
+
+    >>> import tempfile
+    >>> from data import make_shapes
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     make_shapes(f"{root}/shapes", train=1, val=1, test=1, image_size_px=32)
+    ...     load_data_config("data/shapes.yaml", root).names
+    ('circle', 'square', 'triangle', 'cross')
     """
     file = Path(path)
     content = read_description(file)
@@ -197,7 +211,7 @@ def _entries(content: Mapping[str, Any], split: str, file: Path) -> tuple[str, .
 
 
 def find_root(data_root: str | Path | None = None) -> Path:
-    """The folder of data sets: ``data_root``, else ``$SLIM_DATA_ROOT``, else ``./datasets``."""
+    """Return the folder of data sets: ``data_root``, else ``$SLIM_DATA_ROOT``, else ``./datasets``."""
     return Path(data_root or os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT).expanduser()
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +19,11 @@ from torch.utils.data import Dataset
 
 from .annotations import Annotations, Entry, as_rows, check_usable
 from .augment import MIXUP_BETA, Labels, Tile, augmented_scene, colour_and_flip, mix, mosaic_tiles
-from .cache import find_folder, name_of, read_annotations
+from .cache import DiskCache, MemoryCache, available_bytes, find_folder, read_sizes_and_labels
 from .config import DataConfig
 from .errors import DataError
-from .images import IMAGE_SUFFIXES, grey, letterbox, letterbox_of, read_image, read_size, resize
+from .images import IMAGE_SUFFIXES, grey, letterbox_of, read_image, resize
 from .letterbox import Letterbox
-from .pixels import PixelFile, open_pixels
 from .sampling import Draw, weigh_images
 from .settings import Augment, Cache
 
@@ -50,20 +47,30 @@ class Sample:
 
 
 class DetectionDataset(Dataset[Sample]):
-    """A split of a data set: YOLO text, COCO or VOC (``data/sources.py``).
+    """A split of a data set: YOLO text, COCO or VOC (``data/sources.py`` says how the format is told).
 
-    Without ``augment``: each image letterboxed to a grey square of ``image_size_px``. With it: a random sample that
-    depends only on (seed, epoch, index). Bad label lines and unreadable images are left out and listed in ``problems``;
-    DataError if no image is left, or none of the labels that the files hold.
+    Without ``augment``, item i is image i letterboxed to a grey square of ``image_size_px``, as YOLOv5 evaluates: shrunk by
+    averages of areas. With it, item i is a random sample that depends on (seed, epoch, i) alone, of images shrunk bilinearly,
+    as YOLOv5 trains. Opening a data set reads image sizes and labels, and decodes nothing. Bad label lines and unreadable
+    images are left out and listed in ``problems``.
 
-    From epoch ``mosaic_epochs`` on neither mosaic nor mixup is applied. With ``image_weights`` shuffled epochs and the
-    other images of a mosaic are drawn with replacement by ``sampling.weigh_images``.
+    Args:
+        config: the data set, see ``load_data_config``.
+        split: train, val or test.
+        image_size_px: the longer side of a resized image.
+        augment: how training samples vary; None for evaluation, calibration and the like.
+        seed: of all random choices, at least 0.
+        cache: what becomes of images once they are decoded and resized. ``ram``: kept in memory, which loader workers share,
+            unless all images would take more than half of what is available. ``disk``: kept in a folder ``.slim-cache``, for
+            later starts too, with sizes and labels (``data/cache.py``); where that cannot be written, as ``ram``. ``none``:
+            decoded whenever they are needed.
+        mosaic_epochs: from this epoch on neither mosaic nor mixup is applied; None for always.
+        image_weights: shuffled epochs and the other images of a mosaic are drawn with replacement by
+            ``sampling.weigh_images``, so that classes occur alike.
+        holders: how many processes of this machine keep images of their own in memory.
 
-    ``cache`` keeps all images, resized, 3 * image_size_px**2 bytes each. ``ram``: in this process's memory, unless that
-    would take more than half of what is available. ``disk``: with sizes and labels in a folder ``.slim-cache`` beside the
-    data (else in the user's cache folder), from where all processes and later starts map them; where that cannot be, as
-    ``ram``. What changed is read again (``data/cache.py``); the folder may be deleted at any time. ``none``: images are
-    decoded whenever they are needed. ``holders`` is how many processes of this machine keep their own.
+    Raises:
+        DataError: an argument is out of range, no image is left, or none of the labels that the files hold.
     """
 
     def __init__(
@@ -95,13 +102,14 @@ class DetectionDataset(Dataset[Sample]):
         self.image_weights = image_weights
         # Shared memory: persistent workers see the epoch that the main process sets.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._base, self._sources = config.path, config.split(split)
+        self._base = config.path
         entries, self.problems = config.entries(split)
         if not entries:
-            sources = ", ".join(str(source) for source in self._sources)
+            sources = ", ".join(str(source) for source in config.split(split))
             raise DataError(f"split {split!r}: no image in {sources}; known are {', '.join(sorted(IMAGE_SUFFIXES))}")
-        self._folder = find_folder(self._base) if cache == "disk" else None
-        self._open(entries, config, cache)
+        folder = find_folder(self._base) if cache == "disk" else None
+        self._open(entries, config, folder)
+        self._cache = self._make_cache(cache, folder)
         if self.problems:
             logger.warning("split %r: %d problems, the first: %s", split, len(self.problems), self.problems[0])
 
@@ -164,8 +172,9 @@ class DetectionDataset(Dataset[Sample]):
 
     @cached_property
     def _cumulative_weights(self) -> NDArray[np.float64]:
-        cumulative = np.cumsum(weigh_images(self._labels))
-        return cumulative / cumulative[-1]
+        cumulative: NDArray[np.float64] = np.cumsum(weigh_images(self._labels))
+        cumulative /= cumulative[-1]
+        return cumulative
 
     def _plain(self, draw: Draw) -> Sample:
         size = self._sizes[draw.index]
@@ -212,14 +221,18 @@ class DetectionDataset(Dataset[Sample]):
         On a canvas that is too small for that it is as large as fits. The image may be a view into the cache, the labels
         are new.
         """
-        geometry, cached_hw = letterbox_of(self._sizes[index], self.image_size_px)
-        height, width = letterbox_of(self._sizes[index], self.image_size_px, canvas_hw)[1] if canvas_hw else cached_hw
-        if self._cache is None or (height, width) != cached_hw:
-            image = resize(self._read(index), (height, width))
-        else:
-            top, left = geometry.top_px, geometry.left_px
-            image = self._cache[index][:, top : top + height, left : left + width]
+        resized_hw = self._resized_hw(index)
+        height, width = letterbox_of(self._sizes[index], self.image_size_px, canvas_hw)[1] if canvas_hw else resized_hw
+        cache = self._cache if (height, width) == resized_hw else None
+        image = cache.get(index) if cache else None
+        if image is None:
+            image = resize(self._read(index), (height, width), area=self.augment is None)
+            if cache:
+                cache.put(index, image)
         return image, _to_pixels(self._labels[index], width, height)
+
+    def _resized_hw(self, index: int) -> tuple[int, int]:
+        return letterbox_of(self._sizes[index], self.image_size_px)[1]
 
     def _read(self, index: int) -> Tensor:
         image = read_image(self.files[index])
@@ -227,94 +240,44 @@ class DetectionDataset(Dataset[Sample]):
             raise DataError(f"{self.files[index]}: the image changed since the data set was opened; start again")
         return image
 
-    def _fits(self, count: int) -> bool:
-        need, free = self._holders * count * 3 * self.image_size_px**2, available_bytes()
+    def _make_cache(self, cache: Cache, folder: Path | None) -> MemoryCache | DiskCache | None:
+        if cache == "none":
+            return None
+        if folder is not None:
+            how = "evaluated" if self.augment is None else "trained"
+            return DiskCache(folder / f"{how}-{self.image_size_px}", self.files, self._base)
+        sizes_hw = [self._resized_hw(index) for index in range(len(self))]
+        need, free = self._holders * sum(3 * height * width for height, width in sizes_hw), available_bytes()
         if free is None or need <= free / 2:
-            return True
+            return MemoryCache(sizes_hw)
         message = "split %r: %.1f GiB for its %d images are more than half of the %.1f GiB available: not cached"
-        logger.warning(message, self.split, need / 2**30, count, free / 2**30)
-        return False
+        logger.warning(message, self.split, need / 2**30, len(self), free / 2**30)
+        return None
 
-    def _open(self, entries: Sequence[Entry], config: DataConfig, cache: Cache) -> None:
-        """Images and labels of the entries; those that cannot be used are left out."""
+    def _open(self, entries: Sequence[Entry], config: DataConfig, folder: Path | None) -> None:
+        """Sizes and labels of the entries; those that cannot be used are left out."""
         of_sources = Annotations(as_rows([]), problems=tuple(self.problems))
-        sizes, store = self._scan([entry.image for entry in entries], cache)
-        self.problems += [f"{size}; the image was left out" for size in sizes if isinstance(size, str)]
-        readable = [i for i, size in enumerate(sizes) if not isinstance(size, str)]
-        self._sizes: list[tuple[int, int]] = [size for size in sizes if not isinstance(size, str)]
-        read = self._read_labels([entries[i] for i in readable], config)
-        check_usable(self.split, [*read, of_sources], config.label_names or config.names)
-        kept = [i for i, labels in enumerate(read) if not labels.unusable]
-        read = self._chosen(read, config)
+        names = config.label_names or config.names
+        record_of = [self.split, *config.split(self.split), *names]
+        found = read_sizes_and_labels(entries, folder, self._base, record_of)
+        self.problems += [f"{reason}; the image was left out" for reason in found if isinstance(reason, str)]
+        readable = [(e.image, *row) for e, row in zip(entries, found, strict=True) if not isinstance(row, str)]
+        self.problems += [problem for _, _, labels in readable for problem in labels.problems]
+        check_usable(self.split, [*(labels for _, _, labels in readable), of_sources], names)
+        kept = [
+            (image, size, labels.mapped(config.class_map)) for image, size, labels in readable if not labels.unusable
+        ]
         if not kept:
             raise DataError(
                 f"split {self.split!r}: none of its {len(entries)} images can be used; the first: {self.problems[0]}"
             )
-        self.files: tuple[Path, ...] = tuple(entries[readable[i]].image for i in kept)
-        self._sizes = [self._sizes[i] for i in kept]
-        self._labels = [read[i].rows.astype(np.float32) for i in kept]
-        self._ignored = [read[i].ignored.astype(np.float32) for i in kept]
-        if isinstance(store, PixelFile):
-            store = store.subset(kept)
-        elif store is not None and len(kept) < len(entries):
-            store = store[[readable[i] for i in kept]]
-        self._cache = store
-
-    def _scan(
-        self, files: Sequence[Path], cache: Cache
-    ) -> tuple[list[tuple[int, int] | str], Tensor | PixelFile | None]:
-        """Original sizes (or why an image is left out) and, if wanted, the images letterboxed [n, 3, S, S]: in memory all
-        of them, on disk those that can be read."""
-        if cache == "disk" and self._folder is not None:
-            name = name_of(self._base, f"{self.split}-{self.image_size_px}", self._sources)
-            opened = open_pixels(self._folder, name, files, self._base, self.image_size_px)
-            if opened is not None:
-                return opened
-        size = self.image_size_px
-        in_memory = cache != "none" and self._fits(len(files))
-        # Channels last, as the images are.
-        shape = (len(files), size, size, 3)
-        store = torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2) if in_memory else None
-
-        def look(index: int) -> tuple[int, int] | str:
-            try:
-                if store is None:
-                    return read_size(files[index])
-                store[index], geometry = letterbox(read_image(files[index]), size)
-                return geometry.original_hw
-            except DataError as error:
-                return str(error)
-
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(look, range(len(files)))), store
-
-    def _read_labels(self, entries: Sequence[Entry], config: DataConfig) -> list[Annotations]:
-        names = config.label_names or config.names
-        name = name_of(self._base, self.split, [*self._sources, *names])
-        read = read_annotations(entries, self._sizes, self._folder, name, self._base)
-        self.problems += [problem for labels in read for problem in labels.problems]
-        return read
-
-    def _chosen(self, read: list[Annotations], config: DataConfig) -> list[Annotations]:
-        """The annotations in the classes that the configuration selects."""
-        if config.class_map is None:
-            return read
-        chosen = [labels.mapped(config.class_map) for labels in read]
-        if any(len(labels.rows) for labels in read) and not any(len(labels.rows) for labels in chosen):
+        before = sum(len(labels.rows) for _, _, labels in readable)
+        if before and not any(len(labels.rows) for _, _, labels in kept):
             raise DataError(f"split {self.split!r}: no object of {', '.join(config.names)}; choose other classes")
-        return chosen
-
-
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not say."""
-    try:
-        # Free pages alone would leave out the file cache, which gives way.
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return None
+        self.files: tuple[Path, ...] = tuple(image for image, _, _ in kept)
+        self._sizes: list[tuple[int, int]] = [size for _, size, _ in kept]
+        self._labels = [labels.rows.astype(np.float32) for _, _, labels in kept]
+        self._ignored = [labels.ignored.astype(np.float32) for _, _, labels in kept]
 
 
 def _to_pixels(labels: NDArray[np.float32], width: float, height: float) -> Labels:

@@ -4,38 +4,71 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
-from .archives import unpack
 from .config import data_folder, described_entries, is_there, read_description
-from .described_archives import Archive, described_archives
 from .errors import DataError
-from .transfer import Patience, Source, check_space, fetch
+from .transfer import check_space, fetch, unpack
+
+_KEYS = ("url", "sha256", "size", "unpacked", "from", "into", "voc")
 
 
-def download_data(
-    file: str | Path,
-    data_root: str | Path | None = None,
-    *,
-    patience: Patience | None = None,
-    say: Callable[[str], None] = print,
-) -> Path:
-    """Fetch and unpack what the yaml ``file`` describes, unless it is there; the data set's folder.
+@dataclass(frozen=True)
+class Archive:
+    """An entry of ``download``: a zip or tar, and where in the data set's folder its content goes."""
 
-    ``download`` is an address (as in YOLOv5's files: a zip with the data set's folder inside) or a list of archives, each
-    with ``url`` and, where known, ``sha256``, ``size`` (bytes of the archive) and ``unpacked`` (bytes of its content, at
-    most); ``from`` (the archive's folder that is wanted), ``into`` (a folder of the data set) and ``voc`` say where things go
-    (``Archive``). A digest that is not given is shown and pinned in ``FOLDER.download.json``, by which the next run checks.
-    Nothing that is there is overwritten. An interrupted run goes on where it stopped; of several processes one downloads
-    and the others wait. DataError for everything that goes wrong, a script among it: none is ever run.
+    url: str
+    sha256: str = ""
+    size: int = 0
+    """In bytes, where known."""
+    unpacked: int = 0
+    """Bytes of its content, where known."""
+    origin: str | None = "."
+    """The folder of the archive that is wanted; None: the outermost in which the splits' entries are found."""
+    into: str = "."
+    voc: tuple[tuple[str, str], ...] = ()
+    """(split, list) pairs: ``origin`` is in VOC's layout; what ImageSets/Main/LIST.txt names goes to images/SPLIT and
+    Annotations/SPLIT, the rest is left out."""
+
+    @property
+    def file_name(self) -> str:
+        """Of the archive on our disk; two addresses never share one."""
+        plain = re.sub(r"[^A-Za-z0-9._-]", "_", unquote(urlsplit(self.url).path.rpartition("/")[2])).lstrip(".")
+        return f"{hashlib.sha256(self.url.encode()).hexdigest()[:8]}-{plain}"
+
+
+def download_data(file: str | Path, data_root: str | Path | None = None, say: Callable[[str], None] = print) -> Path:
+    """Download and unpack what a data set's yaml describes, unless it is there already.
+
+    The yaml's ``download`` is an address (as in YOLOv5's files: a zip with the data set's folder inside) or a list of
+    archives, each with ``url`` and, where known, ``sha256``, ``size`` and ``unpacked`` (bytes of the archive and of its
+    content); ``from`` (the archive's folder that is wanted), ``into`` (a folder of the data set) and ``voc`` say where things
+    go (see ``Archive``). A digest that is not given is shown and pinned in ``FOLDER.download.json``, against which the next
+    run checks. Nothing that is there is overwritten, and no script is ever run. An interrupted run goes on where it stopped;
+    of several processes one downloads and the others wait.
+
+    Args:
+        file: the yaml.
+        data_root: the folder of data sets, see ``find_root``.
+        say: gets each line of progress.
+
+    Returns:
+        The data set's folder.
+
+    Raises:
+        DataError: for everything that goes wrong.
     """
     file = Path(file)
     content = read_description(file)
@@ -46,10 +79,81 @@ def download_data(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.download.lock")):
-            _download(content, file, archives, folder, data_root, patience, say)
+            _download(content, file, archives, folder, data_root, say)
     except OSError as error:
         raise DataError(f"{error.filename or folder}: {error.strerror or error}; choose another --data-root") from error
     return folder
+
+
+def described_archives(content: Mapping[str, Any], file: Path) -> tuple[Archive, ...]:
+    """What ``download`` describes; DataError naming the key that cannot be followed. A script is refused."""
+    described = content.get("download")
+    if not described:
+        raise DataError(
+            f"{file}: has no download key, so --download has nowhere to fetch from; put the data there by hand"
+        )
+    if isinstance(described, str):
+        if not _is_address(described.strip()):
+            raise DataError(
+                f"{file}: download is a script ({described.strip().splitlines()[0][:60]!r}), and scripts are never run; "
+                "expected an http(s) address or a list of archives with url, sha256, size and into"
+            )
+        return (Archive(described.strip(), origin=None),)
+    if not isinstance(described, list):
+        raise DataError(f"{file}: download is {described!r}, expected an http(s) address or a list of archives")
+    archives = tuple(_described(entry, f"{file}: download[{i}]") for i, entry in enumerate(described))
+    urls = [archive.url for archive in archives]
+    if len(set(urls)) < len(urls):
+        raise DataError(f"{file}: download names {max(urls, key=urls.count)} twice; leave one out")
+    return archives
+
+
+def _described(entry: Any, where: str) -> Archive:
+    if not isinstance(entry, dict) or not set(entry) <= set(_KEYS):
+        raise DataError(f"{where} is {entry!r}, expected a mapping of {', '.join(_KEYS)}")
+    given: dict[str, Any] = {
+        "url": None,
+        "sha256": "",
+        "size": 0,
+        "unpacked": 0,
+        "from": ".",
+        "into": ".",
+        "voc": {},
+    } | entry
+    is_mapping = isinstance(given["voc"], dict)
+    paths = [("from", given["from"]), ("into", given["into"])]
+    paths += [("voc", part) for pair in given["voc"].items() for part in pair] if is_mapping else []
+    checks = [
+        ("url", given["url"], _is_address(given["url"]), "an http(s) address"),
+        (
+            "sha256",
+            given["sha256"],
+            _matches(r"([0-9a-fA-F]{64})?", given["sha256"]),
+            "64 hexadecimal digits in quotes",
+        ),
+        *((key, given[key], type(given[key]) is int, "a whole number of bytes") for key in ("size", "unpacked")),
+        ("voc", given["voc"], is_mapping, "a mapping of folders to VOC lists, such as {train: train}"),
+        *((key, path, _is_inside(path), "a relative path without ..") for key, path in paths),
+    ]
+    for key, value, is_right, expected in checks:
+        if not is_right:
+            raise DataError(f"{where}: {key} is {value!r}, expected {expected}")
+    numbers = given["size"], given["unpacked"]
+    return Archive(
+        given["url"], given["sha256"].lower(), *numbers, given["from"], given["into"], tuple(given["voc"].items())
+    )
+
+
+def _is_inside(path: Any) -> bool:
+    return isinstance(path, str) and not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts
+
+
+def _matches(pattern: str, value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def _is_address(text: Any) -> bool:
+    return _matches(r"https?://[^\s/]\S*", text)
 
 
 def _download(
@@ -58,62 +162,49 @@ def _download(
     archives: Sequence[Archive],
     folder: Path,
     data_root: str | Path | None,
-    patience: Patience | None,
     say: Callable[[str], None],
 ) -> None:
-    record = _Record(folder)
-    missing = [archive for archive in archives if not record.holds(archive, folder)]
-    if not missing or (not record.archives and is_there(content, file, data_root)):
+    record_path = folder.with_name(f"{folder.name}.download.json")
+    record = _read_record(record_path)
+    missing = [archive for archive in archives if not _is_unpacked(archive, record, folder)]
+    if not missing or (not record and is_there(content, file, data_root)):
         say(f"{file}: the data set is there already; nothing was downloaded")
         return
     work = folder.with_name(f"{folder.name}.download")
     work.mkdir(exist_ok=True)
-    _check_total(missing, work)
-    entries = described_entries(content, file)
+    needed = sum(archive.size + (archive.unpacked or archive.size) for archive in missing)
+    check_space(work, needed - sum(f.stat().st_size for f in work.iterdir() if f.is_file()), "the download")
     for archive in missing:
-        source, pinned = record.known(archive.source)
-        record.note(archive.source.url)
+        pinned = record.get(archive.url, {}).get("sha256", "")
+        _write_record(record_path, record | {archive.url: {"sha256": pinned, "made": []}})
         try:
-            digest = fetch(source, work / archive.file_name, patience)
+            digest = fetch(archive.url, work / archive.file_name, archive.sha256 or pinned, archive.size or None)
         except DataError as error:
-            raise DataError(
-                f"{error} ({record.path} pins the digest)" if pinned and "SHA-256" in str(error) else str(error)
-            ) from error
-        if not source.sha256:
-            say(f"{source.url}: no digest is published; pinned in {record.path}: sha256 {digest}")
-        count, made = _place(archive, work, folder, entries)
-        record.note(archive.source.url, digest, made)
+            is_pinned = pinned and not archive.sha256 and "SHA-256" in str(error)
+            raise DataError(f"{error} ({record_path} pins the digest)" if is_pinned else str(error)) from error
+        if not (archive.sha256 or pinned):
+            say(f"{archive.url}: no digest is published; pinned in {record_path}: sha256 {digest}")
+        count, made = _place(archive, work, folder, described_entries(content, file))
+        record = {**record, archive.url: {"sha256": digest, "made": made}}
+        _write_record(record_path, record)
         (work / archive.file_name).unlink()
-        say(f"{source.url}: {count} files in {folder / archive.into}")
+        say(f"{archive.url}: {count} files in {folder / archive.into}")
     shutil.rmtree(work)
-
-
-def _check_total(archives: Sequence[Archive], work: Path) -> None:
-    """Room for every archive whose size is known, and its content; what an earlier run left counts as there."""
-    needed = 0
-    for archive in archives:
-        size = archive.source.size or 0
-        files = (work / archive.file_name, work / f"{archive.file_name}.part")
-        needed += size + (archive.unpacked or size) - sum(f.stat().st_size for f in files if f.is_file())
-    check_space(work, needed, "the download")
 
 
 def _place(archive: Archive, work: Path, folder: Path, entries: Sequence[str]) -> tuple[int, list[str]]:
     """Unpack beside the data set and move it in, or nothing of it; the number of files and the paths that are new."""
     temporary = work / "unpacking"
     shutil.rmtree(temporary, ignore_errors=True)
-    downloaded = work / archive.file_name
-    count = unpack(downloaded, temporary, archive.limit_bytes(downloaded))
     try:
+        count = unpack(work / archive.file_name, temporary)
         inner, target = _inner(archive, temporary, entries), folder / archive.into
         if archive.voc:
             inner = _voc_splits(archive, inner, temporary / "splits")
             count = sum(path.is_file() for path in inner.rglob("*"))
         conflict = _conflict(inner, target)
         if conflict:
-            raise DataError(
-                f"{conflict}: is there already and differs from what {archive.source.url} holds; move it away"
-            )
+            raise DataError(f"{conflict}: is there already and differs from what {archive.url} holds; move it away")
         made = [child.relative_to(inner) for child in sorted(inner.glob("*/*" if archive.voc else "*"))]
         _move(inner, target)
     finally:
@@ -123,20 +214,18 @@ def _place(archive: Archive, work: Path, folder: Path, entries: Sequence[str]) -
 
 def _inner(archive: Archive, temporary: Path, entries: Sequence[str]) -> Path:
     """The folder whose content is wanted."""
-    inner, expected = temporary / (archive.origin or "."), archive.origin
-    if archive.origin is None:
-        expected = ", ".join(entries)
-        while not any((inner / entry).exists() for entry in entries):
-            children = list(inner.iterdir())
-            if len(children) != 1 or not children[0].is_dir():
-                break
-            inner = children[0]
-        else:
-            return inner
-    elif inner.is_dir():
-        return inner
-    found = ", ".join(sorted(child.name for child in temporary.iterdir())[:5])
-    raise DataError(f"{archive.source.url}: expected {expected}, found {found or 'nothing'} in the archive")
+    if archive.origin is not None:
+        expected, places = archive.origin, [temporary / archive.origin]
+        found = [place for place in places if place.is_dir()]
+    else:
+        expected, places = ", ".join(entries), [temporary]
+        while len(children := list(places[-1].iterdir())) == 1 and children[0].is_dir():
+            places.append(children[0])
+        found = [place for place in places if any((place / entry).exists() for entry in entries)]
+    if not found:
+        there = ", ".join(sorted(child.name for child in temporary.iterdir())[:5]) or "nothing"
+        raise DataError(f"{archive.url}: expected {expected}, found {there} in the archive")
+    return found[0]
 
 
 def _voc_splits(archive: Archive, devkit: Path, arranged: Path) -> Path:
@@ -151,7 +240,7 @@ def _voc_splits(archive: Archive, devkit: Path, arranged: Path) -> Path:
                     os.replace(devkit / origin / f"{name}{suffix}", arranged / kind / split / f"{name}{suffix}")
         except (OSError, ValueError) as error:
             place = Path(getattr(error, "filename", None) or source).relative_to(devkit)
-            raise DataError(f"{archive.source.url}: {place} is missing or damaged in the archive") from error
+            raise DataError(f"{archive.url}: {place} is missing or damaged in the archive") from error
     return arranged
 
 
@@ -176,43 +265,31 @@ def _move(source: Path, target: Path) -> None:
             _move(child, target / child.name)
 
 
-class _Record:
-    """Beside the data set: which archives are in it, from where and with which digest."""
+def _read_record(path: Path) -> dict[str, dict[str, Any]]:
+    """Which archives are in the data set: {url: its digest and the paths that it made}."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["archives"])
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: is damaged; remove it to download again") from error
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder.with_name(f"{folder.name}.download.json")
-        self.archives: dict[str, dict[str, Any]] = {}
-        try:
-            self.archives = dict(json.loads(self.path.read_text(encoding="utf-8"))["archives"])
-        except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.path}: is damaged; remove it to download again") from error
 
-    def known(self, source: Source) -> tuple[Source, bool]:
-        """The source with the digest that an earlier run pinned, where the description gives none."""
-        pinned = self.archives.get(source.url, {}).get("sha256", "")
-        if source.sha256 or not pinned:
-            return source, False
-        return Source(source.url, pinned, source.size), True
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps({"archives": record}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
-    def holds(self, archive: Archive, folder: Path) -> bool:
-        """Whether the archive is in the data set: unpacked by an earlier run, with the digest described, and not removed."""
-        known = self.archives.get(archive.source.url, {})
-        right = not archive.source.sha256 or known.get("sha256") == archive.source.sha256
-        made = known.get("made", [])
-        return right and bool(made) and all((folder / path).exists() for path in made)
 
-    def note(self, url: str, digest: str | None = None, made: Sequence[str] = ()) -> None:
-        entry = self.archives.get(url, {})
-        self.archives[url] = {"sha256": digest or entry.get("sha256", ""), "made": list(made)}
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_text(json.dumps({"archives": self.archives}, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+def _is_unpacked(archive: Archive, record: Mapping[str, Any], folder: Path) -> bool:
+    """Whether an earlier run unpacked the archive, with the digest described, and nothing was removed since."""
+    known = record.get(archive.url, {})
+    is_right = archive.sha256 in ("", known.get("sha256"))
+    return is_right and bool(known.get("made")) and all((folder / path).exists() for path in known["made"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.download", description=__doc__)
     parser.add_argument("data", nargs="+", help="data set descriptions (yaml files with a download key)")
     parser.add_argument("--data-root", help="folder of data sets; else $SLIM_DATA_ROOT, else ./datasets")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples of one size together."""
+    """Put samples of one size together into a batch."""
     positions = [sample.targets.new_full((len(sample.targets), 1), i) for i, sample in enumerate(samples)]
     targets = torch.cat([torch.cat([p, s.targets], dim=1) for p, s in zip(positions, samples, strict=True)])
     # Not torch.stack: it would change the memory format, and the network's input would have to change it back.
@@ -50,56 +51,54 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(images, targets, [s.image_id for s in samples], [s.letterbox for s in samples])
 
 
+@dataclass(eq=False)
 class EpochBatches(Sampler[list[Draw]]):
     """What each batch holds, and in which size; depends on (seed, the data set's epoch) alone.
 
     Ranks take equal disjoint shares of one order. It is continued from its start until it divides evenly, so that all
     take equally many steps. A data set with image weights is shuffled by drawing as many images with replacement.
-
-    ``sizes_px``: each batch of augmented samples is drawn at one of these sizes, the same on all ranks.
-    ``rect_stride_px``: images in order of their shape, each batch on a canvas of multiples of this stride that leaves at
-    least half a stride of grey along both sides together, as in YOLOv5: detectors find cut objects better beside a border.
-    ``canvas_hw``: every image on a canvas of this height and width, as large as fits.
     """
 
-    def __init__(
-        self,
-        dataset: DetectionDataset,
-        batch_size: int,
-        shuffle: bool,
-        seed: int = 0,
-        drop_last: bool = False,
-        *,
-        rank: int = 0,
-        num_ranks: int = 1,
-        sizes_px: Sequence[int] = (),
-        rect_stride_px: int | None = None,
-        canvas_hw: tuple[int, int] | None = None,
-    ) -> None:
-        if batch_size < 1:
-            raise DataError(f"batch size {batch_size}: expected at least 1")
-        if not 0 <= rank < num_ranks or seed < 0:
-            raise DataError(
-                f"rank {rank} of {num_ranks}, seed {seed}: expected 0 <= rank < ranks and a seed of at least 0"
-            )
-        if sizes_px and (dataset.augment is None or min(sizes_px) < 1):
-            raise DataError(
-                f"sizes {list(sizes_px)}: expected positive numbers of pixels and a data set with augmentation"
-            )
-        if rect_stride_px is not None and (rect_stride_px < 1 or shuffle or dataset.augment is not None):
-            raise DataError(
-                f"rectangular batches of stride {rect_stride_px}: expected a positive stride, no shuffling and no augmentation"
-            )
-        if canvas_hw is not None and (min(canvas_hw) < 1 or rect_stride_px is not None or dataset.augment is not None):
-            raise DataError(
-                f"a canvas of {canvas_hw[0]} x {canvas_hw[1]} pixels: expected positive sides, no rectangular batches and no "
-                "augmentation"
-            )
-        self.dataset, self.batch_size, self.shuffle, self.seed, self.drop_last = (
-            dataset, batch_size, shuffle, seed, drop_last,
-        )  # fmt: skip
-        self.rank, self.num_ranks = rank, num_ranks
-        self.sizes_px, self.rect_stride_px, self.canvas_hw = tuple(sizes_px), rect_stride_px, canvas_hw
+    dataset: DetectionDataset
+    batch_size: int
+    shuffle: bool
+    seed: int = 0
+    drop_last: bool = False
+    rank: int = 0
+    num_ranks: int = 1
+    sizes_px: Sequence[int] = ()
+    """Each batch of augmented samples is drawn at one of these sizes, the same on all ranks."""
+    rect_stride_px: int | None = None
+    """Images in order of their shape, each batch on a canvas of multiples of this stride that leaves at least half a stride
+    of grey along both sides together, as in YOLOv5: detectors find cut objects better beside a border."""
+    canvas_hw: tuple[int, int] | None = None
+    """Every image on a canvas of this height and width, as large as fits."""
+
+    def __post_init__(self) -> None:
+        plain = self.dataset.augment is None
+        checks = [
+            (self.batch_size >= 1, f"batch size {self.batch_size}: expected at least 1"),
+            (
+                0 <= self.rank < self.num_ranks and self.seed >= 0,
+                f"rank {self.rank} of {self.num_ranks}, seed {self.seed}: expected 0 <= rank < ranks and a seed of at least 0",
+            ),
+            (
+                not self.sizes_px or (not plain and min(self.sizes_px) >= 1),
+                f"sizes {list(self.sizes_px)}: expected positive numbers of pixels and a data set with augmentation",
+            ),
+            (
+                self.rect_stride_px is None or (self.rect_stride_px >= 1 and not self.shuffle and plain),
+                f"rectangular batches of stride {self.rect_stride_px}: expected a positive stride, no shuffling and no "
+                "augmentation",
+            ),
+            (
+                self.canvas_hw is None or (min(self.canvas_hw) >= 1 and self.rect_stride_px is None and plain),
+                f"a canvas of {self.canvas_hw} pixels: expected positive sides, no rectangular batches and no augmentation",
+            ),
+        ]
+        for is_right, message in checks:
+            if not is_right:
+                raise DataError(message)
 
     def __len__(self) -> int:
         share = self._share()
@@ -156,7 +155,7 @@ class BatchLoader(DataLoader[Sample]):
     torch gives the exception's type back with a traceback for its message.
     """
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own iterators
         try:
             yield from super().__iter__()
         except DataError as error:
@@ -171,44 +170,48 @@ def build_loader(
     workers: int = 0,
     seed: int = 0,
     drop_last: bool = False,
-    *,
-    rank: int = 0,
-    num_ranks: int = 1,
-    sizes_px: Sequence[int] = (),
-    rect_stride_px: int | None = None,
-    canvas_hw: tuple[int, int] | None = None,
+    **options: Any,
 ) -> DataLoader[Sample]:
-    """A loader of the ``Batch``es that ``EpochBatches`` says, whatever the number of ``workers``.
+    """Make a loader of ``Batch``es that are the same for any number of workers; call ``dataset.set_epoch`` before each pass.
 
-    Call ``dataset.set_epoch`` before each pass. Workers (processes) stay alive between passes, use one thread each and
-    leave signals to the main process, which ends them.
+    Args:
+        dataset: the images.
+        batch_size: images at once.
+        shuffle: in an order that the seed and the epoch decide.
+        workers: processes that load, each with one thread. They stay alive between passes, and leave signals to the main
+            process, which ends them.
+        seed: at least 0.
+        drop_last: leave out a last batch that is not full.
+        options: the other fields of ``EpochBatches``, about ranks and sizes.
+
+    Raises:
+        DataError: an argument is out of range, or does not go with another.
+
+    >>> import tempfile
+    >>> from data import DetectionDataset, load_data_config, make_shapes
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     make_shapes(f"{root}/shapes", train=4, val=1, test=1, image_size_px=32)
+    ...     dataset = DetectionDataset(load_data_config("data/shapes.yaml", root), "train", image_size_px=64)
+    ...     batch = next(iter(build_loader(dataset, batch_size=2, shuffle=False)))
+    >>> batch.images.shape, batch.images.dtype, batch.targets.shape[1]
+    (torch.Size([2, 3, 64, 64]), torch.uint8, 6)
     """
     if workers < 0:
         raise DataError(f"{workers} workers: expected at least 0")
-    batches = EpochBatches(
-        dataset,
-        batch_size,
-        shuffle,
-        seed,
-        drop_last,
-        rank=rank,
-        num_ranks=num_ranks,
-        sizes_px=sizes_px,
-        rect_stride_px=rect_stride_px,
-        canvas_hw=canvas_hw,
-    )
     return BatchLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=EpochBatches(dataset, batch_size, shuffle, seed, drop_last, **options),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_process_group,
+        worker_init_fn=_set_up_worker,
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-def _leave_process_group(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM reach all processes of a group, and a run that ends politely needs its workers."""
+def _set_up_worker(worker: int) -> None:
+    # Ctrl-C and torchrun's SIGTERM reach all processes of a group, and a run that ends politely needs its workers.
     os.setpgrp()
+    # One thread each, as torch has there; OpenCV's own would not survive the fork.
+    cv2.setNumThreads(0)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -38,7 +37,9 @@ def draw_frames(count: int, size_hw: tuple[int, int], seed: int = 0) -> Iterator
 
 
 def write_video(path: Path, frames: int, size_hw: tuple[int, int], rate: int = 25, seed: int = 0) -> None:
-    """``draw_frames`` as a video of the kind that the suffix names."""
+    """Write ``draw_frames`` as a video of the kind that the suffix names."""
+    import av
+
     with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as container:
         stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=Fraction(rate))
         stream.height, stream.width, stream.pix_fmt = *size_hw, "yuv420p"

@@ -25,7 +25,7 @@ class Draw:
 
 
 def weigh_images(labels: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """The probability to draw each image, so that classes are drawn alike: labels [n, 5] by image -> [images], sum 1.
+    """Weigh images so that classes are drawn alike: labels [n, 5] of each image -> probabilities [images], sum 1.
 
     An object weighs 1 / (number of objects of its class in all images), an image as much as its objects together;
     so all classes that occur have the same weight, however rare. An image without an object weighs as much as the mean
@@ -33,17 +33,21 @@ def weigh_images(labels: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
     """
     classes = [rows[:, 0].astype(np.int64) for rows in labels]
     counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *classes]))
-    weights = np.array([(1 / counts[found]).sum() for found in classes])
+    weights: NDArray[np.float64] = np.array([(1 / counts[found]).sum() for found in classes])
     empty = np.array([len(found) == 0 for found in classes])
     if empty.any():
         weights[empty] = 1.0 if empty.all() else weights[~empty].mean()
-    return weights / weights.sum()
+    weights /= weights.sum()
+    return weights
 
 
 def multi_scale_sizes(image_size_px: int, stride_px: int) -> tuple[int, ...]:
-    """The multiples of the largest stride from half of the image size to one and a half of it.
+    """List the multiples of the largest stride from half of the image size to one and a half of it, all in pixels.
 
     DataError if there is none but the image size itself.
+
+    >>> multi_scale_sizes(96, 32)
+    (64, 96, 128)
     """
     first, last = max(1, math.ceil(image_size_px / 2 / stride_px)), math.floor(image_size_px * 1.5 / stride_px)
     sizes = tuple(stride_px * k for k in range(first, last + 1))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .cache import FOLDER as CACHE_FOLDER
+from .config import data_folder, read_description
 from .errors import DataError
 
 SHAPE_NAMES = ("circle", "square", "triangle", "cross")
@@ -58,11 +59,19 @@ class _Recipe:
 def make_shapes(
     root: str | Path, train: int = 400, val: int = 100, test: int = 100, image_size_px: int = 160, seed: int = 0
 ) -> None:
-    """Write ``images/{train,val,test}`` and ``labels/...`` under ``root``: square JPEGs with up to 10 objects of 4 classes.
+    """Draw a synthetic data set: ``images/{train,val,test}`` and ``labels/...`` under ``root``.
 
     The same arguments give the same bytes. A whole set with the same arguments is left alone; an interrupted or
-    different one is made anew. Of several processes one draws and the others wait (``<root>.lock``). DataError if
-    ``root`` holds files that are not of such a set (none is ever deleted).
+    different one is made anew. Of several processes one draws and the others wait (``<root>.lock``).
+
+    Args:
+        root: the data set's folder.
+        train, val, test: the number of images, square JPEGs with up to 10 objects of 4 classes.
+        image_size_px: their side, at least 32.
+        seed: at least 0.
+
+    Raises:
+        DataError: an argument is out of range, or ``root`` holds files that are not of such a set (none is ever deleted).
     """
     recipe = _Recipe(train, val, test, image_size_px, seed)
     if min(recipe.counts.values()) < 0 or image_size_px < 32 or seed < 0:
@@ -76,6 +85,25 @@ def make_shapes(
     with FileLock(root.with_name(f"{root.name}.lock")):
         if not _is_whole(root, recipe):
             _draw(root, recipe)
+
+
+def make_described_shapes(file: str | Path, data_root: str | Path | None = None) -> bool:
+    """Draw the shapes that a data set's yaml describes by its key ``synthetic``; False where it has no such key.
+
+    The key holds arguments of ``make_shapes`` by name. DataError for anything else in it.
+    """
+    file = Path(file)
+    content = read_description(file)
+    if "synthetic" not in content:
+        return False
+    wanted, known = content["synthetic"], ("train", "val", "test", "image_size_px", "seed")
+    if not isinstance(wanted, dict) or any(key not in known or type(value) is not int for key, value in wanted.items()):
+        raise DataError(
+            f"{file}: synthetic is {wanted!r}, expected whole numbers for some of {', '.join(known)}: it has shapes drawn; "
+            "leave it out to use files of your own"
+        )
+    make_shapes(data_folder(content, file, data_root), **wanted)
+    return True
 
 
 def _draw(root: Path, recipe: _Recipe) -> None:

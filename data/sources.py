@@ -25,8 +25,6 @@ from .voc import annotation_path, read_voc, voc_names
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("yolo", "coco", "voc")
-
 
 def find_entries(
     sources: Sequence[Path],
@@ -54,11 +52,6 @@ def find_entries(
         for entry in found:
             entries.setdefault(entry.image, entry)
     return list(entries.values()), problems
-
-
-def source_format(source: Path, base: Path, labels: str | None = None) -> str:
-    """yolo, coco or voc."""
-    return "coco" if _is_coco(source) else _labelled(source, base, labels)[1]
 
 
 def class_names(sources: Sequence[Path], base: Path, labels: str | None = None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Files over HTTP: resumed where they broke off, tried again, and verified before they bear their name."""
+"""Files over HTTP: resumed where they broke off, tried again, verified before they bear their name, and unpacked."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import hashlib
 import http.client
 import json
 import logging
+import lzma
 import os
 import re
 import shutil
 import ssl
+import tarfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -26,70 +26,66 @@ from .errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 1 << 18
-_LONGEST_PAUSE_S = 30.0
+TIMEOUT_S = 30.0
+ATTEMPTS = 6
+"""How many attempts in a row may bring no new byte."""
+PAUSE_S = 1.0
+"""Before the second attempt; doubled for each further one."""
 _TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 _BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
+_DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file in the network and what is known of it: digest ('' and None: not known) and bytes."""
+def fetch(url: str, target: Path, sha256: str = "", size: int | None = None) -> str:
+    """Download ``url`` to ``target`` and return its SHA-256; a file that is there already is verified and kept.
 
-    url: str
-    sha256: str = ""
-    size: int | None = None
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a server may be silent, and how many attempts in a row may bring no new byte."""
-
-    timeout_s: float = 30.0
-    attempts: int = 6
-    pause_s: float = 1.0
-    """Before the second attempt; doubled for each further one."""
-
-
-def fetch(source: Source, target: Path, patience: Patience | None = None) -> str:
-    """Bring ``source`` to ``target``; its SHA-256. A file that is there already is verified and kept.
-
-    Until the digest is right the bytes lie in ``target.part``, with what is needed to go on later in ``target.part.json``.
+    Until the digest is right the bytes lie in ``target.part``, with the server's mark of their version in ``target.part.json``.
     An interruption of any kind leaves these two; the next call asks for the missing bytes alone (HTTP's Range with
-    If-Range, RFC 9110), and starts afresh where the server knows no ranges or holds another file by now. DataError for an
-    address that answers otherwise, a wrong digest or size, and a full disk.
+    If-Range, RFC 9110), and starts afresh where the server knows no ranges or holds another file by now.
+
+    Args:
+        url: an http(s) address.
+        target: where the file goes.
+        sha256: 64 lower-case hexadecimal digits, where known.
+        size: in bytes, where known.
+
+    Raises:
+        DataError: the address answers otherwise, digest or size are wrong, or the disk is full.
     """
-    if target.is_file():
-        digest = sha256_of(target)
-        if digest == source.sha256 or not source.sha256:
-            return digest
-        target.unlink()
-    partial = _Partial(target, source)
+    if target.is_file() and sha256 in ("", digest := sha256_of(target)):
+        return digest
+    part = target.with_name(f"{target.name}.part")
     for last in (False, True):
-        resumed = partial.size > 0
-        _receive(source, partial, patience or Patience())
-        digest = sha256_of(partial.path)
-        if not source.sha256 or digest == source.sha256:
+        resumed = _length(part) > 0
+        _receive(url, part, sha256, size)
+        digest = sha256_of(part)
+        if sha256 in ("", digest):
             break
-        partial.discard()
+        _discard(part)
         if last or not resumed:
             raise DataError(
-                f"{source.url}: expected SHA-256 {source.sha256}, found {digest}; what came is discarded and nothing else is "
-                "touched; try again, or correct the description if the publisher replaced the file"
+                f"{url}: expected SHA-256 {sha256}, found {digest}; what came is discarded and nothing else is touched; try "
+                "again, or correct the description if the publisher replaced the file"
             )
-        logger.warning("%s: the resumed file has a wrong digest and is fetched anew", source.url)
-    os.replace(partial.path, target)
-    partial.discard()
+        logger.warning("%s: the resumed file has a wrong digest and is fetched anew", url)
+    os.replace(part, target)
+    _discard(part)
     return digest
 
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
@@ -110,177 +106,179 @@ def readable(count: int) -> str:
     return f"{count} bytes"
 
 
-class _Restart(Exception):
-    """What is there belongs to another version of the file."""
+def _length(part: Path) -> int:
+    return part.stat().st_size if part.is_file() else 0
 
 
-class _Partial:
-    """The bytes so far, and the server's marks of the version that they belong to."""
+def _note_path(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
 
-    def __init__(self, target: Path, source: Source) -> None:
-        self.path = target.with_name(f"{target.name}.part")
-        self._note_path = target.with_name(f"{target.name}.part.json")
-        self.source = source
-        self.note = self._read_note()
 
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size if self.path.is_file() else 0
+def _discard(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _note_path(part).unlink(missing_ok=True)
 
-    @property
-    def total(self) -> int | None:
-        return self.note.get("total")
 
-    @property
-    def validator(self) -> str:
-        """For If-Range, which takes no weak ETag."""
-        etag = self.note.get("etag") or ""
-        return etag if etag and not etag.startswith("W/") else self.note.get("last_modified") or ""
-
-    def start(self) -> int:
-        """Where to go on: 0 unless the bytes can be told to belong to the same file."""
-        known = self.note and (self.validator or self.source.sha256)
-        return self.size if known and (self.total is None or self.size <= self.total) else 0
-
-    def begin(self, note: dict[str, Any]) -> None:
-        """Forget the bytes so far; note what the server says of the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.open("wb").close()
-        temporary = self._note_path.with_name(f"{self._note_path.name}.tmp")
-        temporary.write_text(json.dumps(note), encoding="utf-8")
-        os.replace(temporary, self._note_path)
-        self.note = note
-
-    def discard(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self._note_path.unlink(missing_ok=True)
-        self.note = {}
-
-    def _read_note(self) -> dict[str, Any]:
+def _receive(url: str, part: Path, sha256: str, size: int | None) -> None:
+    """All bytes of the file into ``part``, over as many connections as it takes."""
+    failures, most = 0, _length(part)
+    while True:
         try:
-            note = json.loads(self._note_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return note if isinstance(note, dict) and note.get("url") == self.source.url else {}
+            return _connect(url, part, sha256, size)
+        except _BROKEN as error:
+            code = error.code if isinstance(error, urllib.error.HTTPError) else None
+            cause = getattr(error, "reason", error)
+            reason = (
+                f"the server answers {code} ({cause})" if code else f"no connection ({cause or type(cause).__name__})"
+            )
+            is_final = isinstance(cause, ssl.SSLCertVerificationError) or "unknown url type" in str(cause)
+            if is_final or code not in (None, *_TRY_AGAIN):
+                raise DataError(f"{url}: {reason}; correct the address in the description") from error
+            failures = 1 if _length(part) > most else failures + 1
+            most = max(most, _length(part))
+            if failures >= ATTEMPTS:
+                kept = (
+                    f"; {readable(_length(part))} are kept: run again to go on"
+                    if _length(part)
+                    else "; run again later"
+                )
+                raise DataError(f"{url}: {reason}, {failures} times in a row{kept}") from error
+        time.sleep(min(PAUSE_S * 2 ** (failures - 1), 30.0))
 
 
-def _receive(source: Source, partial: _Partial, patience: Patience) -> None:
-    """All bytes of ``source`` into ``partial``, over as many connections as it takes."""
-    failures, most = 0, partial.start()
-    while partial.total is None or partial.start() < partial.total:
-        try:
-            _connect(source, partial, patience.timeout_s)
-            return
-        except _Restart:
-            partial.discard()
-            error: BaseException = ConnectionError("the file changed while it was fetched")
-        except _BROKEN as broken:
-            error = broken
-            if not _worth_another(broken):
-                raise DataError(f"{source.url}: {_reason(broken)}; correct the address in the description") from broken
-        failures = 1 if partial.size > most else failures + 1
-        most = max(most, partial.size)
-        if failures >= patience.attempts:
-            kept = f"; {readable(partial.size)} are kept: run again to go on" if partial.size else "; run again later"
-            raise DataError(f"{source.url}: {_reason(error)}, {failures} times in a row{kept}") from error
-        time.sleep(min(patience.pause_s * 2 ** (failures - 1), _LONGEST_PAUSE_S))
-
-
-def _connect(source: Source, partial: _Partial, timeout_s: float) -> None:
+def _connect(url: str, part: Path, sha256: str, size: int | None) -> None:
     """One request; returns when the file is whole."""
-    start = partial.start()
+    start, note = _length(part), _read_note(part, url)
+    if not (note and (note["version"] or sha256)):
+        start = 0  # nobody could tell whether the bytes belong to the same file
     headers = {"User-Agent": "slim-data/1", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-        if partial.validator:
-            headers["If-Range"] = partial.validator
-    request = urllib.request.Request(source.url, headers=headers)
+        if note["version"]:
+            headers["If-Range"] = note["version"]
     try:
-        response = urllib.request.urlopen(request, timeout=timeout_s)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and start:
-            raise _Restart from error
+            if start == note["total"]:
+                return
+            _discard(part)
+            raise ConnectionError("the file changed while it was fetched") from error
         raise
     with response:
-        if urlsplit(source.url).scheme == "https" and urlsplit(response.url).scheme != "https":
-            raise DataError(f"{source.url}: leads to {response.url}, which is not encrypted; correct the address")
-        note = _note_of(response, source.url, start)
-        if start and response.status == http.client.PARTIAL_CONTENT:
-            if any(value and partial.note.get(key) not in (None, value) for key, value in note.items()):
-                raise _Restart
+        if url.startswith("https:") and not response.url.startswith("https:"):
+            raise DataError(f"{url}: leads to {response.url}, which is not encrypted; correct the address")
+        etag, length = response.headers.get("ETag", ""), response.headers.get("Content-Length", "")
+        version = (etag if not etag.startswith("W/") else "") or response.headers.get("Last-Modified", "")
+        if response.status == http.client.PARTIAL_CONTENT:
+            ranged = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+            if not ranged or int(ranged[1]) != start or (version and note["version"] not in ("", version)):
+                _discard(part)
+                raise ConnectionError("the file changed while it was fetched")
+            total: int | None = int(ranged[2])
         else:
-            start = 0
-            if source.size is not None and note["total"] not in (None, source.size):
+            start, total = 0, int(length) if length.isdigit() else size
+            if size not in (None, total):
                 raise DataError(
-                    f"{source.url}: holds {note['total']} bytes, expected {source.size}; the publisher replaced the file: "
-                    "correct the description"
+                    f"{url}: holds {total} bytes, expected {size}; the publisher replaced the file: correct the description"
                 )
-            with _guarded(partial):
-                partial.begin(note)
-        _copy(response, partial, start, note["total"] if note["total"] is not None else source.size)
+        _save(response, part, start, total, {"url": url, "version": version, "total": total})
 
 
-def _note_of(response: Any, url: str, start: int) -> dict[str, Any]:
-    """What tells one version of a file from another."""
-    total = response.headers.get("Content-Length")
-    if response.status == http.client.PARTIAL_CONTENT:
-        ranged = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-        if not ranged or int(ranged[1]) != start:
-            raise _Restart
-        total = ranged[2]
-    elif response.status != http.client.OK:
-        raise DataError(f"{url}: answers with status {response.status}, expected a file; correct the address")
-    return {
-        "url": url,
-        "etag": response.headers.get("ETag"),
-        "last_modified": response.headers.get("Last-Modified"),
-        "total": int(total) if total and total.isdigit() else None,
-    }
+def _read_note(part: Path, url: str) -> dict[str, Any]:
+    try:
+        note = json.loads(_note_path(part).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) and note.get("url") == url else {}
 
 
-def _copy(response: Any, partial: _Partial, start: int, total: int | None) -> None:
-    if total is not None:
-        check_space(partial.path.parent, total - start, partial.path.name)
-    # Without a buffer: whatever ends the process, the bytes are there to go on from.
-    with _guarded(partial):
-        file = partial.path.open("ab", buffering=0)
-    name = urlsplit(partial.source.url).path.rpartition("/")[2]
-    with file, tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=name) as progress:
-        while chunk := response.read(_CHUNK_BYTES):
-            with _guarded(partial):
+def _save(response: Any, part: Path, start: int, total: int | None, note: dict[str, Any]) -> None:
+    """Append the response to ``part``, of which the first ``start`` bytes count."""
+    try:
+        if not start:
+            _discard(part)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.touch()
+            _note_path(part).write_text(json.dumps(note), encoding="utf-8")
+        check_space(part.parent, (total or start) - start, part.name)
+        # Without a buffer: whatever ends the process, the bytes are there to go on from.
+        file = part.open("ab", buffering=0)
+    except OSError as error:
+        raise _unwritable(part, error) from error
+    with file, tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as progress:
+        while chunk := response.read(1 << 18):
+            try:
                 rest = memoryview(chunk)
                 while rest:
                     rest = rest[file.write(rest) :]
+            except OSError as error:
+                raise _unwritable(part, error) from error
             progress.update(len(chunk))
-        received = int(progress.n)
-    if total is not None and received < total:
+    received = _length(part)
+    if total is not None and received != total:
+        if received > total:
+            _discard(part)
         raise ConnectionError(f"the connection ended at byte {received} of {total}")
-    if total is not None and received > total:
-        partial.discard()
-        raise ConnectionError(f"{received} bytes came, expected {total}")
 
 
-@contextmanager
-def _guarded(partial: _Partial) -> Iterator[None]:
-    """A full disk or a folder that may not be written to ends in one line; what came so far stays."""
+def _unwritable(part: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{part}: cannot be written ({error.strerror}); what came so far is kept: free some space and run again"
+    )
+
+
+def unpack(archive: Path, target: Path) -> int:
+    """Unpack a zip or tar (plain, gz, bz2, xz), told by its content, into the new folder ``target``.
+
+    Names that lead outside of the folder are refused, as are links out of it and devices (tarfile's filter ``data``). What
+    macOS packs by the way is removed again.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        DataError: the archive is of no known kind, damaged or refused; nothing of it is kept then.
+    """
+    target.mkdir(parents=True)
+    whole = False
     try:
-        yield
-    except OSError as error:
+        if tarfile.is_tarfile(archive):  # first, since any file that ends in a zip passes for one
+            with tarfile.open(archive) as tar:
+                tar.extractall(target, filter=_checked_member)
+        elif zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                for info in opened.infolist():
+                    _check_name(info.orig_filename)
+                opened.extractall(target)
+        else:
+            with archive.open("rb") as file:
+                start = file.read(40)
+            raise DataError(f"{archive}: is neither a zip nor a tar; it starts with {start!r}: correct the address")
+        for junk in [*target.rglob("__MACOSX"), *target.rglob(".DS_Store")]:
+            shutil.rmtree(junk) if junk.is_dir() else junk.unlink()
+        whole = True
+        return sum(path.is_file() for path in target.rglob("*"))
+    except tarfile.FilterError as error:
+        raise DataError(f"{archive}: {error}; nothing was unpacked: do not use this archive") from error
+    except _DAMAGED as error:
+        if isinstance(error, DataError):
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{partial.path}: cannot be written ({error.strerror}); what came so far is kept: free some space and run again"
+            f"{archive}: cannot be unpacked ({reason}); nothing of it is kept; free some space, or download it again"
         ) from error
+    finally:
+        if not whole:
+            shutil.rmtree(target, ignore_errors=True)
 
 
-def _worth_another(error: BaseException) -> bool:
-    if isinstance(error, urllib.error.HTTPError):
-        return error.code in _TRY_AGAIN
-    reason = getattr(error, "reason", error)
-    return not isinstance(reason, ssl.SSLCertVerificationError) and "unknown url type" not in str(reason)
+def _checked_member(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+    _check_name(member.name)
+    return tarfile.data_filter(member, path)
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"the server answers {error.code} ({error.reason})"
-    reason = getattr(error, "reason", error)
-    return f"no connection ({reason or type(reason).__name__})"
+def _check_name(name: str) -> None:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or re.search(r"[\\\0]|^[A-Za-z]:", name):
+        raise tarfile.FilterError(f"the member {name[:200]!r} is a path outside of the folder")

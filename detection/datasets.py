@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import (
-    Augment,
-    DataConfig,
-    DataError,
-    DataSettings,
-    DetectionDataset,
-    build_loader,
-    find_root,
-    load_data_config,
-    make_shapes,
-)
+from data import Augment, DataConfig, DataError, DataSettings, DetectionDataset, build_loader, load_data_config
 from data.download import download_data
 from data.sampling import Draw
-
-SHAPES = {"train": 400, "val": 120, "test": 120, "image_size_px": 160, "seed": 0}
+from data.shapes import make_described_shapes
 
 
 def open_data(settings: DataSettings) -> DataConfig:
-    """A data set's description, of some of its classes or of all as one where that is asked.
+    """Read the description of a data set, where it says so after drawing or fetching the images.
 
-    Synthetic shapes are drawn first where they are not there yet, with ``download`` others are fetched (progress is printed).
+    A synthetic set (``make_described_shapes``) is drawn first unless it is there already; with ``download`` others are
+    fetched, with progress printed. DataError where the description, or the data that it describes, cannot be used.
     """
     if settings.data is None:
         raise DataError("--data: none given; name the description of a data set, such as data/bccd.yaml")
-    if Path(settings.data).stem == "shapes":
-        make_shapes(find_root(settings.data_root) / "shapes", **SHAPES)
-    elif settings.download:
+    if not make_described_shapes(settings.data, settings.data_root) and settings.download:
         download_data(settings.data, settings.data_root)
     config = load_data_config(settings.data, settings.data_root)
     config = config.select(settings.classes) if settings.classes else config

@@ -123,7 +123,7 @@ def test_importing_everything_has_no_effect_and_loads_no_runtime() -> None:
     """No thread count, no seed, no environment, no output, no argument parsing."""
     names = [name for name in MODULES if not name.endswith("__main__")]
     code = (
-        "import os, torch, torchvision  # which set variables of their own\n"
+        "import os, torch, torchvision, cv2  # which set variables of their own\n"
         "before = torch.get_num_threads(), torch.get_rng_state().sum(), dict(os.environ)\n"
         f"import {', '.join([*SCRIPTS, *names])}, sys\n"
         "assert before == (torch.get_num_threads(), torch.get_rng_state().sum(), dict(os.environ))\n"

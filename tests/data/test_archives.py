@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import stat
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -12,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from data import DataError
-from data.archives import unpack
-
-ENOUGH = 10**6
+from data.transfer import unpack
 
 
 def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -47,17 +44,17 @@ def test_every_format_by_its_content_whatever_its_name(tmp_path: Path, mode: str
     content = {"set/a.txt": b"a" * 5000, "set/deep/b.txt": b""}
     path = tmp_path / "archive.bin"
     zipped(path, content) if mode == "zip" else tarred(path, *content.items(), mode=mode)
-    assert unpack(path, tmp_path / "out", ENOUGH) == 2
+    assert unpack(path, tmp_path / "out") == 2
     assert unpacked(tmp_path / "out") == content
 
 
 def test_folders_are_kept_and_what_macos_adds_is_not(tmp_path: Path) -> None:
     members = {"images/": b"", "a.jpg": b"1", "__MACOSX/._a.jpg": b"2", "images/.DS_Store": b"3"}
-    assert unpack(zipped(tmp_path / "a.zip", members), tmp_path / "out", ENOUGH) == 1
+    assert unpack(zipped(tmp_path / "a.zip", members), tmp_path / "out") == 1
     assert unpacked(tmp_path / "out") == {"a.jpg": b"1"} and (tmp_path / "out" / "images").is_dir()
 
 
-def test_links_within_a_tar_become_copies(tmp_path: Path) -> None:
+def test_links_within_a_tar_stay_within(tmp_path: Path) -> None:
     archive = tarred(
         tmp_path / "a.tar",
         ("x/real", b"content"),
@@ -65,47 +62,38 @@ def test_links_within_a_tar_become_copies(tmp_path: Path) -> None:
         ("x/y/soft", (tarfile.SYMTYPE, "../real")),
         ("x/twice", (tarfile.SYMTYPE, "y/soft")),
     )
-    assert unpack(archive, tmp_path / "out", ENOUGH) == 4
+    assert unpack(archive, tmp_path / "out") == 4
     assert unpacked(tmp_path / "out") == dict.fromkeys(("x/real", "x/hard", "x/y/soft", "x/twice"), b"content")
-    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
-
-
-def linked_zip(path: Path) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        info = zipfile.ZipInfo("link")
-        info.external_attr = (stat.S_IFLNK | 0o777) << 16
-        archive.writestr(info, "/etc/passwd")
-    return path
+    links = [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
+    assert len(links) == 2 and all(path.resolve() == tmp_path / "out" / "x" / "real" for path in links)
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "zip, dots": (lambda p: zipped(p, {"good": b"", "../evil": b"x"}), "'../evil' is a path outside"),
     "zip, inner dots": (lambda p: zipped(p, {"a/../../evil": b"x"}), "'a/../../evil' is a path outside"),
     "zip, absolute": (lambda p: zipped(p, {"/evil": b"x"}), "'/evil' is a path outside"),
-    "zip, backslash": (lambda p: zipped(p, {"..\\evil": b"x"}), r"'..\\evil' is a name that some"),
-    "zip, drive": (lambda p: zipped(p, {"C:/evil": b"x"}), "'C:/evil' is a name that some"),
-    "zip, link": (linked_zip, "'link' is a link"),
+    "zip, backslash": (lambda p: zipped(p, {"..\\evil": b"x"}), r"'..\\evil' is a path outside"),
+    "zip, drive": (lambda p: zipped(p, {"C:/evil": b"x"}), "'C:/evil' is a path outside"),
     "tar, dots": (lambda p: tarred(p, ("good", b""), ("../evil", b"x")), "'../evil' is a path outside"),
     "tar, absolute": (lambda p: tarred(p, ("/evil", b"x")), "'/evil' is a path outside"),
     "tar, symlink up": (
         lambda p: tarred(p, ("d/s", (tarfile.SYMTYPE, "../../evil"))),
-        "'d/s' is a link to '../../evil'",
+        "'d/s' would link to ",
     ),
-    "tar, symlink absolute": (lambda p: tarred(p, ("s", (tarfile.SYMTYPE, "/etc"))), "'s' is a link to '/etc'"),
+    "tar, symlink absolute": (
+        lambda p: tarred(p, ("s", (tarfile.SYMTYPE, "/etc"))),
+        "'s' is a link to an absolute path",
+    ),
     "tar, symlink to a folder, written through": (
         lambda p: tarred(p, ("s", (tarfile.SYMTYPE, "/tmp")), ("s/evil", b"x")),
-        "'s' is a link to '/tmp'",
+        "'s' is a link to an absolute path",
     ),
     "tar, hard link": (
         lambda p: tarred(p, ("h", (tarfile.LNKTYPE, "../../etc/passwd"))),
-        "'h' is a link to '../../etc/passwd'",
+        "'h' would link to ",
     ),
-    "tar, ring": (
-        lambda p: tarred(p, ("a", (tarfile.SYMTYPE, "b")), ("b", (tarfile.SYMTYPE, "a"))),
-        "'a' is a link to 'b'",
-    ),
-    "tar, device": (lambda p: tarred(p, ("dev", (tarfile.CHRTYPE, ""))), "'dev' is a device"),
-    "tar, pipe": (lambda p: tarred(p, ("pipe", (tarfile.FIFOTYPE, ""))), "'pipe' is a device"),
+    "tar, device": (lambda p: tarred(p, ("dev", (tarfile.CHRTYPE, ""))), "'dev' is a special file"),
+    "tar, pipe": (lambda p: tarred(p, ("pipe", (tarfile.FIFOTYPE, ""))), "'pipe' is a special file"),
     "tar, a file as a folder": (lambda p: tarred(p, ("a", b"x"), ("a/b", b"x")), "cannot be unpacked"),
 }
 
@@ -116,20 +104,9 @@ def test_what_leaves_the_folder_is_refused_and_nothing_stays(tmp_path: Path, kin
     (tmp_path / "in").mkdir()
     archive = make(tmp_path / "in" / "a.bin")
     with pytest.raises(DataError) as error:
-        unpack(archive, tmp_path / "in" / "out", ENOUGH)
+        unpack(archive, tmp_path / "in" / "out")
     assert message in str(error.value) and str(archive) in str(error.value) and "\n" not in str(error.value)
     assert {p.name for p in tmp_path.rglob("*")} == {"in", "a.bin"}
-
-
-def test_bombs_are_refused_by_what_they_announce_and_by_what_they_write(tmp_path: Path) -> None:
-    bomb = zipped(tmp_path / "bomb.zip", {"zeros": bytes(10**7)})
-    with pytest.raises(DataError, match=r"unpacks to 10\.00 MB or more, expected at most 1\.00 MB"):
-        unpack(bomb, tmp_path / "out", ENOUGH)
-    # A tar.gz announces nothing beforehand.
-    bomb = tarred(tmp_path / "bomb.tgz", ("zeros", bytes(10**7)), mode="w:gz")
-    with pytest.raises(DataError, match=r"expected at most 1\.00 MB"):
-        unpack(bomb, tmp_path / "out", ENOUGH)
-    assert not (tmp_path / "out").exists()
 
 
 def test_damage_is_one_line(tmp_path: Path) -> None:
@@ -144,8 +121,8 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
     for name, content in damaged.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError) as error:
-            unpack(tmp_path / name, tmp_path / "out", ENOUGH)
+            unpack(tmp_path / name, tmp_path / "out")
         assert name in str(error.value) and "\n" not in str(error.value)
         assert not (tmp_path / "out").exists()
     with pytest.raises(DataError, match="<!DOCTYPE html>"):
-        unpack(tmp_path / "page.zip", tmp_path / "out", ENOUGH)
+        unpack(tmp_path / "page.zip", tmp_path / "out")

@@ -8,7 +8,6 @@ import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data.cache
-import data.pixels
+import data.dataset
+import data.sources
 from data import Augment, DataConfig, DataError, DetectionDataset, build_loader, make_shapes
-from data.cache import FOLDER, find_folder
+from data.cache import FOLDER, DiskCache, MemoryCache, find_folder
 from data.dataset import Cache
-from data.pixels import PixelFile
-from tests.data.scenes import label_line, write_rectangles
+from tests.data.scenes import label_line, write_rectangles, write_set
 
 SIZE = 64
 
@@ -35,13 +34,13 @@ def rectangles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
 
 
 class Counted:
-    """How many images were decoded and hashed, and how many label files parsed."""
+    """How many images were decoded and looked at for their size, and how many label files parsed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.decoded = self.hashed = self.parsed = 0
+        self.decoded = self.measured = self.parsed = 0
         for module, name, counter in (
-            (data.pixels, "decode_image", "decoded"),
-            (data.pixels, "digest_of", "hashed"),
+            (data.dataset, "read_image", "decoded"),
+            (data.cache, "read_size", "measured"),
             (data.sources, "read_labels", "parsed"),
         ):
             monkeypatch.setattr(module, name, self._counting(getattr(module, name), counter))
@@ -54,8 +53,8 @@ class Counted:
         return call
 
     def take(self) -> tuple[int, int, int]:
-        taken = (self.decoded, self.hashed, self.parsed)
-        self.decoded = self.hashed = self.parsed = 0
+        taken = (self.decoded, self.measured, self.parsed)
+        self.decoded = self.measured = self.parsed = 0
         return taken
 
 
@@ -66,6 +65,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 def open_set(config: DataConfig, cache: Cache = "disk", **extra: Any) -> DetectionDataset:
     return DetectionDataset(config, "train", SIZE, cache=cache, **extra)
+
+
+def filled(config: DataConfig, cache: Cache = "disk", **extra: Any) -> DetectionDataset:
+    """A data set of which every image was asked for once."""
+    dataset = open_set(config, cache, **extra)
+    assert len(list(dataset)) == len(dataset)
+    return dataset
 
 
 def settle(config: DataConfig) -> None:
@@ -86,9 +92,25 @@ def image_file(config: DataConfig, number: int) -> Path:
     return config.path / "images" / "train" / f"image{number}.png"
 
 
-def pixel_file(config: DataConfig) -> Path:
-    (found,) = (config.path / FOLDER).glob("*.pixels")
-    return found
+def cached_files(config: DataConfig, kind: str = "evaluated") -> list[Path]:
+    return sorted((config.path / FOLDER / f"{kind}-{SIZE}").glob("*.npz"))
+
+
+@pytest.mark.parametrize("cache", ["none", "ram", "disk"])
+@pytest.mark.parametrize("augment", [None, Augment(mosaic=0)], ids=["plain", "augmented"])
+def test_opening_decodes_nothing_and_drawing_what_is_drawn(
+    rectangles: DataConfig, counted: Counted, cache: Cache, augment: Augment | None
+) -> None:
+    dataset = open_set(rectangles, cache, augment=augment)
+    assert counted.take() == (0, 6, 6)
+    _ = [dataset[index] for index in (4, 1, 4)]
+    assert counted.take() == (3 if cache == "none" else 2, 0, 0)
+
+
+@pytest.mark.parametrize("cache", ["none", "ram", "disk"])
+def test_a_loader_decodes_what_its_batches_hold(rectangles: DataConfig, counted: Counted, cache: Cache) -> None:
+    batches = iter(build_loader(open_set(rectangles, cache), 2, shuffle=True))
+    assert len(next(batches).image_ids) == 2 == counted.take()[0]
 
 
 def test_a_second_start_decodes_nothing(
@@ -97,11 +119,13 @@ def test_a_second_start_decodes_nothing(
     monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
     plain = open_set(rectangles, "none")
     counted.take()
-    same(open_set(rectangles), plain)
+    first = filled(rectangles)
     assert counted.take() == (6, 6, 6)
-    same(open_set(rectangles), plain)
+    same(first, plain)
+    counted.take()
+    filled(rectangles)
     assert counted.take() == (0, 0, 0)
-    assert isinstance(open_set(rectangles)._cache, PixelFile)
+    assert isinstance(open_set(rectangles)._cache, DiskCache)
     augment = Augment(mosaic=0.5)
     same_samples = zip(
         open_set(rectangles, augment=augment), open_set(rectangles, "none", augment=augment), strict=True
@@ -109,22 +133,33 @@ def test_a_second_start_decodes_nothing(
     assert all(torch.equal(a.image, b.image) for a, b in same_samples)
 
 
+def test_evaluation_and_training_do_not_share_what_they_shrink_differently(tmp_path: Path) -> None:
+    stripes = torch.zeros(3, 96, 96, dtype=torch.uint8)
+    stripes[:, ::3] = 255
+    config = write_set(tmp_path, {"a": stripes}, {"a": ["0 0.5 0.5 1 1"]})
+    still = Augment(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    for _ in range(2):
+        evaluated, trained = (filled(config, augment=augment)[0].image for augment in (None, still))
+        # Of rows 255, 0, 0, ...: (255 + 0 / 2) / 1.5, and a quarter of the way from the first row to the second.
+        assert (evaluated[0, 0, 0], trained[0, 0, 0]) == (170, 191)
+        assert torch.equal(evaluated, open_set(config, "none")[0].image)
+        assert torch.equal(trained, open_set(config, "none", augment=still)[0].image)
+
+
 def test_files_of_this_moment_are_looked_into_until_they_are_old(rectangles: DataConfig, counted: Counted) -> None:
     """A second edit within one tick of the clock could leave the stamp as it is."""
-    open_set(rectangles)
+    filled(rectangles)
     counted.take()
     for _ in range(2):
-        open_set(rectangles)
+        filled(rectangles)
         assert counted.take() == (0, 6, 6)
 
 
 def test_an_edit_that_the_stamp_hides_is_seen(rectangles: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same size, time and inode: only the content tells, which is asked while the file is new."""
-    stamp = [1, 10**18, 10**18, 7]
-    monkeypatch.setattr(data.pixels, "take_stamp", lambda _: stamp)
-    monkeypatch.setattr(data.cache, "take_stamp", lambda _: stamp)
+    monkeypatch.setattr(data.cache, "_stamp", lambda _: [1, 10**18, 10**18, 7])
     monkeypatch.setattr(data.cache.time, "time_ns", lambda: 10**18 + 10**9)
-    open_set(rectangles)
+    filled(rectangles)
     shutil.copyfile(image_file(rectangles, 1), image_file(rectangles, 0))
     (rectangles.path / "labels" / "train" / "image2.txt").write_text("0 0.5 0.5 0.5 0.5")
     same(open_set(rectangles), open_set(rectangles, "none"))
@@ -140,7 +175,7 @@ def test_a_changed_image_is_decoded_again(
         pixels = np.array(image)
     file = file.rename(file.with_suffix(".bmp"))
     Image.fromarray(pixels).save(file)
-    before = open_set(rectangles)
+    before = filled(rectangles)[0].image
     status = file.stat()
     with file.open("r+b") as opened:  # in place, of the same length
         opened.seek(-300, os.SEEK_END)
@@ -148,45 +183,40 @@ def test_a_changed_image_is_decoded_again(
     if keep_time:
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     counted.take()
-    after = open_set(rectangles)
+    after = filled(rectangles)
     assert counted.take()[0] == 1
     same(after, open_set(rectangles, "none"))
-    assert not torch.equal(before[0].image, after[0].image)
+    assert not torch.equal(before, after[0].image)
 
 
 def test_a_touched_or_moved_set_is_not_decoded_again(
     rectangles: DataConfig, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
-    open_set(rectangles)
+    filled(rectangles)
     settle(rectangles)
     counted.take()
-    open_set(rectangles)
+    filled(rectangles)
     assert counted.take() == (0, 6, 6)
-    open_set(rectangles)
+    filled(rectangles)
     assert counted.take() == (0, 0, 0)
     shutil.copytree(rectangles.path, tmp_path / "moved")
     shutil.rmtree(rectangles.path)
     moved = DataConfig(rectangles.names, train=(tmp_path / "moved" / "images" / "train",), path=tmp_path / "moved")
-    assert len(open_set(moved)) == 6 and counted.take() == (0, 6, 6)
+    assert len(filled(moved)) == 6 and counted.take() == (0, 6, 6)
 
 
 def test_images_that_come_and_go(rectangles: DataConfig, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
-    open_set(rectangles)
+    filled(rectangles)
     counted.take()
     Image.new("RGB", (30, 50), "red").save(image_file(rectangles, 10))
     image_file(rectangles, 3).unlink()
     image_file(rectangles, 4).write_bytes(b"none")
-    again = open_set(rectangles)
-    assert counted.take()[0] == 2  # the new one, and the broken one in vain
+    again = filled(rectangles)
+    assert counted.take()[0] == 1  # the new one
     assert [file.stem for file in again.files] == ["image0", "image1", "image10", "image2", "image5"]
     same(again, open_set(rectangles, "none"))
-    for number in (5, 10, 2, 1):
-        image_file(rectangles, number).unlink()
-    # Mostly squares of nobody: the file is made anew, and small.
-    same(open_set(rectangles), open_set(rectangles, "none"))
-    assert pixel_file(rectangles).stat().st_size == 3 * SIZE**2
 
 
 def test_a_changed_label_file_is_seen(
@@ -195,12 +225,12 @@ def test_a_changed_label_file_is_seen(
     monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
     file = rectangles.path / "labels" / "train" / "image2.txt"
     text = file.read_text()
-    open_set(rectangles)
+    filled(rectangles)
     for change in (text.replace("2 ", "1 ", 1), None, "9 0.5 0.5 1 1\n" + text):
         file.unlink() if change is None else file.write_text(change)
         counted.take()
-        dataset = open_set(rectangles)
-        assert counted.take() == (0, 0, 1)
+        dataset = filled(rectangles)
+        assert counted.take() == (0, 1, 1)
         assert dataset[2].targets[:, 0].tolist() == ([] if change is None else [1] if change[0] == "1" else [2])
         same(dataset, open_set(rectangles, "none"))
         assert len(dataset.problems) == (change is not None and change[0] == "9")
@@ -208,7 +238,7 @@ def test_a_changed_label_file_is_seen(
 
 def test_other_names_and_sizes_are_other_caches(rectangles: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
-    open_set(rectangles)
+    filled(rectangles)
     few = DataConfig(("only", "two"), train=rectangles.train, path=rectangles.path)
     assert len(open_set(few).problems) == 2 and open_set(rectangles).problems == []
     for size in (32, SIZE):
@@ -216,63 +246,61 @@ def test_other_names_and_sizes_are_other_caches(rectangles: DataConfig, monkeypa
         same(large, plain)
 
 
-@pytest.mark.parametrize("suffix", ["pixels", "images", "labels"])
+@pytest.mark.parametrize("suffix", ["npz", "json"])
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "garbled", "removed"])
 def test_damage_costs_time_and_a_line(
     rectangles: DataConfig, caplog: pytest.LogCaptureFixture, suffix: str, damage: str
 ) -> None:
     plain = open_set(rectangles, "none")
-    open_set(rectangles)
-    (file,) = (rectangles.path / FOLDER).glob(f"*.{suffix}")
+    filled(rectangles)
+    file = sorted((rectangles.path / FOLDER).rglob(f"*.{suffix}"))[0]
     content = file.read_bytes()
     if damage == "removed":
         file.unlink()
     else:
         middle = len(content) // 2
         # One bit, and in a record one that leaves it valid JSON.
-        at = middle if suffix == "pixels" else next(i for i in range(middle, len(content)) if chr(content[i]).isdigit())
+        at = middle if suffix == "npz" else next(i for i in range(middle, len(content)) if chr(content[i]).isdigit())
         garbled = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
         file.write_bytes({"truncated": content[:middle], "emptied": b"", "garbled": garbled}[damage])
     same(open_set(rectangles), plain)
-    quiet = damage == "removed" and suffix != "pixels"
-    assert len(caplog.records) == (0 if quiet else 1)
-    assert quiet or f".{suffix}: damaged" in caplog.text
+    assert len(caplog.records) == (damage != "removed")
+    assert damage == "removed" or f".{suffix}: damaged" in caplog.text
     caplog.clear()
     same(open_set(rectangles), plain)
     assert not caplog.records and file.stat().st_size == len(content)
 
 
-def test_of_several_at_once_one_decodes(rectangles: DataConfig, counted: Counted) -> None:
+def test_several_at_once_do_not_disturb_each_other(rectangles: DataConfig) -> None:
     """As several ranks or trainings that start together."""
-    with ThreadPoolExecutor(4) as pool:
-        opened = list(pool.map(lambda _: open_set(rectangles), range(4)))
-    assert counted.take()[0] == 6
     plain = open_set(rectangles, "none")
-    for dataset in opened:
-        same(dataset, plain)
+    with ThreadPoolExecutor(4) as pool:
+        for dataset in pool.map(lambda _: filled(rectangles), range(4)):
+            same(dataset, plain)
+    assert len(cached_files(rectangles)) == len(list((rectangles.path / FOLDER / f"evaluated-{SIZE}").iterdir())) == 6
 
 
 def test_a_writer_that_is_interrupted_leaves_what_was_there(
     rectangles: DataConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, counted: Counted
 ) -> None:
-    before = open_set(rectangles)
-    real = data.pixels.decode_image
+    dataset = open_set(rectangles)
+    _ = dataset[0], dataset[1]
+    before = cached_files(rectangles)
+    real = np.savez
 
-    def interrupted(content: bytes, path: Path) -> torch.Tensor:
-        if path.stem == "image9":
-            raise KeyboardInterrupt
-        return real(content, path)
+    def interrupted(path: Path, **arrays: Any) -> None:
+        real(path, **arrays)
+        path.write_bytes(path.read_bytes()[:50])
+        raise KeyboardInterrupt
 
-    for number in (8, 9):
-        Image.new("RGB", (30, 50), "red").save(image_file(rectangles, number))
     with monkeypatch.context() as patched:
-        patched.setattr(data.pixels, "decode_image", interrupted)
+        patched.setattr(data.cache.np, "savez", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            open_set(rectangles)
-    assert torch.equal(before[3].image, open_set(rectangles, "none")[3].image)
+            _ = dataset[2]
+    assert sorted(before[0].parent.iterdir()) == before and len(before) == 2
     counted.take()
     same(open_set(rectangles), open_set(rectangles, "none"))
-    assert counted.take()[0] == 2 and not caplog.records
+    assert counted.take()[0] == 4 + 6 and not caplog.records
 
 
 def test_a_folder_that_cannot_be_written(
@@ -282,87 +310,75 @@ def test_a_folder_that_cannot_be_written(
     (rectangles.path / FOLDER).touch()
     plain = open_set(rectangles, "none")
     same(open_set(rectangles), plain)
-    assert len(list((tmp_path / "user" / "slim").glob("*/*.pixels"))) == 1 and not caplog.records
+    assert len(list((tmp_path / "user" / "slim").rglob("*.npz"))) == 6 and not caplog.records
     shutil.rmtree(tmp_path / "user")
     (tmp_path / "user").touch()
     dataset = open_set(rectangles)
     same(dataset, plain)
-    assert isinstance(dataset._cache, torch.Tensor)
+    assert isinstance(dataset._cache, MemoryCache)
     assert "can be written: going on without a cache on disk" in caplog.text
 
 
-def test_a_full_disk_means_no_cache(
+def test_a_full_disk_means_no_more_cache_and_one_line(
     rectangles: DataConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(data.pixels.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * 6 * 3 * SIZE**2 - 1))
-        dataset = open_set(rectangles)
-    assert isinstance(dataset._cache, torch.Tensor)
-    assert "no cache on disk (0.0 GiB are more than half of the 0.0 GiB free)" in caplog.text
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.cache.np, "savez", full)
+    dataset = open_set(rectangles)
     same(dataset, open_set(rectangles, "none"))
-    caplog.clear()
-    real = Path.open
-
-    def full(self: Path, *arguments: Any, **named: Any) -> Any:
-        if self.suffix == ".pixels":
-            raise OSError(28, "No space left on device")
-        return real(self, *arguments, **named)
-
-    monkeypatch.setattr(Path, "open", full)
-    same(open_set(rectangles), dataset)
-    assert ".pixels: no cache on disk (No space left on device)" in caplog.text
-    assert not list((rectangles.path / FOLDER).glob("*.pixels"))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{rectangles.path / FOLDER / f'evaluated-{SIZE}'}: no further images are cached on disk (No space left on device)"
+    ]
+    assert not list((rectangles.path / FOLDER / f"evaluated-{SIZE}").iterdir())
 
 
 def test_none_and_ram_write_nothing(rectangles: DataConfig) -> None:
     for cache in ("none", "ram"):
-        open_set(rectangles, cache)  # type: ignore[arg-type]
+        filled(rectangles, cache)  # type: ignore[arg-type]
     assert not (rectangles.path / FOLDER).exists()
     with pytest.raises(DataError, match=r"^cache 'tape', expected one of ram, disk, none$"):
         open_set(rectangles, "tape")  # type: ignore[arg-type]
 
 
-def test_a_sample_cannot_spoil_the_cache(rectangles: DataConfig) -> None:
-    content = None
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_a_sample_cannot_spoil_the_cache(rectangles: DataConfig, cache: Cache) -> None:
     for augment in (None, Augment(), Augment(mosaic=0)):
-        dataset = open_set(rectangles, augment=augment)
-        content = content or pixel_file(rectangles).read_bytes()
+        dataset = filled(rectangles, cache, augment=augment)
         before = dataset[0].image.clone()
         dataset[0].image.zero_()
         assert torch.equal(dataset[0].image, before)
-    assert isinstance(dataset._cache, PixelFile)
-    dataset._cache[0].zero_()
-    assert pixel_file(rectangles).read_bytes() == content
 
 
-def test_a_pickled_data_set_maps_the_file_again(rectangles: DataConfig) -> None:
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_a_pickled_data_set_brings_no_images(rectangles: DataConfig, cache: Cache) -> None:
     """What a worker gets where processes are not forked."""
-    dataset = open_set(rectangles)
-    assert isinstance(dataset._cache, PixelFile)
+    dataset = filled(rectangles, cache)
     text = pickle.dumps(dataset._cache)
     assert len(text) < 3 * SIZE**2
-    assert torch.equal(pickle.loads(text)[3], dataset._cache[3])
+    dataset._cache = pickle.loads(text)
+    same(dataset, open_set(rectangles, "none"))
 
 
-def test_two_loaders_over_one_file(rectangles: DataConfig) -> None:
+def test_workers_share_the_memory_cache(rectangles: DataConfig) -> None:
+    dataset = open_set(rectangles, "ram")
+    assert isinstance(dataset._cache, MemoryCache)
+    assert [dataset._cache.get(index) for index in range(6)] == [None] * 6
+    batches = list(build_loader(dataset, 2, shuffle=False, workers=2))
+    assert len(batches) == 3
+    for index in range(6):
+        found = dataset._cache.get(index)
+        assert found is not None and torch.equal(found, dataset._resized(index)[0]) and found.any()
+
+
+def test_two_loaders_over_one_folder(rectangles: DataConfig) -> None:
     plain, shared = (open_set(rectangles, cache, augment=Augment()) for cache in ("none", "disk"))  # type: ignore[arg-type]
     loaders = [
         build_loader(dataset, 2, shuffle=True, workers=workers) for dataset, workers in ((plain, 0), (shared, 2))
     ]
     for one, other in zip(*loaders, strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
-
-
-def test_an_image_that_changed_behind_a_damaged_cache_is_an_error(
-    rectangles: DataConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    dataset = open_set(rectangles)
-    file = pixel_file(rectangles)
-    file.write_bytes(bytes(file.stat().st_size))
-    Image.new("RGB", (64, 40), "red").save(image_file(rectangles, 0))
-    with pytest.raises(DataError, match=r"image0\.png: the image changed since the data set was opened; start again$"):
-        _ = dataset[0]
-    assert dataset[1].image.any() and "damaged at" in caplog.text
 
 
 def test_the_folder_lies_in_the_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -376,7 +392,7 @@ def test_shapes_are_drawn_anew_beside_a_cache(tmp_path: Path) -> None:
     config = DataConfig(
         ("a", "b", "c", "d"), train=(tmp_path / "shapes" / "images" / "train",), path=tmp_path / "shapes"
     )
-    open_set(config)
+    filled(config)
     make_shapes(tmp_path / "shapes", 3, 1, 1, 32)
     assert len(open_set(config)) == 3
     same(open_set(config), open_set(config, "none"))

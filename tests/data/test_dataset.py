@@ -245,7 +245,9 @@ def test_an_image_that_changes_under_way_is_an_error(rectangles: DataConfig) -> 
 def test_a_cache_that_does_not_fit_is_not_made(
     rectangles: DataConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    need = 6 * 3 * SIZE**2
+    # The longer side becomes 64, the shorter one 64 * shorter / longer.
+    sizes = [(40 + 4 * i, 64 - 3 * i) for i in range(6)]
+    need = sum(3 * 64 * round(64 * min(size) / max(size)) for size in sizes)
 
     def cached(free: int | None, holders: int = 1) -> bool:
         monkeypatch.setattr(data.dataset, "available_bytes", lambda: free)

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import yaml
 
+import data.transfer
 from data import DataError, load_data_config
 from data.download import download_data, main
-from data.transfer import Patience
 from tests.data.file_server import serve
 from tests.data.scenes import ROOT
 from tests.data.test_archives import tarred, zipped
-
-QUICK = Patience(timeout_s=5, attempts=2, pause_s=0.001)
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
+    for name, value in {"TIMEOUT_S": 5, "ATTEMPTS": 2, "PAUSE_S": 0.001}.items():
+        monkeypatch.setattr(data.transfer, name, value)
     monkeypatch.delenv("SLIM_DATA_ROOT", raising=False)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -77,7 +77,7 @@ def test_several_archives_then_nothing_to_do(tmp_path: Path) -> None:
             DataError, match=r"or \$SLIM_DATA_ROOT says where data sets lie, --download fetches the data set"
         ):
             load_data_config(file, root)
-        assert download_data(file, root, patience=QUICK, say=said.append) == root / "set"
+        assert download_data(file, root, say=said.append) == root / "set"
         assert files(root) == {
             "set.download.json",
             *(f"set/{name}" for name in ("images/train/1.jpg", "images/val/2.jpg", "labels/train/1.txt", "about.md")),
@@ -88,7 +88,7 @@ def test_several_archives_then_nothing_to_do(tmp_path: Path) -> None:
         assert len(pinned) == 1 and sha(held["l.tgz"]) in pinned[0] and "l.tgz" in pinned[0]
         assert load_data_config(file, root).path == root / "set"
         asked = list(server.asked)
-        download_data(file, root, patience=QUICK, say=said.append)
+        download_data(file, root, say=said.append)
         assert said[-1] == f"{file}: the data set is there already; nothing was downloaded" and server.asked == asked
 
 
@@ -104,7 +104,7 @@ def test_what_was_put_there_by_hand_counts(tmp_path: Path) -> None:
 def test_an_address_alone_finds_the_splits_below_outer_folders(tmp_path: Path, outer: str) -> None:
     members = {f"{outer}{name}": b"x" for name in ("images/train/1.jpg", "images/val/1.jpg", "README")}
     with serve({"a.zip": zipped(tmp_path / "a.zip", members).read_bytes()}) as server:
-        download_data(describe(tmp_path, f"{server.url}/a.zip"), tmp_path / "root", patience=QUICK)
+        download_data(describe(tmp_path, f"{server.url}/a.zip"), tmp_path / "root")
     assert files(tmp_path / "root" / "set") == {"images/train/1.jpg", "images/val/1.jpg", "README"}
 
 
@@ -112,7 +112,7 @@ def test_an_archive_of_something_else_leaves_nothing(tmp_path: Path) -> None:
     held = zipped(tmp_path / "a.zip", {"x/1.jpg": b"", "y/1.jpg": b""}).read_bytes()
     message = "expected images/train, images/val, found x, y in the archive"
     with serve({"a.zip": held}) as server, pytest.raises(DataError, match=message):
-        download_data(describe(tmp_path, f"{server.url}/a.zip"), tmp_path / "root", patience=QUICK)
+        download_data(describe(tmp_path, f"{server.url}/a.zip"), tmp_path / "root")
     assert not (tmp_path / "root" / "set").exists()
 
 
@@ -121,18 +121,18 @@ def test_a_pinned_digest_is_enforced_and_the_users_files_stay(tmp_path: Path) ->
     root = tmp_path / "root"
     with serve(held) as server:
         file = describe(tmp_path, [{"url": f"{server.url}/i.zip", "into": "images"}])
-        download_data(file, root, patience=QUICK)
+        download_data(file, root)
         (root / "set" / "images" / "val" / "2.jpg").unlink()
         (root / "set" / "images" / "val").rmdir()
         (root / "set" / "mine.txt").write_text("kept")
         server.files["/i.zip"] = zipped(tmp_path / "j.zip", {"train/1.jpg": b"other", "val/2.jpg": b"2"}).read_bytes()
         with pytest.raises(DataError) as error:
-            download_data(file, root, patience=QUICK)
+            download_data(file, root)
         assert f"expected SHA-256 {sha(held['i.zip'])}, found {sha(server.files['/i.zip'])}" in str(error.value)
         assert str(error.value).endswith("set.download.json pins the digest)")
         assert {"images/train/1.jpg", "mine.txt"} == files(root / "set")
         server.files["/i.zip"] = held["i.zip"]
-        download_data(file, root, patience=QUICK)
+        download_data(file, root)
         assert {"images/train/1.jpg", "images/val/2.jpg", "mine.txt"} == files(root / "set")
 
 
@@ -155,11 +155,11 @@ def test_an_interruption_between_archives_costs_none_of_them_twice(tmp_path: Pat
             tmp_path, [{"url": f"{server.url}/i.zip", "into": "images"}, {"url": f"{server.url}/l.tgz", "from": "top"}]
         )
         with pytest.raises(DataError, match="404"):
-            download_data(file, root, patience=QUICK)
+            download_data(file, root)
         # All splits exist by now, and still the set is not taken for whole.
         assert load_data_config(file, root).path == root / "set"
         server.files["/l.tgz"] = labels
-        download_data(file, root, patience=QUICK)
+        download_data(file, root)
         assert [path for path, _ in server.asked] == ["/i.zip", "/l.tgz", "/l.tgz"]
     assert (root / "set" / "labels" / "train" / "1.txt").exists() and not (root / "set.download").exists()
 
@@ -177,10 +177,10 @@ def test_killed_after_the_transfer_or_amid_moving(tmp_path: Path, monkeypatch: p
     with serve(held) as server:
         file = describe(tmp_path, [{"url": f"{server.url}/i.zip", "into": "images"}])
         with pytest.raises(KeyboardInterrupt):
-            download_data(file, root, patience=QUICK)
+            download_data(file, root)
         assert files(root / "set") == {"images/train/1.jpg"}
         monkeypatch.setattr(data.download, "_move", move)
-        download_data(file, root, patience=QUICK)
+        download_data(file, root)
         assert len(server.asked) == 1
     assert files(root / "set") == {"images/train/1.jpg", "images/val/2.jpg"}
 
@@ -230,7 +230,7 @@ def test_yolov5s_paths_beside_its_checkout(tmp_path: Path) -> None:
     members = {"set/images/train/1.jpg": b"x"}
     with serve({"a.zip": zipped(tmp_path / "a.zip", members).read_bytes()}) as server:
         file = describe(tmp_path, f"{server.url}/a.zip", path="../datasets/set")
-        assert download_data(file, tmp_path / "root", patience=QUICK) == tmp_path / "root" / "set"
+        assert download_data(file, tmp_path / "root") == tmp_path / "root" / "set"
 
 
 def test_room_for_archives_and_content_is_checked_first(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_our_descriptions_lead_to_the_folders_that_they_describe(tmp_path: Path,
             entry |= {"url": f"{server.url}/{entry['url'].rpartition('/')[2]}", "sha256": sha(held), "size": len(held)}
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(content))
-        folder = download_data(file, tmp_path / "root", patience=QUICK)
+        folder = download_data(file, tmp_path / "root")
     assert files(folder) == set(PLACED[name])
     config = load_data_config(file, tmp_path / "root")
     for split in ("train", "val"):
@@ -327,8 +327,8 @@ def test_a_voc_list_that_names_what_is_not_there(tmp_path: Path) -> None:
     with serve({"a.zip": zipped(tmp_path / "a.zip", members).read_bytes()}) as server:
         file = describe(tmp_path, [{"url": f"{server.url}/a.zip", "from": "d", "voc": {"train": "train"}}])
         with pytest.raises(DataError, match=r"a\.zip: Annotations/2\.xml is missing or damaged in the archive"):
-            download_data(file, tmp_path / "root", patience=QUICK)
+            download_data(file, tmp_path / "root")
         file = describe(tmp_path, [{"url": f"{server.url}/a.zip", "from": "elsewhere"}])
         with pytest.raises(DataError, match="expected elsewhere, found d in the archive"):
-            download_data(file, tmp_path / "root", patience=QUICK)
+            download_data(file, tmp_path / "root")
     assert not (tmp_path / "root" / "set").exists()

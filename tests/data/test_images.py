@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from data import DataError
 from data.images import FILL, letterbox, letterbox_of, read_image, read_size, resize
@@ -85,10 +89,64 @@ def test_the_pixels_follow_the_geometry() -> None:
     assert found is not None and np.abs(found - expected).max() <= 0.5
 
 
-def test_shrinking_averages() -> None:
-    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    stripes[:, :, ::4] = 200
-    assert (resize(stripes, (16, 16)).float()[:, :, 1:-1] - 50).abs().max() <= 5
+def averaging(old: int, new: int) -> NDArray[np.float64]:
+    """[new, old]: new pixel i covers i * s to (i + 1) * s of the old ones, s = old / new, some of them in part."""
+    edges = np.arange(new + 1) * old / new
+    low, high = np.maximum(edges[:-1, None], np.arange(old)), np.minimum(edges[1:, None], np.arange(1, old + 1))
+    return (high - low).clip(min=0) * new / old
+
+
+def between_centres(old: int, new: int) -> NDArray[np.float64]:
+    """[new, old]: linear between the two old pixels whose centres lie next to the new one's; the outermost at the edges."""
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        place = (i + 0.5) * old / new - 0.5
+        low = math.floor(place)
+        for pixel, weight in ((low, 1 - (place - low)), (low + 1, place - low)):
+            matrix[i, min(max(pixel, 0), old - 1)] += weight
+    return matrix
+
+
+def expected(image: Tensor, size_hw: tuple[int, int], matrix: Callable[[int, int], NDArray[np.float64]]) -> Tensor:
+    down, across = (matrix(old, new) for old, new in zip(image.shape[1:], size_hw, strict=True))
+    return torch.from_numpy(np.einsum("ih,chw,jw->cij", down, image.numpy().astype(np.float64), across, optimize=True))
+
+
+def noise(height: int, width: int) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(height))
+
+
+def test_the_expected_values_by_hand() -> None:
+    """Two pixels out of three: (0 + 30 / 2) / 1.5 and (30 / 2 + 90) / 1.5; three out of two: at 1/6, 1/2 and 5/6 of them."""
+    row = torch.tensor([[[0, 30, 90]]] * 3, dtype=torch.uint8)
+    assert expected(row, (1, 2), averaging)[0].tolist() == [pytest.approx([10, 70])]
+    assert expected(row[..., :2], (1, 3), between_centres)[0].tolist() == [pytest.approx([0, 15, 30])]
+    assert resize(row, (1, 2))[0].tolist() == [[10, 70]] and resize(row[..., :2], (1, 3))[0].tolist() == [[0, 15, 30]]
+
+
+@pytest.mark.parametrize(
+    ("old_hw", "new_hw"),
+    [((48, 64), (24, 32)), ((33, 50), (21, 32)), ((90, 61), (64, 43)), ((100, 75), (11, 8)), ((7, 300), (2, 64))],
+)
+def test_evaluation_shrinks_by_averages_of_areas(old_hw: tuple[int, int], new_hw: tuple[int, int]) -> None:
+    image = noise(*old_hw)
+    assert (resize(image, new_hw) - expected(image, new_hw, averaging)).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("area", [False, True])
+@pytest.mark.parametrize(("old_hw", "new_hw"), [((24, 32), (48, 64)), ((33, 50), (42, 64)), ((5, 9), (64, 115))])
+def test_enlarging_is_bilinear(old_hw: tuple[int, int], new_hw: tuple[int, int], area: bool) -> None:
+    """OpenCV rounds its weights to 1 / 2048."""
+    image = noise(*old_hw)
+    assert (resize(image, new_hw, area=area) - expected(image, new_hw, between_centres)).abs().max() <= 0.8
+
+
+@pytest.mark.parametrize(("old_hw", "new_hw"), [((33, 50), (21, 32)), ((90, 61), (64, 43)), ((100, 75), (40, 30))])
+def test_training_shrinks_bilinearly_without_antialias(old_hw: tuple[int, int], new_hw: tuple[int, int]) -> None:
+    image = noise(*old_hw)
+    found = resize(image, new_hw, area=False)
+    assert (found - expected(image, new_hw, between_centres)).abs().max() <= 0.8
+    assert (found - expected(image, new_hw, averaging)).abs().mean() > 5
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp", ".tiff"])

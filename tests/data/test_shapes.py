@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from data import DataError, DetectionDataset, load_data_config, make_shapes
 from data.labels import parse_label
-from data.shapes import PARTIAL, RECORD, SHAPE_NAMES, _paint_shape, draw_scene
+from data.shapes import PARTIAL, RECORD, SHAPE_NAMES, _paint_shape, draw_scene, make_described_shapes
 from tests.data.scenes import ROOT
 
 SMALL = {"train": 4, "val": 2, "test": 1, "image_size_px": 48, "seed": 3}
@@ -169,3 +169,28 @@ def test_the_four_shapes_are_about_equally_large() -> None:
         _paint_shape(canvas, kind, (0.5, 0.5, 0.3), np.random.default_rng(0))
         areas.append(int((np.abs(canvas - 128).max(axis=2) > 30).sum()))
     assert max(areas) < 1.4 * min(areas) and min(areas) > 0.3 * math.pi * (0.3 * 128) ** 2
+
+
+def test_a_described_set_is_drawn_where_the_description_lets_it_be(tmp_path: Path) -> None:
+    file = tmp_path / "anything.yaml"
+    file.write_text("path: mine\nsynthetic: {train: 2, val: 1, test: 0, image_size_px: 32}\n")
+    assert make_described_shapes(file, tmp_path / "root") is True
+    assert len(list((tmp_path / "root" / "mine" / "images").rglob("*.jpg"))) == 3
+
+
+def test_a_set_that_is_called_shapes_is_not_drawn(tmp_path: Path) -> None:
+    file = tmp_path / "shapes.yaml"
+    file.write_text("path: shapes\ntrain: images\nnames: [a]\n")
+    assert make_described_shapes(file, tmp_path / "root") is False
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("value", ["shapes", "true", "{train: many}", "{images: 3}", "{train: true}"])
+def test_another_synthetic_set_is_refused(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "set.yaml"
+    file.write_text(f"path: set\nsynthetic: {value}\n")
+    with pytest.raises(
+        DataError, match=r"set\.yaml: synthetic is .*, expected whole numbers for some of train, val, test"
+    ):
+        make_described_shapes(file, tmp_path / "root")
+    assert not (tmp_path / "root").exists()

@@ -17,21 +17,23 @@ from pathlib import Path
 
 import pytest
 
+import data.transfer
 from data import DataError
-from data.transfer import Patience, Source, fetch
+from data.transfer import fetch
 from tests.data.file_server import serve
 from tests.data.scenes import ROOT
 
 CONTENT = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(300_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-QUICK = Patience(timeout_s=5, attempts=3, pause_s=0.001)
 
 
 @pytest.fixture(autouse=True)
 def direct(monkeypatch: pytest.MonkeyPatch) -> None:
     """No proxy of the person who runs the tests."""
     monkeypatch.setenv("no_proxy", "*")
+    for name, value in {"TIMEOUT_S": 5, "ATTEMPTS": 3, "PAUSE_S": 0.001}.items():
+        monkeypatch.setattr(data.transfer, name, value)
 
 
 def left(target: Path) -> set[str]:
@@ -40,16 +42,16 @@ def left(target: Path) -> set[str]:
 
 def test_a_whole_transfer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serve({"set.zip": CONTENT}) as server:
-        assert fetch(Source(f"{server.url}/set.zip", DIGEST, len(CONTENT)), tmp_path / "a.zip", QUICK) == DIGEST
+        assert fetch(f"{server.url}/set.zip", tmp_path / "a.zip", DIGEST, len(CONTENT)) == DIGEST
         assert (tmp_path / "a.zip").read_bytes() == CONTENT and left(tmp_path / "a.zip") == {"a.zip"}
         assert "300k/300k" in capsys.readouterr().err
-        assert fetch(Source(f"{server.url}/set.zip", DIGEST), tmp_path / "a.zip", QUICK) == DIGEST
+        assert fetch(f"{server.url}/set.zip", tmp_path / "a.zip", DIGEST) == DIGEST
         assert server.asked == [("/set.zip", None)]
 
 
 def test_a_broken_connection_goes_on_at_the_byte_where_it_broke(tmp_path: Path) -> None:
     with serve({"f": CONTENT}, cut_after=[100_000, 50_000, 7]) as server:
-        assert fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK) == DIGEST
+        assert fetch(f"{server.url}/f", tmp_path / "f") == DIGEST
         assert server.asked == [("/f", r) for r in (None, "bytes=100000-", "bytes=150000-", "bytes=150007-")]
     assert (tmp_path / "f").read_bytes() == CONTENT
 
@@ -57,10 +59,10 @@ def test_a_broken_connection_goes_on_at_the_byte_where_it_broke(tmp_path: Path) 
 def test_a_later_run_asks_for_what_is_missing(tmp_path: Path) -> None:
     with serve({"f": CONTENT}, cut_after=[100_000, 0, 0, 0]) as server:
         with pytest.raises(DataError) as error:
-            fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK)
+            fetch(f"{server.url}/f", tmp_path / "f")
         assert "3 times in a row; 100.00 kB are kept: run again to go on" in str(error.value)
         assert left(tmp_path / "f") == {"f.part", "f.part.json"}
-        assert fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK) == DIGEST
+        assert fetch(f"{server.url}/f", tmp_path / "f") == DIGEST
         assert server.asked[-1] == ("/f", "bytes=100000-")
 
 
@@ -69,21 +71,21 @@ def test_a_server_without_ranges_or_without_a_validator_sends_everything_again(
     tmp_path: Path, manners: dict[str, bool]
 ) -> None:
     with serve({"f": CONTENT}, cut_after=[100_000], **manners) as server:
-        assert fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK) == DIGEST
+        assert fetch(f"{server.url}/f", tmp_path / "f") == DIGEST
         assert [asked for _, asked in server.asked] == [None, "bytes=100000-" if "ranges" in manners else None]
     assert (tmp_path / "f").read_bytes() == CONTENT
 
 
 def test_a_known_digest_stands_in_for_a_validator(tmp_path: Path) -> None:
     with serve({"f": CONTENT}, cut_after=[100_000], validators=False) as server:
-        fetch(Source(f"{server.url}/f", DIGEST), tmp_path / "f", QUICK)
+        fetch(f"{server.url}/f", tmp_path / "f", DIGEST)
         assert server.asked[-1] == ("/f", "bytes=100000-")
 
 
 def test_a_server_that_always_breaks_and_knows_no_ranges_ends_the_attempts(tmp_path: Path) -> None:
     with serve({"f": CONTENT}, ranges=False, cut_after=[5, 9, 4, 9, 4, 9, 4, 9, 4]) as server:
         with pytest.raises(DataError, match="3 times in a row"):
-            fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK)
+            fetch(f"{server.url}/f", tmp_path / "f")
         assert len(server.asked) == 4
 
 
@@ -92,9 +94,9 @@ def test_a_file_that_changed_between_attempts_starts_afresh(tmp_path: Path, if_r
     """A server that knows If-Range sends the new file at once, another is found out by its ETag."""
     with serve({"f": OTHER}, cut_after=[100_000, 0, 0], if_range=if_range) as server:
         with pytest.raises(DataError):
-            fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK)
+            fetch(f"{server.url}/f", tmp_path / "f")
         server.files["/f"] = CONTENT
-        assert fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK) == DIGEST
+        assert fetch(f"{server.url}/f", tmp_path / "f") == DIGEST
         assert len(server.asked) == 3 + requests
     assert (tmp_path / "f").read_bytes() == CONTENT
 
@@ -102,38 +104,38 @@ def test_a_file_that_changed_between_attempts_starts_afresh(tmp_path: Path, if_r
 def test_a_change_that_no_validator_shows_is_found_by_the_digest(tmp_path: Path) -> None:
     with serve({"f": OTHER}, cut_after=[100_000, 0, 0, 0], validators=False) as server:
         with pytest.raises(DataError):
-            fetch(Source(f"{server.url}/f", DIGEST), tmp_path / "f", QUICK)
+            fetch(f"{server.url}/f", tmp_path / "f", DIGEST)
         server.files["/f"] = CONTENT
-        assert fetch(Source(f"{server.url}/f", DIGEST), tmp_path / "f", QUICK) == DIGEST
+        assert fetch(f"{server.url}/f", tmp_path / "f", DIGEST) == DIGEST
         assert server.asked[-2:] == [("/f", "bytes=100000-"), ("/f", None)]
 
 
 def test_a_wrong_digest_says_expected_and_found_and_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("kept")
     with serve({"f": OTHER}) as server, pytest.raises(DataError) as error:
-        fetch(Source(f"{server.url}/f", DIGEST), tmp_path / "f", QUICK)
+        fetch(f"{server.url}/f", tmp_path / "f", DIGEST)
     assert f"expected SHA-256 {DIGEST}, found {hashlib.sha256(OTHER).hexdigest()}" in str(error.value)
     assert left(tmp_path / "f") == {"mine.txt"} and (tmp_path / "mine.txt").read_text() == "kept"
 
 
 def test_another_size_than_described_is_refused_before_a_byte_is_kept(tmp_path: Path) -> None:
     with serve({"f": CONTENT}) as server, pytest.raises(DataError, match="holds 300000 bytes, expected 299999"):
-        fetch(Source(f"{server.url}/f", DIGEST, 299_999), tmp_path / "f", QUICK)
+        fetch(f"{server.url}/f", tmp_path / "f", DIGEST, 299_999)
     assert left(tmp_path / "f") == set()
 
 
 def test_a_body_of_unknown_length_is_checked_against_the_described_size(tmp_path: Path) -> None:
     with serve({"f": CONTENT}, length=False, cut_after=[100_000]) as server:
-        assert fetch(Source(f"{server.url}/f", "", len(CONTENT)), tmp_path / "f", QUICK) == DIGEST
+        assert fetch(f"{server.url}/f", tmp_path / "f", "", len(CONTENT)) == DIGEST
         assert server.asked == [("/f", None), ("/f", "bytes=100000-")]
 
 
 def test_busy_is_tried_again_and_not_found_is_not(tmp_path: Path) -> None:
     with serve({"f": CONTENT}, status=[503, 429]) as server:
-        assert fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK) == DIGEST
+        assert fetch(f"{server.url}/f", tmp_path / "f") == DIGEST
         assert len(server.asked) == 3
         with pytest.raises(DataError, match=r"/none: the server answers 404 \(Not Found\); correct the address"):
-            fetch(Source(f"{server.url}/none"), tmp_path / "none", QUICK)
+            fetch(f"{server.url}/none", tmp_path / "none")
         assert len(server.asked) == 4
 
 
@@ -142,12 +144,14 @@ def test_no_server(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/f"
     with pytest.raises(DataError, match=r"no connection .*refused.*, 3 times in a row; run again later"):
-        fetch(Source(url), tmp_path / "f", QUICK)
+        fetch(url, tmp_path / "f")
 
 
-def test_a_silent_server_times_out(tmp_path: Path) -> None:
+def test_a_silent_server_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.transfer, "TIMEOUT_S", 0.1)
+    monkeypatch.setattr(data.transfer, "ATTEMPTS", 1)
     with serve({"f": CONTENT}, slow_s=0.6) as server, pytest.raises(DataError, match="timed out"):
-        fetch(Source(f"{server.url}/f"), tmp_path / "f", Patience(timeout_s=0.1, attempts=1))
+        fetch(f"{server.url}/f", tmp_path / "f")
 
 
 def test_too_little_room_is_said_before_the_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +161,7 @@ def test_too_little_room_is_said_before_the_transfer(tmp_path: Path, monkeypatch
         serve({"f": CONTENT}) as server,
         pytest.raises(DataError, match=r"needs 300\.00 kB, the disk has 200\.00 kB free"),
     ):
-        fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK)
+        fetch(f"{server.url}/f", tmp_path / "f")
     assert (tmp_path / "f.part").stat().st_size == 0
 
 
@@ -168,12 +172,12 @@ def test_a_full_disk_is_one_line_and_the_rest_can_follow(tmp_path: Path) -> None
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limits[1]))
             with pytest.raises(DataError) as error:
-                fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK)
+                fetch(f"{server.url}/f", tmp_path / "f")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "f.part: cannot be written (File too large); what came so far is kept" in str(error.value)
         assert (tmp_path / "f.part").stat().st_size == 120_000
-        assert fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK) == DIGEST
+        assert fetch(f"{server.url}/f", tmp_path / "f") == DIGEST
         assert server.asked == [("/f", None), ("/f", "bytes=120000-")]
 
 
@@ -185,8 +189,8 @@ def wait_for_bytes(part: Path) -> None:
 
 def test_a_killed_process_leaves_what_the_next_one_goes_on_from(tmp_path: Path) -> None:
     with serve({"f": CONTENT}, slow_s=0.02) as server:
-        code = "import sys; from pathlib import Path; from data.transfer import Source, fetch\n"
-        code += "fetch(Source(sys.argv[1]), Path(sys.argv[2]))"
+        code = "import sys; from pathlib import Path; from data.transfer import fetch\n"
+        code += "fetch(sys.argv[1], Path(sys.argv[2]))"
         process = subprocess.Popen(
             [sys.executable, "-c", code, f"{server.url}/f", str(tmp_path / "f")], cwd=ROOT, stderr=subprocess.DEVNULL
         )
@@ -196,7 +200,7 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_from(tmp_path: Path) 
         size = (tmp_path / "f.part").stat().st_size
         assert 0 < size < len(CONTENT) and not (tmp_path / "f").exists()
         server.slow_s = 0
-        assert fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK) == DIGEST
+        assert fetch(f"{server.url}/f", tmp_path / "f") == DIGEST
         assert server.asked == [("/f", None), ("/f", f"bytes={size}-")]
 
 
@@ -212,9 +216,9 @@ def test_ctrl_c_leaves_what_the_next_call_goes_on_from(tmp_path: Path) -> None:
         threading.Thread(target=press).start()
         try:
             with pytest.raises(KeyboardInterrupt):
-                fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK)
+                fetch(f"{server.url}/f", tmp_path / "f")
         finally:
             signal.signal(signal.SIGINT, before)
         size, server.slow_s = (tmp_path / "f.part").stat().st_size, 0
-        assert fetch(Source(f"{server.url}/f"), tmp_path / "f", QUICK) == DIGEST
+        assert fetch(f"{server.url}/f", tmp_path / "f") == DIGEST
         assert server.asked == [("/f", None), ("/f", f"bytes={size}-")]

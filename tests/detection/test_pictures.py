@@ -70,7 +70,7 @@ def test_frames_are_the_videos_own(video: Path) -> None:
         assert (geometry.ratio_x, geometry.left_px) == (1, 0)
 
 
-def test_shrunk_frames_are_nearly_those_that_torch_would_shrink(video: Path) -> None:
+def test_shrunk_frames_are_nearly_averages_of_areas_as_images_are(video: Path) -> None:
     picture, wanted = all_of(video)[7], torch.from_numpy(decoded(video)[7]).permute(2, 0, 1)
     image, geometry = picture.letterboxed(SQUARE)
     assert image.shape == (3, 64, 64) and (geometry.top_px, geometry.left_px) == (8, 0)

@@ -6,19 +6,18 @@ from pathlib import Path
 
 import torch
 
-from data import DataSettings
-from data.convert import main
+from data import DataSettings, load_data_config
 from detection.datasets import open_data
 from detection.losses import training_loss
 from detection.network import start_network
+from tests.data.other_formats import write_again
 from tests.scripts.runs import NAMES, ROOT
 
 
 def test_every_format_gives_the_same_loss(tiny: Path, tmp_path: Path) -> None:
     files = {"text": tiny}
     for to in ("coco", "voc"):
-        assert main([str(tiny), "--to", to, "--out", str(tmp_path / to)]) == 0
-        files[to] = tmp_path / to / "data.yaml"
+        files[to] = write_again(load_data_config(tiny), to, tmp_path / to)
     torch.manual_seed(0)
     model = start_network("", str(ROOT / "models" / "yolov5n.yaml"), NAMES).model.eval()
     found = {}
