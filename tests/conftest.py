@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 
 from data import make_shapes
-from tests.scripts.runs import NAMES
+from tests.scripts.runs import NAMES, SMALL_ANCHORS
 
 THREADS = torch.get_num_threads()
 
@@ -59,3 +60,20 @@ def tiny(once: Once) -> Path:
         (folder / "tiny.yaml").write_text(f"path: {images}\n{splits}names:\n{names}")
 
     return once("datasets", draw) / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def small_cfg(once: Once) -> Path:
+    """A network of two levels that trains in a second."""
+    description = {
+        "nc": 4,
+        "anchors": SMALL_ANCHORS,
+        "backbone": [[-1, 1, "Conv", [32, 6, 4, 2]], [-1, 1, "Conv", [32, 3, 2]], [-1, 1, "C3", [32]]],
+        "head": [
+            [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
+            [[-1, 0], 1, "Concat", [1]],
+            [-1, 1, "C3", [32, "False"]],
+            [[5, 2], 1, "Detect", ["nc", "anchors"]],
+        ],
+    }
+    return once("cfg", lambda folder: (folder / "small.yaml").write_text(yaml.safe_dump(description))) / "small.yaml"

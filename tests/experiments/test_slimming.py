@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from experiments import slimming
 from slim import SlimError
+from tests.scripts.conftest import without_plots
 from tracking.settings import RunSettings
 
 STEPS = ["dense", "sparse, not cut", "masked to 50%", "cut to 50%", "fine-tuned at 50%"]
@@ -25,7 +27,7 @@ SLEEPER = [sys.executable, "-c", "import time; print('asleep', flush=True); time
 
 
 @pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The real scripts with the real arguments, without starting an interpreter for each."""
 
     def execute(command: list[str], *_: Any) -> int:
@@ -33,14 +35,16 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(slimming.ROOT)
     monkeypatch.setattr(slimming, "execute", execute)
+    with without_plots():
+        yield
 
 
 @pytest.mark.usefixtures("in_this_process")
 def test_table_is_made_of_the_scripts_own_metrics(
-    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: Path, small_cfg: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = {
-        "data": tiny, "img": 64, "batch-size": 8, "workers": 0,
+        "data": tiny, "cfg": small_cfg, "img": 64, "batch-size": 8, "workers": 0,
         "dense-epochs": 1, "sparse-epochs": 2, "sparse": "sparse-from=1",
         "finetune-epochs": 1, "finetune": "lr=0.01", "project": tmp_path / "runs", "name": "x",
     }  # fmt: skip

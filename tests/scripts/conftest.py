@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.conftest import Once
-from tests.scripts.runs import ROOT, SMALL, SMALL_ANCHORS, Done, Runner
+from tests.scripts.runs import ROOT, SMALL, Done, Runner
 
 PLOTS = ("plot_labels", "plot_results", "plot_gates")
 
@@ -44,47 +43,22 @@ def sparse_training(data: Path, cfg: Path, project: Path, name: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_cfg(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network of two levels that trains in a second."""
-    description = {
-        "nc": 4,
-        "anchors": SMALL_ANCHORS,
-        "backbone": [[-1, 1, "Conv", [32, 6, 4, 2]], [-1, 1, "Conv", [32, 3, 2]], [-1, 1, "C3", [32]]],
-        "head": [
-            [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
-            [[-1, 0], 1, "Concat", [1]],
-            [-1, 1, "C3", [32, "False"]],
-            [[5, 2], 1, "Detect", ["nc", "anchors"]],
-        ],
-    }
-    file = tmp_path_factory.mktemp("cfg") / "small.yaml"
-    file.write_text(yaml.safe_dump(description))
-    return file
-
-
-@pytest.fixture(scope="session")
 def small_run(tiny: Path, small_cfg: Path, once: Once) -> Path:
     """The run folder of two epochs of sparse training of the network that is exported in seconds."""
     return once("small-sparse", lambda project: sparse_training(tiny, small_cfg, project, "exp")) / "exp"
 
 
 @pytest.fixture(scope="session")
-def cut(sparse_run: Path, once: Once) -> Path:
-    """A checkpoint cut to half of its MACs, gates kept."""
-    return once("cut", lambda folder: cut_to_half(sparse_run, folder)) / "cut.pt"
+def cut(small_run: Path, once: Once) -> Path:
+    """A checkpoint of the small network, cut to half of its MACs, gates kept."""
 
+    def cut_to_half(folder: Path) -> None:
+        import prune
 
-@pytest.fixture(scope="session")
-def small_cut(small_run: Path, once: Once) -> Path:
-    """The same of the small network."""
-    return once("small-cut", lambda folder: cut_to_half(small_run, folder)) / "cut.pt"
+        arguments = ["--weights", small_run / "weights" / "last.pt", "--img", 64, "--macs", 0.5]
+        assert prune.cli([*map(str, arguments), "--out", str(folder / "cut.pt"), "--project", str(folder)]) == 0
 
-
-def cut_to_half(run: Path, folder: Path) -> None:
-    import prune
-
-    arguments = ["--weights", run / "weights" / "last.pt", "--img", 64, "--macs", 0.5, "--out", folder / "cut.pt"]
-    assert prune.cli([*map(str, arguments), "--project", str(folder)]) == 0
+    return once("cut", cut_to_half) / "cut.pt"
 
 
 @pytest.fixture(autouse=True)

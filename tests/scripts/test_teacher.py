@@ -23,13 +23,13 @@ def states(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_slim_student_of_a_gated_teacher(
-    small_cut: Path, small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cut: Path, small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The distance is recorded, and a resumed run, which needs the teacher too, is the same run."""
     import engine.training
 
     teacher = small_run / "weights" / "last.pt"
-    common = ("--weights", small_cut, "--data", tiny, *SMALL, "--epochs", 2, "--project", tmp_path)
+    common = ("--weights", cut, "--data", tiny, *SMALL, "--epochs", 2, "--project", tmp_path)
     done = script("finetune", *common, "--teacher", teacher, "--name", "taught")
     assert done.code == 0 and f"teacher: {teacher}, weight 1" in done.out, done.err
     with (tmp_path / "taught" / "results.csv").open() as file:
@@ -57,9 +57,9 @@ def test_slim_student_of_a_gated_teacher(
     assert all(torch.equal(parts[name], tensor) for name, tensor in taught.items())
 
 
-def test_weight_0_is_no_teacher(small_cut: Path, small_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+def test_weight_0_is_no_teacher(cut: Path, small_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
     """Bit for bit, reading the teacher included; with a weight it makes a difference, and it is not in the checkpoint."""
-    common = ("--weights", small_cut, "--data", tiny, *SMALL, "--epochs", 1, "--project", tmp_path)
+    common = ("--weights", cut, "--data", tiny, *SMALL, "--epochs", 1, "--project", tmp_path)
     teacher = ("--teacher", small_run / "weights" / "last.pt")
     assert script("finetune", *common, "--name", "plain").code == 0
     assert script("finetune", *common, *teacher, "--distill-weight", 0, "--name", "zero").code == 0
