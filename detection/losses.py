@@ -13,6 +13,7 @@ from data import DataConfig, DetectionDataset, build_loader
 from engine import World
 from models import (
     LOWEST_RECALL,
+    YOLO,
     Detect,
     DetectionLoss,
     DistillationLoss,
@@ -60,7 +61,7 @@ def fit_anchors(network: Network, dataset: DetectionDataset, anchor_t: float, se
     return f"{line}; refitted: {after}"
 
 
-def make_loss(model: nn.Module, gains: LossGains, img: int, world: World | None = None) -> DetectionLoss:
+def make_loss(model: YOLO, gains: LossGains, img: int, world: World | None = None) -> DetectionLoss:
     """YOLOv5's loss with its gains scaled to the task; for one rank of several its part of the whole batch's loss."""
     reduce = None if world is None or world.size == 1 else world.sum
     return DetectionLoss(model, gains.scaled(model.num_classes, img, len(model.stride_px)), reduce)

@@ -16,6 +16,7 @@ from data import DataConfig
 from engine import Frozen, World, freeze
 from engine.checkpoint import TRAINING_STATE_KEY
 from models import (
+    YOLO,
     ModelError,
     build_model,
     has_activation,
@@ -32,7 +33,7 @@ from slim import SlimError
 class Network:
     """A detector and what it takes to build it again; ``build`` is plain data."""
 
-    model: nn.Module
+    model: YOLO
     build: dict[str, Any]
     note: str = ""
     new_head: bool = False
@@ -43,12 +44,12 @@ class Network:
         return list(self.build["names"])
 
 
-def build_network(build: Mapping[str, Any]) -> nn.Module:
+def build_network(build: Mapping[str, Any]) -> YOLO:
     """The dense network of a checkpoint's ``build`` entry (``slim.load``'s builder)."""
     return build_model(build["description"], build["num_classes"])
 
 
-def make_build(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+def make_build(model: YOLO, names: Sequence[str]) -> dict[str, Any]:
     """The ``build`` entry: model description, classes, anchors and strides."""
     return {
         "kind": "yolov5",
@@ -178,12 +179,12 @@ def img_of(sides_px: tuple[int, int]) -> int | str:
     return height if height == width else f"{height}x{width}"
 
 
-def head_path(model: nn.Module) -> str:
+def head_path(model: YOLO) -> str:
     """The path of a detector's last module, which predicts."""
     return f"model.{len(model.model) - 1}"
 
 
-def check_image_size(model: nn.Module, img: int) -> None:
+def check_image_size(model: YOLO, img: int) -> None:
     """Sizes that are no multiple of the largest stride cannot be concatenated in the neck."""
     stride = max(model.stride_px)
     if img < stride or img % stride:
@@ -212,7 +213,7 @@ def check_classes(network: Named, config: DataConfig, weights: str, data: str) -
         )
 
 
-def freeze_layers(model: nn.Module, layers: Sequence[str]) -> Frozen | None:
+def freeze_layers(model: YOLO, layers: Sequence[str]) -> Frozen | None:
     """Freeze layers of a YOLO; None where there is nothing to freeze.
 
     One number is a count of layers from the first on; several are indices, and all else are patterns of module paths.

@@ -21,7 +21,7 @@ from slim.errors import SlimError
 from slim.fold import example_inputs_of
 from slim.gate import count_params, gate_layout, restore_gates
 from slim.propagate import cost
-from slim.surgery import like, swap_tensors
+from slim.surgery import Model, like, swap_tensors
 from slim.widths import layer_widths, norm_widths, refresh_widths, set_norm_widths
 
 FORMAT = "slim-checkpoint"
@@ -120,7 +120,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def load(path: str | os.PathLike[str], builder: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+def load(path: str | os.PathLike[str], builder: Callable[[dict[str, Any]], Model]) -> Model:
     """Build the network of a checkpoint and put its gates and weights in.
 
     The dense network comes from ``builder(build)`` and is narrowed to the checkpoint's widths; its parameters and MACs must
@@ -144,8 +144,8 @@ def load(path: str | os.PathLike[str], builder: Callable[[dict[str, Any]], nn.Mo
 
 
 def restore(
-    content: Mapping[str, Any], builder: Callable[[dict[str, Any]], nn.Module], origin: str = "checkpoint"
-) -> nn.Module:
+    content: Mapping[str, Any], builder: Callable[[dict[str, Any]], Model], origin: str = "checkpoint"
+) -> Model:
     """``load`` for a dictionary that is already read."""
     model = builder(content["build"])
     restore_gates(model, content["gates"])
