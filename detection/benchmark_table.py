@@ -98,7 +98,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     """AP against milliseconds of the rows that have an AP, where there is one."""
     points = {row.title: (row.milliseconds, row.ap) for row in rows if row.ap is not None}
     if points:
-        plot_trade_off(points, path, "milliseconds an image")
+        plot_trade_off({"milliseconds an image": points}, path)
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:

@@ -88,10 +88,10 @@ class Loop:
         flags: IterateFlags,
         config: DataConfig,
         run: RunFolder,
-        journal: Journal,
+        opening: Mapping[str, Any],
         world: World | None = None,
     ) -> None:
-        self.flags, self.run, self.journal, self.world = flags, run, journal, world or World()
+        self.flags, self.run, self.world = flags, run, world or World()
         self.world.share(flags.loading.batch_size)
         self.device = choose_device(flags.device, self.world)
         self.dense = read_network(flags.weights)
@@ -103,6 +103,8 @@ class Loop:
         self.candidates: list[Candidate] = []
         images = real_images(self.val_set, PROOF_IMAGES)
         self.measurer = Measurer(flags.latency, self.dense, images) if flags.latency.given else None
+        self.journal = Journal(run.path, opening)  # the first file: what cannot be done was refused above
+        run.write_config(flat(flags), "iterate.py")
 
     def train_config(self, epochs: int) -> TrainConfig:
         """What the trainings of the loop have in common, for one of so many epochs."""
@@ -432,10 +434,9 @@ def iterate(flags: IterateFlags, world: World | None = None) -> Path:
     config = open_data(flags.dataset)
     run, opening = open_loop(flags, config)
     with run.held():
-        journal = Journal(run.path, opening)
-        run.write_config(flat(flags), "iterate.py")
+        loop = Loop(flags, config, run, opening, world)
         try:
-            return run_loop(Loop(flags, config, run, journal, world))
+            return run_loop(loop)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"{str(stop) or 'left at once'}; the same command continues {run.path}") from stop
 
@@ -453,10 +454,13 @@ def open_loop(flags: IterateFlags, config: DataConfig) -> tuple[RunFolder, dict[
     number = 1
     while True:
         path = Path(flags.run.project) / (flags.run.name if number == 1 else f"{flags.run.name}{number}")
+        if not path.exists():
+            return RunFolder.create(flags.run.project, flags.run.name), opening
         known = Journal.opening_of(path)
         if known is None and is_empty(path):
-            return RunFolder.create(flags.run.project, path.name, exist_ok=True), opening
-        if known is not None and known["settings"] == settings:
+            return RunFolder(path), opening
+        is_of_name = number == 1 or RunFolder(path).asked_name in (flags.run.name, None)
+        if known is not None and known["settings"] == settings and is_of_name:
             print(f"{path}: continued")
             return RunFolder.open(path), opening
         number += 1

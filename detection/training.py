@@ -6,7 +6,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,9 +32,7 @@ from slim import SlimError
 from tracking import (
     RunFolder,
     draw_detections,
-    plot_gates,
     plot_labels,
-    plot_results,
     save_png,
     summarise_gates,
     write_report,
@@ -84,8 +81,8 @@ def train(flags: TrainFlags, world: World | None = None) -> TrainResult | None:
         try:
             return train_in(run, flags, resume_state=resume_state, world=world)
         except KeyboardInterrupt as stop:
-            if not run.last.is_file():
-                raise KeyboardInterrupt(f"no step was saved in {run.path}") from stop
+            if not run.has_checkpoint:
+                raise KeyboardInterrupt("no step was saved") from stop
             where = f"--project {run.path.parent} --name {run.path.name}"
             raise KeyboardInterrupt(
                 f"{str(stop) or 'left at once'}; continue with: {world.launcher} {script_of(flags)} --resume {where}"
@@ -151,6 +148,7 @@ def train_in(
         run.write_config({k: v for k, v in flat(flags).items() if k != "resume"}, script_of(flags))
         for split in run.note_data({"train": train_set.digest(), "val": val_set.digest()}):
             print(f"the labels of {split} are not those that the run began with; it goes on with what is there now")
+    run.adopt(world.from_first(lambda: run.path))
     for message in [*train_set.problems, *val_set.problems][:10]:
         print(f"left out: {message}")
     if resume_state is None and world.is_first:
@@ -232,13 +230,7 @@ def open_run(flags: TrainFlags) -> tuple[RunFolder, TrainFlags] | None:
     project, name = flags.run.project, flags.run.name
     if not flags.resume:
         return RunFolder.create(project, name), flags
-    taken = [p for p in Path(project).glob(f"{name}*") if (p / "weights" / "last.pt").is_file()]
-    numbered = {
-        int(p.name.removeprefix(name) or 1): p for p in taken if p.name.removeprefix(name).isdigit() or p.name == name
-    }
-    if not numbered:
-        raise SlimError(f"{project}/{name}: no run with weights/last.pt to resume; start one without --resume")
-    run = RunFolder.open(numbered[max(numbered)])
+    run = RunFolder.newest(project, name)
     flags = resumed(flags, run)
     if (run.path / "report.html").is_file():  # the last file that a training writes
         print(f"{run.path}: finished, nothing is left to resume")
@@ -329,9 +321,6 @@ def finish(run: RunFolder, img: int, epochs: int, evaluator: Evaluator, result: 
             "evaluation_seconds": evaluation.seconds,
         }
     )
-    plot_results(run)
-    if gates:
-        plot_gates(gates, run.path / "gates.png")
     (tiles,) = draw_networks({"": network.model}, evaluator.dataset).values()
     picture = torch.cat(tiles, 2)
     save_png(picture, run.path / "detections.png")

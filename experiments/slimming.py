@@ -252,7 +252,8 @@ def at_once(branches: list[Callable[[], Findings]], stop: threading.Event) -> li
 
 def compare(flags: SlimmingFlags) -> list[Row]:
     """All steps; the table's rows in order."""
-    run = RunFolder.create(flags.run.project, flags.run.name, exist_ok=flags.resume)
+    project, name = flags.run.project, flags.run.name
+    run = RunFolder(Path(project) / name) if flags.resume else RunFolder.create(project, name)
     run.write_config(flat(flags), "experiments.slimming")
     stop = threading.Event()
     work = Branch(flags, run, stop)

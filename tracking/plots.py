@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import matplotlib
 import torch
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -18,34 +18,52 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from slim import CLOSED, SlimError, write_atomically
 
-from .run_folder import RunFolder
-
 _INCHES_PER_BAR = 0.18
+_GATE_BINS = 60
+_PANELS = {
+    "loss/l1": "L1 of the smallest gates",
+    "lr": "learning rate",
+    "metrics": "AP",
+    "gates/closed_share": "share of closed gates",
+}
+_MARKS: dict[str, dict[str, Any]] = {
+    "dense": {"marker": "D", "color": "black"},
+    "accepted": {"marker": "o", "color": "tab:blue"},
+    "rejected": {"marker": "x", "color": "tab:orange"},
+}
 
 
-def plot_results(run: RunFolder, path: str | Path | None = None) -> Path:
-    """Losses, APs, learning rate and share of closed gates against the epoch, from results.csv."""
-    rows = run.read_rows()
-    if not rows:
-        raise SlimError(f"{run.results_file}: no finished epoch, nothing to plot")
-    panels: dict[str, list[str]] = {}
-    for column in rows[0]:
-        if column not in ("epoch", "seconds"):
-            prefix = column.split("/")[0]
-            panels.setdefault("l1" if column == "loss/l1" else prefix, []).append(column)
+def plot_results(rows: Sequence[Mapping[str, str]], path: str | Path) -> Path:
+    """Losses, APs, learning rate and share of closed gates against the epoch; `rows` are those of results.csv."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for column in dict.fromkeys(key for row in rows for key in row if key not in ("epoch", "seconds")):
+        points = [(float(row["epoch"]), y) for row in rows if (y := _finite(row.get(column))) is not None]
+        prefix = column.split("/")[0]
+        if points:
+            panels.setdefault(_PANELS.get(column, _PANELS.get(prefix, prefix)), {})[column] = points
+    if not panels:
+        raise SlimError(f"{path}: no finished epoch, nothing to plot")
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (title, columns) in zip(axes, panels.items(), strict=True):
-            for column in columns:
-                points = [(int(row["epoch"]), float(row[column])) for row in rows if row.get(column)]
-                if points:
-                    axis.plot(*zip(*points, strict=True), marker=".", label=column)
+        axes = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False).flatten()
+        for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+            for column, points in lines.items():
+                axis.plot(*zip(*points, strict=True), marker="." if len(points) <= 40 else "", label=column)
             axis.set(title=title, xlabel="epoch")
-            if axis.lines:
-                axis.legend()
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.legend()
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
 
-    return _draw(run.path / "results.png" if path is None else path, (4 * len(panels), 3.5), draw)
+    return _draw(path, (10, 2.8 * ((len(panels) + 1) // 2)), draw)
+
+
+def _finite(text: str | None) -> float | None:
+    try:
+        value = float(text or "nan")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def plot_labels(ground_truth: Mapping[str, Any], names: Sequence[str], path: str | Path) -> Path:
@@ -70,21 +88,44 @@ def plot_labels(ground_truth: Mapping[str, Any], names: Sequence[str], path: str
     return _draw(path, (13, max(3.5, _INCHES_PER_BAR * len(names))), draw)
 
 
-def plot_gates(gates: Mapping[str, Tensor], path: str | Path, threshold: float = CLOSED) -> Path:
-    """Histogram of |gate| over all groups, with the threshold below which a gate counts as closed."""
+def summarise_gates(gates: Mapping[str, Tensor], threshold: float = CLOSED) -> dict[str, Any]:
+    """Plain figures of the gate vectors by group: a histogram of |gate| over all, and each group's channels, closed ones,
+    mean and largest. SlimError without gates."""
     if not gates:
-        raise SlimError("no gates to plot: the model has none (were they folded already?)")
-    values = torch.cat([gate.detach().flatten().abs().float().cpu() for gate in gates.values()])
-    closed = int((values < threshold).sum())
+        raise SlimError("no gates to summarise: the model has none (were they folded already?)")
+    sizes = {name: gate.detach().flatten().abs().float().cpu() for name, gate in gates.items()}
+    joined = torch.cat(list(sizes.values()))
+    top = max(1.0, float(joined.max()))
+    return {
+        "threshold": threshold,
+        "edges": [round(top * k / _GATE_BINS, 6) for k in range(_GATE_BINS + 1)],
+        "counts": [int(count) for count in torch.histc(joined, _GATE_BINS, 0.0, top)],
+        "groups": {
+            name: {
+                "channels": len(size),
+                "closed": int((size < threshold).sum()),
+                "mean": float(size.mean()),
+                "largest": float(size.max()),
+            }
+            for name, size in sizes.items()
+        },
+    }
+
+
+def plot_gates(summary: Mapping[str, Any], path: str | Path) -> Path:
+    """The histogram of `summarise_gates`, with the threshold below which a gate counts as closed."""
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
-        axis.hist(values.tolist(), bins=60)
-        axis.axvline(threshold, color="tab:red", linestyle="--", label=f"closed below {threshold:g}")
-        axis.set(title=f"{closed} of {len(values)} gates closed", xlabel="|gate|", ylabel="channels", yscale="log")
+        axis.stairs(summary["counts"], summary["edges"], fill=True)
+        axis.axvline(
+            summary["threshold"], color="tab:red", linestyle="--", label=f"closed below {summary['threshold']:g}"
+        )
+        axis.set(xlabel="|gate|", ylabel="channels", yscale="log")
+        axis.set_ylim(bottom=0.7)
         axis.legend()
 
-    return _draw(path, (7, 4), draw)
+    return _draw(path, (8, 3.5), draw)
 
 
 def plot_widths(before: Mapping[str, int], after: Mapping[str, int], path: str | Path) -> Path:
@@ -104,22 +145,29 @@ def plot_widths(before: Mapping[str, int], after: Mapping[str, int], path: str |
 
 
 def plot_trade_off(
-    points: Mapping[str, tuple[float, float]], path: str | Path, xlabel: str, ylabel: str = "AP"
+    panels: Mapping[str, Mapping[str, tuple[float, float]]], path: str | Path, kinds: Mapping[str, str] | None = None
 ) -> Path:
-    """One labelled point for each name: (cost, quality). More than a few get a legend, since labels would overlap."""
-    is_crowded = len(points) > 6
+    """AP against each cost, whose label is the key: {name: (cost, AP)} of the networks.
+
+    ``kinds`` marks names as "dense", "accepted" or "rejected". More than a few points get a legend, since labels would
+    overlap.
+    """
+    is_crowded = max(map(len, panels.values())) > 6
 
     def draw(figure: Figure) -> None:
-        axis: Axes = figure.subplots()
-        for number, (name, (x, y)) in enumerate(points.items()):
-            axis.plot([x], [y], marker="osD^v"[number // 10 % 5], linestyle="", label=name)
-            if not is_crowded:
-                axis.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4))
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (xlabel, points) in zip(axes, panels.items(), strict=True):
+            for number, (name, (cost, ap)) in enumerate(points.items()):
+                mark = _MARKS.get((kinds or {}).get(name, ""), {"marker": "osD^v"[number // 10 % 5]})
+                axis.plot([cost], [ap], linestyle="", label=name, **mark)
+                if not is_crowded:
+                    axis.annotate(name, (cost, ap), textcoords="offset points", xytext=(4, 4))
+            axis.set(xlabel=xlabel, ylabel="AP")
+            axis.margins(0.15)
         if is_crowded:
-            axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
-        axis.set(xlabel=xlabel, ylabel=ylabel)
+            axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
 
-    return _draw(path, (9, 5) if is_crowded else (6, 4), draw)
+    return _draw(path, (5.5 * len(panels) + (2.5 if is_crowded else 0), 4.2), draw)
 
 
 def side_by_side(columns: Mapping[str, Sequence[Tensor]]) -> Tensor:

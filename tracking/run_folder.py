@@ -6,7 +6,10 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,36 +32,34 @@ CUT_METRIC_KEYS = ("masked_ap", "pruned_ap", "max_difference", "before", "after"
 
 
 class RunFolder:
-    """Paths and files under `runs/<kind>/<name>`; every file is replaced as a whole or not at all."""
+    """Paths and files under `runs/<kind>/<name>`; every file is replaced as a whole or not at all.
+
+    ``RunFolder(path)`` is a folder whose place is known. That of `create` is made, under the first free number, when its
+    path is first asked for, which is when its first file is written: a command that fails before leaves nothing behind.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self._wanted = Path(path)
+        self._path: Path | None = self._wanted
+        self._is_held = False
+        self._lock: FileLock | None = None
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
 
     @classmethod
-    def create(cls, project: str | Path, name: str, exist_ok: bool = False) -> RunFolder:
-        """Make `project/name`, or name2, name3 ... when taken; with `exist_ok` a taken name is used again."""
-        project = Path(project)
-        number = 1
-        while True:
-            path = project / (name if number == 1 else f"{name}{number}")
-            try:
-                path.mkdir(parents=True, exist_ok=exist_ok)
-            except FileExistsError as error:
-                if exist_ok or any(parent.is_file() for parent in path.parents):
-                    raise SlimError(
-                        f"{path}: a file is in the way of a run folder; choose another --project"
-                    ) from error
-                number += 1
-                continue
-            except OSError as error:
-                raise SlimError(
-                    f"{path}: cannot be made ({error.strerror}); choose another --project or --name"
-                ) from error
-            run = cls(path)
-            run.last.parent.mkdir(exist_ok=True)
-            return run
+    def create(cls, project: str | Path, name: str) -> RunFolder:
+        """A run folder to come: `project/name`, or name2, name3 ... where that is taken.
+
+        Raises SlimError where no folder can be made.
+        """
+        run = cls(Path(project) / name)
+        run._path = None
+        above = next(parent for parent in run._wanted.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise SlimError(f"{above}: a file is in the way of a run folder; choose another --project")
+        if not os.access(above, os.W_OK):
+            raise SlimError(f"{run._wanted}: cannot be made (no right to write in {above}); choose another --project")
+        return run
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -67,24 +68,80 @@ class RunFolder:
             raise SlimError(f"{path}: no such run folder; name one that holds config.yaml and weights/last.pt")
         return cls(path)
 
+    @classmethod
+    def newest(cls, project: str | Path, name: str) -> RunFolder:
+        """The last run of this name that has a checkpoint to continue from: among name, name2, name3 ... the highest number.
+
+        A numbered folder counts where its config.yaml holds this very name, so that neither run12 passes for a run of the
+        name run1, nor finetune-0.35 for one of finetune-0.3. Raises SlimError where there is none.
+        """
+        wanted = Path(project) / name
+        found = {}
+        for folder in wanted.parent.glob("*/"):
+            run, digits = cls(folder), folder.name.removeprefix(wanted.name)
+            if not run.has_checkpoint or not folder.name.startswith(wanted.name):
+                continue
+            is_of_name = run.asked_name == name
+            if not digits:
+                found[int(is_of_name)] = run  # made for another name, such as the second of exp2's: better than none
+            elif is_of_name and re.fullmatch(r"[2-9]|[1-9][0-9]+", digits):
+                found[int(digits)] = run
+        if not found:
+            raise SlimError(f"{wanted}: no run with weights/last.pt to resume; start one without --resume")
+        return found[max(found)]
+
+    @property
+    def asked_name(self) -> str | None:
+        """The `--name` that the run was asked for, without the number; None where config.yaml does not tell."""
+        try:
+            name = self.read_config()["name"]
+        except (SlimError, OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+            return None
+        return str(name)
+
+    @property
+    def path(self) -> Path:
+        """The folder; that of `create` is made when this is first asked for."""
+        if self._path is None:
+            self._path = _make_first_free(self._wanted)
+            if self._is_held:
+                self._acquire()
+        return self._path
+
+    def adopt(self, path: Path) -> None:
+        """Take the folder that another process of the same run has made."""
+        self._path = path
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes out of this run; SlimError when one is in it. A process that dies lets go."""
-        lock = FileLock(self.path / ".lock", timeout=0)
+        self._is_held = True
         try:
-            lock.acquire()
+            if self._path is not None:
+                self._acquire()
+                for left_behind in self.path.rglob(f".*.{WRITING}*"):
+                    left_behind.unlink(missing_ok=True)
+            yield
+        finally:
+            self._is_held = False
+            if self._lock is not None:
+                self._lock.release()
+
+    def _acquire(self) -> None:
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
         except Timeout as error:
             raise SlimError(
                 f"{self.path}: in use by another process; wait for it to end, or choose another --name"
             ) from error
         except OSError as error:
             raise SlimError(f"{self.path}: cannot be locked ({error.strerror}); choose another --project") from error
-        try:
-            for left_behind in self.path.rglob(f".*.{WRITING}*"):
-                left_behind.unlink(missing_ok=True)
-            yield
-        finally:
-            lock.release()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether weights/last.pt is there to continue from."""
+        return self._path is not None and self.last.is_file()
 
     @property
     def last(self) -> Path:
@@ -218,6 +275,20 @@ class RunFolder:
         table.writeheader()
         table.writerows(rows)
         write_text_atomically(self.results_file, text.getvalue())
+
+
+def _make_first_free(wanted: Path) -> Path:
+    """Make `wanted`, or with the first free number; no other process gets the same."""
+    for number in itertools.count(1):
+        path = wanted if number == 1 else wanted.with_name(f"{wanted.name}{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise SlimError(f"{path}: cannot be made ({error.strerror}); choose another --project or --name") from error
+        return path
+    raise AssertionError
 
 
 def plain(value: Any) -> Any:

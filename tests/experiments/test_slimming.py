@@ -63,7 +63,7 @@ def test_table_is_made_of_the_scripts_own_metrics(
     assert rows[0][3] == f"{test['ap']:.4f}" and test["images"] == 6
     report = (run / "report.md").read_text()
     assert f"| {tuned['ap']:.4f} |" in report and "[fine-tuned at 50%](finetune-0.5/report.html)" in report
-    assert (run / "report.html").read_text().count("<figcaption>The same images: ") == 3
+    assert (run / "report.html").read_text().count("<em>The same images: ") == 3
     assert "$ python train_sparse.py" in out and "gates closed after sparse training: " in out
 
     # Once more: nothing is run again but the one step that is missing, which continues from its own checkpoint.

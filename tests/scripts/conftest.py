@@ -13,8 +13,6 @@ import pytest
 from tests.conftest import Once
 from tests.scripts.runs import ROOT, SMALL, Done, Runner
 
-PLOTS = ("plot_labels", "plot_results", "plot_gates")
-
 
 @pytest.fixture
 def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Runner:
@@ -72,10 +70,12 @@ def no_plots() -> Iterator[None]:
 def without_plots() -> Iterator[None]:
     """Trainings without their plots, which take longer than the training of a test."""
     from detection import training
+    from tracking.report import sections
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in PLOTS:
-            patch.setattr(training, name, lambda *_: None)
+        patch.setattr(training, "plot_labels", lambda *_: None)
+        for name in ("plot_results", "plot_gates"):
+            patch.setattr(sections, name, lambda *_: None)
         yield
 
 

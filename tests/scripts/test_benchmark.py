@@ -56,6 +56,7 @@ def test_every_combination_is_in_the_table_and_the_files(
         assert row["fps"] == pytest.approx(1000 / row["milliseconds"])
         assert (row["macs"], row["params"], row["activation"]) == (first["macs"], first["params"], "SiLU")
     assert rows[4]["bytes"] == (exported / "net.torchscript").stat().st_size
+    assert not (tmp_path / "exp" / "weights").exists()
     with (tmp_path / "exp" / "benchmark.csv").open() as file:
         assert [row["milliseconds"] for row in csv.DictReader(file)] == [str(row["milliseconds"]) for row in rows]
     table = (tmp_path / "exp" / "benchmark.md").read_text()

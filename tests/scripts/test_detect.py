@@ -228,6 +228,7 @@ def test_several_sources_of_which_some_are_broken(weights: Path, video: Path, sc
         "frame.png",
         "shapes.mp4",
     }
+    assert not (run / "weights").exists()
     written = len(decoded(run / "cut.mp4"))
     assert (
         0 < written < 40

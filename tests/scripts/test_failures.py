@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def fails(done: tuple[int, str, str], *parts: str) -> None:
     assert err.startswith("error: ") and err.count("\n") == 1, err
     for part in parts:
         assert part in err, err
+
+
+@pytest.fixture(autouse=True)
+def no_folder_is_left(tmp_path: Path) -> Iterator[None]:
+    """A command that fails before it has something to keep leaves nothing behind."""
+    yield
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -148,7 +156,7 @@ def test_gate_criterion_without_gates(script: Runner, tiny: Path, tmp_path: Path
 
 
 def test_pruning_options_that_do_not_fit(script: Runner, tmp_path: Path, sparse_run: Path) -> None:
-    base = ("prune", "--weights", sparse_run / "weights" / "last.pt", "--img", 64, "--project", tmp_path)
+    base = ("prune", "--weights", sparse_run / "weights" / "last.pt", "--img", 64, "--project", tmp_path / "runs")
     fails(script(*base, "--macs", 0.5, "--criterion", "taylor"), "--criterion taylor needs --data")
     fails(script(*base, "--macs", 0.5, "--overrides", "model.0"), "--overrides model.0", "PATTERN=WIDTH")
     fails(script(*base, "--macs", 0.5, "--ignore", "modle.1*"), "ignore", "modle.1*", "near names", "model.1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,9 @@ def test_resumed_equals_uninterrupted(
     monkeypatch.setattr(engine.training, "train_one_epoch", interrupted)
     assert script("train_sparse", *arguments).code == 130
     monkeypatch.setattr(engine.training, "train_one_epoch", original)
+    shutil.copytree(sparse_run, tmp_path / "s12")  # another run, of this very name
+    config = (tmp_path / "s12" / "config.yaml").read_text()
+    (tmp_path / "s12" / "config.yaml").write_text(config.replace("name: s\n", "name: s12\n"))
     done = script("train_sparse", "--resume", "--project", tmp_path, "--name", "s")
     assert done.code == 0, done.err
     whole, resumed = (torch.load(f / "weights" / "last.pt", weights_only=True) for f in (sparse_run, tmp_path / "s"))
@@ -217,7 +221,7 @@ def test_val_agrees_with_training_and_writes_coco_json(
         "v",
     )
     assert done.code == 0, done.err
-    assert metrics(tmp_path / "v")["ap"] == metrics(cut_run)["pruned_ap"]
+    assert metrics(tmp_path / "v")["ap"] == metrics(cut_run)["pruned_ap"] and not (tmp_path / "v" / "weights").exists()
     boxes = json.loads((tmp_path / "v" / "predictions.json").read_text())
     assert {"image_id", "category_id", "bbox", "score"} == set(boxes[0])
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from detection.candidates import Candidate, write_pareto
 from slim import SlimError
-from tracking import METRIC_KEYS, RunFolder, summarise_gates, write_report
+from tracking import METRIC_KEYS, RunFolder, plots, summarise_gates, write_report
 from tracking.journal import Journal
-from tracking.report import read_report
 from tracking.report.__main__ import cli
-from tracking.report.blocks import Bar, Link, Report, Table
-from tracking.report.rendering import escape
+from tracking.report.markdown import escape
 
 NASTY = '<b>&"x"</b> |`$a$`'
 METRICS: dict[str, Any] = dict.fromkeys(METRIC_KEYS, 0.5) | {
@@ -71,17 +71,26 @@ def cut_metrics(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str
     }
 
 
-def tables(report: Report, title: str) -> list[Table]:
-    return [
-        block
-        for section in report.sections
-        for block in section.blocks
-        if section.title == title and isinstance(block, Table)
-    ]
+@dataclass(frozen=True)
+class Report:
+    """report.md taken apart: the text under each title, the rows of its tables by column, and what could not be shown."""
 
+    sections: dict[str, str]
 
-def text_of(cell: object) -> str:
-    return cell.text if isinstance(cell, (Bar, Link)) else str(cell)
+    @classmethod
+    def of(cls, run: RunFolder) -> Report:
+        text = (write_report(run).parent / "report.md").read_text()
+        return cls(dict(part.split("\n", 1) for part in text.split("\n## ")[1:]))
+
+    @property
+    def problems(self) -> list[str]:
+        return [line.removeprefix("- ") for line in self.sections.get("Not shown", "").strip().splitlines()]
+
+    def rows(self, title: str) -> list[list[str]]:
+        """The cells of a section's table, its titles first."""
+        lines = [line for line in self.sections[title].splitlines() if line.startswith("| ")]
+        rows = [re.split(r"(?<!\\) \| ", line.removeprefix("| ").removesuffix(" |")) for line in lines]
+        return [rows[0], *rows[2:]]
 
 
 EPOCHS = [
@@ -100,7 +109,6 @@ def test_names_are_shown_as_they_are_and_never_as_markup(tmp_path: Path) -> None
     page = Page(html)
     assert not {"b", "script", "x"} & {tag for tag, _ in page.tags}
     assert page.texts.count(NASTY) == 3, "as a class, a layer and a group of gates"
-    assert any('loss/"><script>$x$' in text for text in page.texts)
     markdown = re.sub("^```.*?^```", "", (run.path / "report.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     assert "<b>" not in markdown and "<script>" not in markdown
     escaped = r'&lt;b&gt;&amp;"x"&lt;/b&gt; \|\`\$a\$\`'
@@ -112,27 +120,23 @@ def test_markdown_escapes_what_would_format() -> None:
     assert escape("a_b _c_ *d* [e](f)\n# g") == r"a_b \_c\_ \*d\* \[e\](f) # g"
 
 
-def test_same_files_give_the_same_bytes_and_identifiers_are_unique(tmp_path: Path) -> None:
+def test_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     rows = [{"round": k, "attempt": 1, "macs": 10, "ap": 0.5, "ms": 3.0, "accepted": True} for k in (0, 1)]
     gates = summarise_gates({"g": torch.linspace(0, 1, 50)})
     run = made_run(tmp_path / "r", results_csv=EPOCHS, pareto_csv=rows, metrics={"gates": gates})
     first = write_report(run).read_bytes(), (run.path / "report.md").read_bytes()
     assert (write_report(run).read_bytes(), (run.path / "report.md").read_bytes()) == first
-    page = Page(first[0].decode())
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) > 20 and len(ids) == len(set(ids))
-    targets = re.findall(rb'(?:url\(|href=")#([^")]+)', first[0])
-    assert len(targets) > 20 and {t.decode() for t in targets} <= set(ids)
+    assert first[0].count(b"data:image/png;base64,") == 3, "candidates, gates and curves"
 
 
 def test_page_refers_to_nothing_outside(tmp_path: Path) -> None:
-    run = made_run(tmp_path / "r", results_csv=EPOCHS)
+    run = made_run(tmp_path / "a ü%b", results_csv=EPOCHS)
     Image.new("RGB", (30, 20), "red").save(run.path / "detections.png")
     page = Page(write_report(run).read_text())
     loads = [
         a.get("src") or a.get("href") or "" for tag, a in page.tags if tag in ("img", "link", "script", "iframe", "use")
     ]
-    assert len([src for src in loads if src.startswith("data:image/png;base64,")]) == 1
+    assert len([src for src in loads if src.startswith("data:image/png;base64,")]) == 2
     assert all(src.startswith(("data:", "#")) or not src for src in loads)
     assert not re.search(r"url\((?!#)|@import", "".join(page.texts) + str(page.tags))
 
@@ -141,23 +145,18 @@ def test_figures_of_a_cut(tmp_path: Path) -> None:
     widths = cut_metrics({"a": 16, "b": 64}, {"a": 16, "b": 32})
     metrics = {**widths, "masked_ap": 0.51, "masked_ap50": 0.6, "max_difference": 3e-7}
     run = made_run(tmp_path / "cut", "prune.py", metrics=metrics, config={"criterion": "gate"})
-    report = read_report(run)
-    (layers,) = tables(report, "Widths")
-    assert [[text_of(cell) for cell in row] for row in layers.rows] == [
-        ["a", "100.0%", "16", "16"],
-        ["b", "50.0%", "64", "32"],
+    report = Report.of(run)
+    assert report.rows("Widths") == [
+        ["layer", "channels kept", "before", "after"],
+        ["a", "███ 100.0%", "16", "16"],
+        ["b", "██████░░░░░░ 50.0%", "64", "32"],
         ["all layers", "60.0%", "80", "48"],
     ]
-    assert [row[1].shares for row in layers.rows[:2] if isinstance(row[1], Bar)] == [(0.25, 0.25), (1.0, 0.5)]
-    (steps,) = tables(report, "Before and after")
-    assert [row[0] for row in steps.rows] == ["before", "masked", "this run (cut)"]
-    share = steps.titles.index("share")
-    assert [row[share - 1 : share + 1] for row in steps.rows] == [
-        ("60.0", "100.0%"),
-        ("60.0", "100.0%"),
-        ("30.0", "50.0%"),
-    ]
-    assert report.problems == ()
+    titles, *steps = report.rows("Before and after")
+    assert [row[0] for row in steps] == ["before", "masked", "this run (cut)"]
+    share = titles.index("share")
+    assert [row[share - 1 : share + 1] for row in steps] == [["60.0", "100.0%"], ["60.0", "100.0%"], ["30.0", "50.0%"]]
+    assert "by the criterion gate" in report.sections["Summary"] and report.problems == []
 
 
 def test_the_way_here_is_told_from_the_weights(tmp_path: Path) -> None:
@@ -166,19 +165,17 @@ def test_the_way_here_is_told_from_the_weights(tmp_path: Path) -> None:
         tmp_path / "cut", "prune.py", metrics=cut_metrics({"a": 8}, {"a": 4}), config={"weights": str(dense.last)}
     )
     tuned = made_run(tmp_path / "tuned", config={"weights": str(cut.path / "weights" / "pruned.pt")})
-    report = read_report(tuned)
-    (steps,) = tables(report, "Before and after")
-    assert [row[0] for row in steps.rows] == ["dense (finetune)", "cut (prune)", "this run (tuned)"]
-    assert [row[2] for row in steps.rows] == ["", "-0.1000", "-0.1000"]
-    assert [row[2:] for row in tables(report, "Widths")[0].rows[:1]] == [("8", "4")]
-    (classes,) = tables(report, "Classes")
-    assert {text_of(row[0]): row[3] for row in classes.rows} == {NASTY: "", "cat": "-0.1500"}
+    report = Report.of(tuned)
+    steps = report.rows("Before and after")[1:]
+    assert [row[0] for row in steps] == ["dense (finetune)", "cut (prune)", "this run (tuned)"]
+    assert [row[2] for row in steps] == ["", "-0.1000", "-0.1000"]
+    assert report.rows("Widths")[1][2:] == ["8", "4"]
+    assert {row[0]: row[3] for row in report.rows("Classes")[1:]} == {escape(NASTY): "", "cat": "-0.1500"}
     elsewhere = made_run(tmp_path / "test", "val.py", config={"weights": str(tuned.last), "split": "test"})
-    (steps,) = tables(read_report(elsewhere), "Before and after")
-    assert "change" not in steps.titles, "APs of another split do not compare"
+    assert "change" not in Report.of(elsewhere).rows("Before and after")[0], "APs of another split do not compare"
     made_run(tmp_path / "a", config={"weights": str(tmp_path / "b" / "weights" / "last.pt")})
     b = made_run(tmp_path / "b", config={"weights": str(tmp_path / "a" / "weights" / "last.pt")})
-    assert len(tables(read_report(b), "Before and after")[0].rows) == 2, "a circle is gone round once"
+    assert len(Report.of(b).rows("Before and after")[1:]) == 2, "a circle is gone round once"
 
 
 def loop_run(path: Path) -> RunFolder:
@@ -213,21 +210,17 @@ def loop_run(path: Path) -> RunFolder:
 
 
 def test_loop_shows_candidates_phases_and_channels_over_rounds(tmp_path: Path) -> None:
-    run = loop_run(tmp_path / "loop")
-    report = read_report(run)
-    assert report.problems == ()
-    (candidates,) = tables(report, "Candidates")
-    found = [(text_of(row[0]), row[1], text_of(row[-1])) for row in candidates.rows]
+    report = Report.of(loop_run(tmp_path / "loop"))
+    assert report.problems == []
+    found = [(row[0], row[1], row[-1]) for row in report.rows("Candidates")[1:]]
     assert found == [
         ("dense", "0.6000", "baseline"),
-        ("1.1", "0.6100", "accepted"),
-        ("2.1", "0.5000", f"rejected: {NASTY} lost"),
+        ("[1.1](round1-try1-recovery/report.html)", "0.6100", "accepted"),  # where the run has a report
+        ("2.1", "0.5000", f"rejected: {escape(NASTY)} lost"),
         ("2.2", "0.5800", "accepted"),
         ("final", "0.5900", "accepted"),
     ]
-    assert candidates.rows[1][0] == Link("1.1", "round1-try1-recovery/report.html"), "where the run has a report"
-    (phases,) = tables(report, "Phases")
-    assert [(text_of(row[0]), row[1], row[-2], row[-1]) for row in phases.rows] == [
+    assert [(row[0], row[1], row[-2], row[-1]) for row in report.rows("Phases")[1:]] == [
         ("baseline", "0.6000", "–", "1.5"),
         ("round1-sparse", "0.4000", "50.0%", "1.5"),
         ("round1-try1-evaluation", "0.6100", "–", "1.5"),
@@ -236,15 +229,29 @@ def test_loop_shows_candidates_phases_and_channels_over_rounds(tmp_path: Path) -
         ("round2-try2-evaluation", "0.5800", "–", "1.5"),
         ("evaluation", "–", "–", "1.5"),
     ]
-    (widths,) = tables(report, "Widths")
-    assert widths.titles[2:] == ["before", "round 1", "round 2"] and widths.rows[0][2:] == ("16", "12", "8")
-    html = write_report(run).read_text()
-    chart = html[html.index('aria-label="AP of the candidates') :]
-    chart = chart[: chart.index("</figure>")]
-    assert [chart.count(f">{label}<") for label in ("M MACs", "ms an image", "2.1", "rejected")] == [1, 1, 2, 2]
-    (steps,) = tables(report, "Before and after")
-    assert [row[0] for row in steps.rows] == ["dense", "this run (loop)"] and steps.rows[1][2] == "-0.0100"
-    assert ">1.67 times as fast<" in html
+    titles, first = report.rows("Widths")[:2]
+    assert titles[2:] == ["before", "round 1", "round 2"] and first[2:] == ["16", "12", "8"]
+    steps = report.rows("Before and after")[1:]
+    assert [row[0] for row in steps] == ["dense", "this run (loop)"] and steps[1][2] == "-0.0100"
+    assert "1.67 times as fast" in report.sections["Summary"]
+
+
+def test_the_chart_of_candidates_names_each_in_both_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+
+    def draw(path: Path, inches: tuple[float, float], draw_on: Callable[[Figure], None]) -> Path:
+        drawn.append(Figure(figsize=inches))
+        draw_on(drawn[0])
+        return path
+
+    monkeypatch.setattr(plots, "_draw", draw)
+    write_report(loop_run(tmp_path / "loop"))
+    axes = drawn[0].axes
+    assert [axis.get_xlabel() for axis in axes] == ["M MACs", "ms an image"]
+    for axis in axes:
+        assert [text.get_text() for text in axis.texts] == ["dense", "1.1", "2.1", "2.2", "final"]
+        assert [line.get_marker() for line in axis.lines] == ["D", "o", "x", "o", "o"]
+    assert [line.get_xydata().tolist()[0] for line in axes[1].lines][:3] == [[10.0, 0.6], [8.0, 0.61], [5.0, 0.5]]
 
 
 def test_comparison_shows_its_networks_and_their_detections(tmp_path: Path) -> None:
@@ -273,32 +280,30 @@ def test_comparison_shows_its_networks_and_their_detections(tmp_path: Path) -> N
     dense = made_run(run.path / "dense")
     Image.new("RGB", (30, 20), "red").save(dense.path / "detections.png")
     write_report(dense)
-    report = read_report(run)
-    assert report.problems == ()
-    (networks,) = tables(report, "Networks")
-    assert [[text_of(cell) for cell in row] for row in networks.rows] == [
-        ["dense", "0.6000", "–", "0.5000", "60.0", "100.0%", "2.000", "9.0"],
+    report = Report.of(run)
+    assert report.problems == []
+    assert report.rows("Networks")[1:] == [
+        ["[dense](dense/report.html)", "0.6000", "–", "0.5000", "60.0", "100.0%", "2.000", "9.0"],
         ["cut", "0.5000", "–", "–", "30.0", "50.0%", "1.000", "–"],
     ]
-    assert isinstance(networks.rows[0][0], Link) and networks.rows[1][0] == "cut"
-    page = write_report(run).read_text()
-    assert page.count("data:image/png;base64,") == 1 and "The same images: dense" in page
+    page = (run.path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "<em>The same images: dense</em>" in page
     (run.path / "rows.json").write_text("{}")
-    assert "expected a list" in read_report(run).problems[0]
+    assert "expected a list" in Report.of(run).problems[0]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
         ("metrics.json", "{", "metrics.json cannot be read"),
-        ("metrics.json", "[1]", "expected names with values"),
+        ("metrics.json", "[1]", "expected a dict"),
         (
             "metrics.json",
             '{"per_class": 3, "gates": {"edges": 1}, "before": [], "ap": NaN, "macs": "x"}',
             "Gates: KeyError",
         ),
         ("config.yaml", "a: [", "config.yaml cannot be read"),
-        ("config.yaml", "- 1\n", "expected names with values"),
+        ("config.yaml", "- 1\n", "expected a dict"),
         ("results.csv", "a,b\n1,2\n", "no column 'epoch'"),
         ("results.csv", b"\xff\xfe\x00", "results.csv cannot be read"),
         ("pareto.csv", "round,ap\n0,0.5\n", "pareto.csv has no column macs, accepted"),
@@ -309,18 +314,18 @@ def test_damaged_parts_are_told_and_the_rest_is_shown(tmp_path: Path, name: str,
     run = made_run(tmp_path / "r")
     Image.new("RGB", (30, 20), "red").save(run.path / "labels.png")
     (run.path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    report = read_report(run)
-    assert len(report.problems) == 1 and told in report.problems[0], report.problems
-    assert {"Summary", "Pictures"} <= {section.title for section in report.sections}
-    assert escape(report.problems[0]) in (write_report(run).parent / "report.md").read_text()
+    report = Report.of(run)
+    assert len(report.problems) == 1 and escape(told) in report.problems[0], report.problems
+    assert {"Summary", "Pictures"} <= set(report.sections)
+    assert "<h2>Not shown</h2>" in (run.path / "report.html").read_text()
 
 
 def test_empty_folder_and_odd_rows(tmp_path: Path) -> None:
-    assert read_report(RunFolder.create(tmp_path, "empty")).sections == ()
+    assert Report.of(RunFolder.create(tmp_path, "empty")).sections == {}
     rows = "epoch,loss/box\n0,\n1,nan\nx,3\n2,0.5,surplus\n"
-    report = read_report(made_run(tmp_path / "odd", None, results_csv=rows))
-    assert {"Curves"} <= {s.title for s in report.sections} and report.problems == ()
-    assert "does not say which script" in str(report.sections[0])
+    report = Report.of(made_run(tmp_path / "odd", None, results_csv=rows))
+    assert "3 epochs" in report.sections["Curves"] and report.problems == []
+    assert "does not say which script" in report.sections["Summary"]
 
 
 def test_big_runs_stay_small(tmp_path: Path) -> None:
@@ -340,10 +345,9 @@ def test_gates_are_summarised(tmp_path: Path) -> None:
     assert json.loads(json.dumps(found)) == found
     with pytest.raises(SlimError, match="no gates"):
         summarise_gates({})
-    report = read_report(made_run(tmp_path / "r", "train_sparse.py", metrics={"gates": found}))
-    (groups,) = tables(report, "Gates")
-    assert [text_of(cell) for cell in groups.rows[0]] == ["a", "4", "2", "50.0%", "0.751", "2.000"]
-    assert "2 of 5 gates are closed (40.0%)" in str(report)
+    report = Report.of(made_run(tmp_path / "r", "train_sparse.py", metrics={"gates": found}))
+    assert report.rows("Gates")[1] == ["a", "4", "2", "██████░░░░░░ 50.0%", "0.751", "2.000"]
+    assert "2 of 5 gates are closed (40.0%)" in report.sections["Gates"]
 
 
 def test_command_writes_reports_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

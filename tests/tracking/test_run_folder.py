@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,85 @@ METRICS: dict[str, Any] = {key: 0.5 for key in METRIC_KEYS} | {"per_class": {"ca
 
 def test_names_are_counted_up(tmp_path: Path) -> None:
     project = tmp_path / "runs" / "sparse"
-    assert [RunFolder.create(project, "exp").path.name for _ in range(3)] == ["exp", "exp2", "exp3"]
-    again = RunFolder.create(project, "exp", exist_ok=True)
-    assert again.path == project / "exp"
-    assert again.last == project / "exp" / "weights" / "last.pt"
-    assert again.last.parent.is_dir()
+    runs = [RunFolder.create(project, "exp") for _ in range(3)]
+    assert not project.parent.exists(), "a folder appears with its first content"
+    runs[2].write_config({"a": 1})
+    assert [p.name for p in project.iterdir()] == ["exp"]
+    assert [run.path.name for run in runs] == ["exp2", "exp3", "exp"]
+    assert runs[1].last == project / "exp3" / "weights" / "last.pt"
+    assert [p.name for p in runs[1].path.iterdir()] == []
+
+
+def test_two_runs_at_once_get_a_folder_each(tmp_path: Path) -> None:
+    runs = [RunFolder.create(tmp_path / "runs", "exp") for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda run: run.path, runs))
+    assert sorted(p.name for p in paths) == sorted(["exp", *(f"exp{k}" for k in range(2, 9))])
 
 
 def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    with pytest.raises(SlimError, match="runs"):
-        RunFolder.create(tmp_path / "runs", "exp")
+    for project in (tmp_path / "runs", tmp_path / "runs" / "sparse"):
+        with pytest.raises(SlimError, match="runs: a file is in the way"):
+            RunFolder.create(project, "exp")
     with pytest.raises(SlimError, match="no such run folder"):
         RunFolder.open(tmp_path / "none")
+
+
+def run_of(project: Path, folder: str, name: str | None) -> RunFolder:
+    """A run folder with a checkpoint; ``name`` is what it was asked for, as config.yaml holds it."""
+    run = RunFolder(project / folder)
+    run.last.parent.mkdir(parents=True)
+    run.last.write_bytes(b"")
+    if name is not None:
+        run.write_config({"name": name})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("folders", "name", "found"),
+    [
+        ({"run1": "run1", "run12": "run12"}, "run1", "run1"),
+        ({"run1": "run1", "run12": "run1"}, "run1", "run12"),
+        ({"finetune-0.3": "finetune-0.3", "finetune-0.35": "finetune-0.35"}, "finetune-0.3", "finetune-0.3"),
+        ({"exp": "exp", "exp2": "exp", "exp10": "exp", "exp9": "exp"}, "exp", "exp10"),
+        ({"exp": "exp", "exp2": "exp", "exp22": "exp2"}, "exp", "exp2"),
+        ({"exp": "exp", "exp2": "exp"}, "exp2", "exp2"),
+        ({"exp2": "exp", "exp22": "exp2"}, "exp2", "exp22"),
+        ({"exp": None, "exp2": None}, "exp", "exp"),
+        ({"exp2": "exp"}, "exp", "exp2"),
+        ({"exp": "exp", "exp02": "exp", "exp1": "exp", "exp-3": "exp"}, "exp", "exp"),
+        ({"a[b]": "a[b]", "a[b]2": "a[b]"}, "a[b]", "a[b]2"),
+        ({"deep/exp": "deep/exp", "deep/exp2": "deep/exp"}, "deep/exp", "deep/exp2"),
+        ({"run12": "run12", "run1x": "run1"}, "run1", None),
+    ],
+)
+def test_the_newest_run_of_a_name(tmp_path: Path, folders: dict[str, str | None], name: str, found: str | None) -> None:
+    for folder, recorded in folders.items():
+        run_of(tmp_path, folder, recorded)
+    RunFolder(tmp_path / f"{name}99").write_config({"name": name})  # has no checkpoint
+    if found is not None:
+        assert RunFolder.newest(tmp_path, name).path == tmp_path / found
+        return
+    with pytest.raises(SlimError, match=r"no run with weights/last\.pt to resume"):
+        RunFolder.newest(tmp_path, name)
+
+
+def test_a_damaged_configuration_records_no_name(tmp_path: Path) -> None:
+    for folder in ("exp", "exp2"):
+        run_of(tmp_path, folder, None).config_file.write_text("name: [")
+    assert RunFolder.newest(tmp_path, "exp").path == tmp_path / "exp"
+
+
+def test_a_new_run_is_held_from_its_first_file_on(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "exp")
+    with run.held():
+        assert not list(tmp_path.iterdir()), "nothing yet"
+        run.write_config({})
+        with pytest.raises(SlimError, match="in use by another process"), RunFolder(run.path).held():
+            pass
+    with RunFolder(run.path).held():
+        pass
 
 
 def test_config_is_plain_yaml(tmp_path: Path) -> None:
@@ -96,9 +163,7 @@ def test_settings_stand_beside_final_metrics_in_the_runs_own_events(tmp_path: Pa
     run.write_config({"project": "p", "lr": 0.5, "cos": True, "strength": "auto", "names": ["a", "b"], "none": None})
     run.write_metrics(METRICS | {"ap": 0.25, "ms": 3.5, "ap75": None})
     run.close()
-    assert [p.name for p in run.path.iterdir() if p.is_dir()] == ["weights"] and len(
-        list(run.path.glob("events*"))
-    ) == 1
+    assert not any(p.is_dir() for p in run.path.iterdir()) and len(list(run.path.glob("events*"))) == 1
     events = EventAccumulator(str(run.path))
     events.Reload()
     tags = ["Final/ap", "Final/ap50", "Final/macs", "Final/ms", "Final/params"]

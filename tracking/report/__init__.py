@@ -1,68 +1,72 @@
-"""Reports: report.md and a self-contained report.html, made from what a run folder holds, at any time."""
+"""Reports: report.md, and report.html, the same page in one file, from what a run folder holds at any time."""
 
 from __future__ import annotations
 
+import html
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from string import Template
 
 from slim import write_text_atomically
 
 from ..run_folder import RunFolder
-from . import loop, sections
-from .blocks import Report, Section
+from . import sections, several
 from .contents import Contents
-from .gates import gates_section, summarise_gates
-from .loop import COMPARISON_FILE
-from .rendering import to_html, to_markdown
+from .markdown import escape
+from .several import COMPARISON_FILE
 
-__all__ = [
-    "COMPARISON_FILE",
-    "read_report",
-    "summarise_gates",
-    "write_report",
-]
+__all__ = ["COMPARISON_FILE", "write_report"]
 
 LOGGER = logging.getLogger(__name__)
-_SECTIONS: dict[str, Callable[[Contents], Section | None]] = {
-    "Summary": sections.headline,
-    "Networks": loop.comparison,
+_SECTIONS: dict[str, Callable[[Contents], list[str]]] = {
+    "Summary": sections.summary,
+    "Networks": several.comparison,
     "Before and after": sections.before_after,
-    "Candidates": loop.pareto,
-    "Phases": loop.phases,
+    "Candidates": several.candidates,
+    "Phases": several.phases,
     "Widths": sections.widths,
-    "Gates": gates_section,
-    "Curves": sections.training_curves,
+    "Gates": sections.gates,
+    "Curves": sections.curves,
     "Classes": sections.classes,
     "Pictures": sections.pictures,
 }
 
 
 def write_report(run: RunFolder) -> Path:
-    """Write report.md and report.html from the files of a run folder; returns the latter.
+    """Write report.md, report.html and their charts from the files of a run folder; returns report.html.
 
     Each section is there when its data are; a file that is damaged gives a line in the report. The same files give the
-    same bytes. OSError where the folder cannot be written.
+    same bytes. Raises SlimError where the folder cannot be written.
     """
-    report = read_report(run)
-    write_text_atomically(run.path / "report.md", to_markdown(report))
-    page = run.path / "report.html"
-    write_text_atomically(page, to_html(report))
-    return page
-
-
-def read_report(run: RunFolder) -> Report:
-    """The report as plain data."""
-    contents = Contents(run)
-    found, failed = list[Section](), list[str]()
-    for title, build in _SECTIONS.items():
+    contents = Contents(run.path)
+    parts, failed = list[str](), list[str]()
+    for title, section in _SECTIONS.items():
         try:
-            section = build(contents)
+            blocks = section(contents)
         except Exception as error:  # a report must not end the run that it tells of, hours after its start
             LOGGER.debug("section %s of %s", title, run.path, exc_info=True)
             failed.append(f"{title}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
-        if section is not None:
-            found.append(section)
+        parts += [f"## {title}", *blocks] if blocks else []
+    if problems := [*contents.problems, *failed]:
+        parts += ["## Not shown", "\n".join(f"- {escape(problem)}" for problem in problems)]
     kind = f"{contents.script.removesuffix('.py')}: " if contents.script else ""
-    return Report(f"{kind}{run.path.resolve().name}", tuple(found), (*contents.problems, *failed))
+    title = f"{kind}{run.path.resolve().name}"
+    text = "\n\n".join([f"# {escape(title)}", *parts]) + "\n"
+    write_text_atomically(run.path / "report.md", text)
+    page = run.path / "report.html"
+    write_text_atomically(page, to_html(title, text, contents.embedded))
+    return page
+
+
+def to_html(title: str, markdown: str, embedded: dict[str, str]) -> str:
+    """Markdown as a page that needs neither network nor JavaScript; ``embedded`` are its pictures by their addresses."""
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = parser.parse(markdown)
+    for image in (child for token in tokens for child in token.children or () if child.type == "image"):
+        image.attrSet("src", embedded[str(image.attrGet("src"))])
+    shell = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    return shell.substitute(title=html.escape(title), body=parser.renderer.render(tokens, parser.options, {}))
