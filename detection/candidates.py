@@ -55,7 +55,9 @@ def worst_of(per_class: Mapping[str, float]) -> tuple[str, float]:
     return name, per_class[name]
 
 
-def judged(ap: float, per_class: Mapping[str, float], baseline: Mapping[str, Any], max_drop: float) -> tuple[bool, str]:
+def check_drop(
+    ap: float, per_class: Mapping[str, float], baseline: Mapping[str, Any], max_drop: float
+) -> tuple[bool, str]:
     """Whether AP and the worst class's AP stay within `max_drop` of the dense network's, and why or why not."""
     drops = {
         "AP": (baseline["ap"], ap),
@@ -68,6 +70,38 @@ def judged(ap: float, per_class: Mapping[str, float], baseline: Mapping[str, Any
     if said:
         return False, f"{' and '.join(said)}, more than {max_drop:g}"
     return True, f"within {max_drop:g} of the dense network"
+
+
+def make_candidate(
+    found: Mapping[str, Any], dense: Mapping[str, Any], round: int, attempt: int, ms: float, folder: str
+) -> Candidate:
+    """A candidate from what its evaluation found; the dense network itself has no verdict in `found`."""
+    worst, worst_ap = worst_of(found["per_class"])
+    return Candidate(
+        round=round,
+        attempt=attempt,
+        keep_macs=found["macs"] / dense["macs"],
+        macs=found["macs"],
+        params=found["params"],
+        ap=found["ap"],
+        ap50=found["ap50"],
+        worst_class=worst,
+        worst_class_ap=worst_ap,
+        ms=ms,
+        accepted=found.get("accepted", True),
+        reason=found.get("reason", "the dense network"),
+        folder=folder,
+    )
+
+
+def candidate_table(candidates: Sequence[Candidate]) -> str:
+    """Markdown."""
+    lines = ["| network | AP | M MACs | M parameters | ms | accepted |", "| --- " * 6 + "|"]
+    for c in candidates:
+        tried = f"round {c.round}, attempt {c.attempt}" if c.attempt else "fine-tuned, folded"
+        figures = f"{c.ap:.4f} | {c.macs / 1e6:.1f} | {c.params / 1e6:.3f} | {c.ms:.1f}"
+        lines.append(f"| {tried if c.round else 'dense'} | {figures} | {'yes' if c.accepted else 'no'} |")
+    return "\n".join(lines)
 
 
 def write_pareto(candidates: Sequence[Candidate], path: Path) -> None:

@@ -119,8 +119,11 @@ def open_run(flags: PruneFlags) -> RunFolder:
     return run
 
 
-def open_material(flags: PruneFlags) -> Material:
-    """The network of --weights and the images to prove its cut on: real ones with --data, else noise."""
+def open_material(flags: PruneFlags, val_set: DetectionDataset | None = None) -> Material:
+    """The network of --weights and the images to prove its cut on: real ones with --data, else noise.
+
+    ``val_set`` is the val split at ``flags.img`` pixels where it is open already.
+    """
     network, img, seed = read_network(flags.weights), flags.img, flags.seed
     check_image_size(network.model, img)
     device = choose_device(flags.device)
@@ -129,7 +132,7 @@ def open_material(flags: PruneFlags) -> Material:
         return Material(network, device, images)
     config, loading = open_data(flags.dataset), flags.loading
     check_classes(network, config, flags.weights, flags.dataset.data)
-    dataset = DetectionDataset(config, "val", img, cache=loading.cache)
+    dataset = val_set or DetectionDataset(config, "val", img, cache=loading.cache)
     evaluator = Evaluator(dataset, batch_size=loading.batch_size, workers=loading.workers, device=device)
     train_batches = functools.partial(training_images, config, img, loading.batch_size, seed=seed)
     training = functools.partial(training_loss, config=config, img=img, batch_size=loading.batch_size, seed=seed)

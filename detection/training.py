@@ -96,8 +96,11 @@ def train_in(
     resume_state: dict[str, Any] | None = None,
     carried_state: dict[str, Any] | None = None,
     world: World | None = None,
+    val_set: DetectionDataset | None = None,
 ) -> TrainResult:
     """Sparse training for SparseFlags, plain training otherwise; prints a line an epoch and fills the run folder.
+
+    ``val_set`` is the val split at ``flags.img`` pixels where it is open already.
 
     Under torchrun all ranks call it; the run folder, a shared one, is rank 0's.
     """
@@ -133,7 +136,8 @@ def train_in(
         num_ranks=world.size,
         sizes_px=multi_scale_sizes(img, stride_px) if flags.sampling.multi_scale else (),
     )
-    val_set = DetectionDataset(config, "val", img, cache=loading.cache if world.is_first else "none")
+    if val_set is None:
+        val_set = DetectionDataset(config, "val", img, cache=loading.cache if world.is_first else "none")
     evaluator = Evaluator(
         val_set,
         batch_size=loading.batch_size,

@@ -76,11 +76,10 @@ class Journal:
         return self.folder / f".{name}.unfinished"
 
 
-def emptied(folder: Path) -> Path:
-    """The folder without what an earlier attempt left in it."""
+def make_empty(folder: Path) -> None:
+    """Remove what an earlier attempt left in a folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def read_json(file: Path) -> dict[str, Any]:

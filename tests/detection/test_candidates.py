@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from detection.candidates import Candidate, judged, round_target, smaller_cut, worst_of, write_pareto
+from detection.candidates import Candidate, check_drop, round_target, smaller_cut, worst_of, write_pareto
 
 BASELINE = {"ap": 0.5, "per_class": {"a": 0.7, "b": 0.3}}
 
@@ -34,7 +34,7 @@ def test_a_second_attempt_goes_half_as_far() -> None:
 def test_ap_and_the_worst_class_must_stay_close(
     ap: float, per_class: dict[str, float], accepted: bool, words: str
 ) -> None:
-    found, reason = judged(ap, per_class, BASELINE, 0.02 + 1e-12)
+    found, reason = check_drop(ap, per_class, BASELINE, 0.02 + 1e-12)
     assert found is accepted and words in reason.replace("0.020000000001", "0.02")
 
 

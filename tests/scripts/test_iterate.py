@@ -17,6 +17,7 @@ import iterate
 import slim
 from deploy import OnnxNetwork, open_exported
 from detection import loop as loop_module
+from detection import loop_training
 from detection import pruning as prune
 from detection.loop import proven_fold
 from detection.network import build_network, read_network
@@ -130,7 +131,7 @@ def test_a_finished_loop_is_only_read(
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a finished phase ran again")
 
-    monkeypatch.setattr(loop_module, "train_in", refuse)
+    monkeypatch.setattr(loop_training, "train_in", refuse)
     monkeypatch.setattr(loop_module, "choose_plan", refuse)
     before = {p: p.read_bytes() for p in (loop / "weights" / "slim.pt", loop / "plan.json", loop / "pareto.csv")}
     steps = ["--rounds", 2, "--macs", 0.5, "--sparse-epochs", 2, "--recovery-epochs", 1, "--finetune-epochs", 1]
@@ -146,11 +147,11 @@ def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
     """Round 1: the first cut fails, the second passes; round 2: all fail, so the loop stops at round 1's network."""
     calls: list[int] = []
 
-    def judged(*_: Any) -> tuple[bool, str]:
+    def check_drop(*_: Any) -> tuple[bool, str]:
         calls.append(1)
         return len(calls) in (2, 5), "said so"
 
-    monkeypatch.setattr(loop_module, "judged", judged)
+    monkeypatch.setattr(loop_module, "check_drop", check_drop)
     steps = ["--rounds", 2, "--macs", 0.4, "--sparse-epochs", 2, "--recovery-epochs", 0, "--finetune-epochs", 0]
     steps += ["--attempts", 2, "--export", "none"]
     done = script("iterate", *arguments(small_run / "weights" / "best.pt", tiny, tmp_path, *steps))
@@ -176,7 +177,7 @@ def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
 def test_a_loop_without_an_accepted_cut_fails_in_one_line_and_keeps_its_candidates(
     small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop_module, "judged", lambda *_: (False, "too bad"))
+    monkeypatch.setattr(loop_module, "check_drop", lambda *_: (False, "too bad"))
     given = arguments(small_run / "weights" / "best.pt", tiny, tmp_path, *ONE_ROUND, "--attempts", 1)
     done = script("iterate", *given)
     assert done.code == 1 and done.err.count("\n") == 1 and "not one cut kept AP within --max-drop 0.02" in done.err

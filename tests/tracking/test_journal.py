@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from slim import SlimError
-from tracking.journal import Journal, emptied
+from tracking.journal import Journal, make_empty
 
 
 def test_a_phase_runs_once_and_its_result_is_kept(tmp_path: Path) -> None:
@@ -60,6 +60,7 @@ def test_results_are_plain_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "first" / "phase.json").read_text()) == {"per_class": {"a": 1.0}}
 
 
-def test_emptied_forgets_what_an_attempt_left(tmp_path: Path) -> None:
+def test_what_an_attempt_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "w" / "deep").mkdir(parents=True)
-    assert list(emptied(tmp_path / "w").iterdir()) == []
+    make_empty(tmp_path / "w")
+    assert list((tmp_path / "w").iterdir()) == []
