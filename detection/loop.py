@@ -5,7 +5,7 @@ The same command continues a loop that was interrupted or killed, whatever it wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ from .command import flat
 from .datasets import data_digest, open_data, real_images
 from .evaluator import Evaluator
 from .flags import IterateFlags, PruneFlags, TrainFlags
-from .latency import TOLERANCE, LatencySearch, Measurer
+from .latency import LatencySearch, Measurer
 from .loop_results import save_networks, write_reports, write_tensorboard
+from .loop_target import LoopTarget
 from .loop_training import TrainJob, cut_training_state, finetune_flags, prune_flags, sparse_flags, stop, worker_loop
 from .network import (
     check_classes,
@@ -48,7 +49,6 @@ from .network import (
     save_network,
 )
 from .pruning import PROOF_IMAGES, choose_plan, cut, open_material, output_widths, prove
-from .timing import milliseconds_per_image
 from .training import MAY_CHANGE
 from .write_file import SUFFIX_OF, write_file
 
@@ -88,9 +88,10 @@ class Loop:
         self.evaluator = Evaluator(self.val_set, batch_size=flags.loading.batch_size, workers=0, device=self.device)
         self.candidates: list[Candidate] = []
         images = real_images(self.val_set, PROOF_IMAGES)
-        self.measurer = Measurer(flags.latency, self.dense, images) if flags.latency.given else None
+        measurer = Measurer(flags.latency, self.dense, images) if flags.latency.given else None
         self.journal = Journal(run.path, opening)  # the first file: what cannot be done was refused above
         run.write_config(flat(flags), "iterate.py")
+        self.target = LoopTarget(flags, self.dense, measurer, self.journal)
 
     def baseline(self) -> dict[str, Any]:
         """What the dense network reaches: the measure of every candidate."""
@@ -127,14 +128,13 @@ class Loop:
         flags = self.flags
         sparse = sparse_flags(flags, start.weights)
         trained = self.train(f"round{number}-sparse", sparse, start.carried)
-        # In MACs, or with a latency as a share of the dense network's.
-        what, reached, whole = "MACs", float(start.macs), float(baseline["macs"])
-        if self.measurer:
-            what, reached, whole = "latency", start.latency, 1.0
-        target = round_target(reached, self.final_target(baseline), flags.rounds - number + 1)
+        reached, whole = self.target.size(start.macs, start.latency), self.target.size(baseline["macs"], 1.0)
+        target = round_target(reached, self.target.final(baseline), flags.rounds - number + 1)
         for attempt in range(1, flags.attempts + 1):
             name = f"round{number}-try{attempt}"
-            print(f"round {number} of {flags.rounds}, attempt {attempt}: {target / whole:.1%} of the {what}")
+            print(
+                f"round {number} of {flags.rounds}, attempt {attempt}: {target / whole:.1%} of the {self.target.unit}"
+            )
             plan, latency = self.plan(f"{name}-plan", trained, target, start)
             weights = self.cut(f"{name}-cut", trained, plan, sparse.training.optim)
             if flags.recovery_epochs:
@@ -146,38 +146,14 @@ class Loop:
             target = smaller_cut(reached, target)
         return None
 
-    def final_target(self, baseline: Mapping[str, Any]) -> float:
-        """What the last round aims at: MACs, or with a latency a share of the dense network's."""
-        wanted = self.flags.latency
-        if self.measurer is None:
-            assert self.flags.macs is not None
-            return float(baseline["macs"] * self.flags.macs)
-        dense_ms = self.dense_latency()["dense_ms"]
-        if wanted.latency_share is not None:
-            return wanted.latency_share
-        assert wanted.latency_ms is not None
-        if wanted.latency_ms >= dense_ms:
-            raise SlimError(
-                f"--latency-ms {wanted.latency_ms:g}: the dense network takes {dense_ms:.2f} ms, which meets it; nothing to cut"
-            )
-        return float(wanted.latency_ms / dense_ms)
-
-    def dense_latency(self) -> dict[str, Any]:
-        """What the dense network takes, and under what."""
-
-        def act(work: Path) -> dict[str, Any]:
-            assert self.measurer is not None
-            return {"dense_ms": self.measurer.alone().median_ms, **self.measurer.setting()}
-
-        return self.journal.phase("latency", act)
-
     def plan(self, name: str, sparse: Path, target: float, start: Accepted) -> tuple[slim.Plan, float]:
         """What the round would cut, and its latency as a share of the dense network's (1 where it was not asked for)."""
-        macs, share = (None, target) if self.measurer else (round(target), None)
+        measurer = self.target.measurer
+        macs, share = (None, target) if measurer else (round(target), None)
         flags = prune_flags(self.flags, sparse, macs, share)
 
         def act(work: Path) -> dict[str, Any]:
-            search = LatencySearch(flags.latency, self.measurer, work / "latency.json") if self.measurer else None
+            search = LatencySearch(flags.latency, measurer, work / "latency.json") if measurer else None
             choice = choose_plan(flags, open_material(flags, self.val_set_for(flags)), search, start.latency)
             print(choice.plan)
             slim.write_text_atomically(work / "plan.json", choice.plan.to_json())
@@ -217,7 +193,7 @@ class Loop:
             model = read_network(weights).model
             evaluation = self.evaluator(model)
             accepted, reason = check_drop(evaluation.ap, evaluation.per_class, baseline, self.flags.max_drop)
-            times = self.milliseconds(model)
+            times = self.target.milliseconds(model)
             return {**self.figures(model, evaluation), "ms": times, "accepted": accepted, "reason": reason}
 
         found = self.journal.phase(name, act)
@@ -232,14 +208,6 @@ class Loop:
         verdict = "accepted" if candidate.accepted else "rejected"
         print(f"{verdict}: AP {candidate.ap:.4f} at {candidate.keep_macs:.1%} of the MACs, {candidate.reason}")
         return candidate
-
-    def milliseconds(self, model: torch.nn.Module) -> dict[str, float]:
-        """One image, measured in turn with the dense network, gates folded: in torch, or as the latency is asked for."""
-        if self.measurer:
-            dense_ms = self.dense_latency()["dense_ms"]
-            return {"dense": dense_ms, "candidate": self.measurer.against_dense(model).ratio * dense_ms}
-        networks = {"dense": slim.fold_gates(self.dense.model.cpu()), "candidate": slim.fold_gates(model.cpu())}
-        return milliseconds_per_image(networks, example_image(self.flags.img), repeats=15, warmup=3)
 
     def fold(self, weights: Path) -> Path:
         """The network without gates, proven equal to the one with them."""
@@ -330,8 +298,8 @@ def run_loop(loop: Loop) -> Path:
             )
             break
         best = following
-        if loop.measurer and best.latency <= loop.final_target(baseline) * (1 + TOLERANCE):
-            break  # a round whose widths fell below its target
+        if loop.target.is_met(best.latency, baseline):
+            break
     if not best.plans:
         raise SlimError(
             f"{loop.run.path}: not one cut kept AP within --max-drop {flags.max_drop:g} (pareto.csv lists them); "
@@ -343,29 +311,32 @@ def run_loop(loop: Loop) -> Path:
     folded = loop.fold(tuned)
     exported = loop.export(folded)
     final = loop.evaluate("evaluation", folded, baseline, len(best.plans), 0)
-    out = save_networks(loop.run, [folded, *exported], best.plans)
+    return conclude(loop, [folded, *exported], best.plans, final, baseline)
+
+
+def conclude(
+    loop: Loop,
+    networks: Sequence[Path],
+    plans: Sequence[slim.Plan],
+    final: Candidate,
+    baseline: Mapping[str, Any],
+) -> Path:
+    """What the loop leaves, made anew from the journal each time; returns the slim network's checkpoint."""
+    out = save_networks(loop.run, networks, plans)
     write_tensorboard(loop.run, loop.journal, loop.candidates, baseline)
-    networks = {"dense": loop.dense.model, "slim": read_network(out).model}
-    write_reports(loop.run, final_metrics(loop, baseline), networks, loop.val_set, len(best.plans))
+    found, dense_ms = loop.journal.result("evaluation"), loop.candidates[0].ms
+    assert found is not None
+    dense = {"baseline": {**baseline, "ms": dense_ms}, "baseline_ap": baseline["ap"]}
+    metrics = {**found, "ms": final.ms, **dense, **loop.target.metrics(baseline, dense_ms, final.ms)}
+    models = {"dense": loop.dense.model, "slim": read_network(out).model}
+    write_reports(loop.run, metrics, models, loop.val_set, len(plans))
     print(candidate_table(loop.candidates))
     verdict = "within" if final.accepted else "MORE than"
     print(
         f"{out}: {final.keep_macs:.1%} of the MACs, {final.params / baseline['params']:.1%} of the parameters; "
-        f"AP drop {baseline['ap'] - final.ap:.4f}, {verdict} --max-drop {flags.max_drop:g}"
+        f"AP drop {baseline['ap'] - final.ap:.4f}, {verdict} --max-drop {loop.flags.max_drop:g}"
     )
     return out
-
-
-def final_metrics(loop: Loop, baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """metrics.json of the loop: the slim network's figures beside those of the dense one."""
-    found = loop.journal.result("evaluation")
-    assert found is not None
-    dense, ms = {**baseline, "ms": loop.candidates[0].ms}, loop.candidates[-1].ms
-    metrics = {**found, "ms": ms, "baseline": dense, "baseline_ap": baseline["ap"]}
-    if loop.measurer:
-        target_ms = loop.final_target(baseline) * dense["ms"]
-        metrics |= {**loop.dense_latency(), "target_ms": target_ms, "latency_ms": ms}
-    return metrics
 
 
 def main(flags: IterateFlags, world: World) -> None:
