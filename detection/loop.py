@@ -74,6 +74,7 @@ class Loop:
         self,
         flags: IterateFlags,
         config: DataConfig,
+        val_set: DetectionDataset,
         run: RunFolder,
         opening: Mapping[str, Any],
         world: World | None = None,
@@ -84,7 +85,7 @@ class Loop:
         self.dense = read_network(flags.weights)
         check_image_size(self.dense.model, flags.img)
         check_classes(self.dense, config, flags.weights, str(flags.dataset.data))
-        self.val_set = DetectionDataset(config, "val", flags.img, cache=flags.loading.cache)
+        self.val_set = val_set
         self.evaluator = Evaluator(self.val_set, batch_size=flags.loading.batch_size, workers=0, device=self.device)
         self.candidates: list[Candidate] = []
         images = real_images(self.val_set, PROOF_IMAGES)
@@ -246,24 +247,29 @@ def iterate(flags: IterateFlags, world: World | None = None) -> Path:
     """Run the loop, or what is left of it; returns the file of the slim network."""
     flags = flags.resolved()
     config = open_data(flags.dataset)
-    run, opening = open_loop(flags, config)
+    val_set = DetectionDataset(config, "val", flags.img, cache=flags.loading.cache)
+    data = {"train": data_digest(config, "train", flags.img), "val": val_set.digest()}
+    run, opening = open_loop(flags, data)
     with run.held():
-        loop = Loop(flags, config, run, opening, world)
+        loop = Loop(flags, config, val_set, run, opening, world)
         try:
             return run_loop(loop)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"{str(stop) or 'left at once'}; the same command continues {run.path}") from stop
 
 
-def open_loop(flags: IterateFlags, config: DataConfig) -> tuple[RunFolder, dict[str, Any]]:
-    """The folder of a loop with these very settings, else a new one; and what its journal begins with."""
+def open_loop(flags: IterateFlags, data: Mapping[str, str]) -> tuple[RunFolder, dict[str, Any]]:
+    """The folder of a loop with these very settings, else a new one; and what its journal begins with.
+
+    ``data`` are the digests of the splits.
+    """
     left_out = NOT_OF_THE_RUN | (set() if flags.latency.given else flat(flags.latency).keys())
     settings = plain({name: value for name, value in flat(flags).items() if name not in left_out})
     opening = {
         "settings": settings,
         "weights": file_digest(flags.weights),
         "teacher": file_digest(flags.teacher) if flags.teacher else None,
-        "data": {split: data_digest(config, split, flags.img) for split in ("train", "val")},
+        "data": dict(data),
     }
     number = 1
     while True:

@@ -15,14 +15,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import iterate
 import slim
+from data import DetectionDataset
 from deploy import OnnxNetwork, open_exported
 from detection import loop as loop_module
 from detection import loop_training
 from detection import pruning as prune
+from detection.command import flat, parse
+from detection.flags import IterateFlags
 from detection.loop import proven_fold
 from detection.network import build_network, read_network
 from tests.scripts.conftest import without_plots
 from tests.scripts.runs import SMALL, Runner, one_round
+from tracking import RunFolder
+from tracking.journal import Journal
 
 ONE_ROUND = one_round()
 
@@ -151,6 +156,13 @@ def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
         calls.append(1)
         return len(calls) in (2, 5), "said so"
 
+    opened, plain_init = [], DetectionDataset.__init__
+
+    def counting_init(self: DetectionDataset, config: Any, split: str, *more: Any, **named: Any) -> None:
+        opened.append(split)
+        plain_init(self, config, split, *more, **named)
+
+    monkeypatch.setattr(DetectionDataset, "__init__", counting_init)
     monkeypatch.setattr(loop_module, "check_drop", check_drop)
     steps = ["--rounds", 2, "--macs", 0.4, "--sparse-epochs", 2, "--recovery-epochs", 0, "--finetune-epochs", 0]
     steps += ["--attempts", 2, "--export", "none"]
@@ -170,6 +182,7 @@ def test_a_rejected_cut_is_rolled_back_and_tried_half_as_far(
     assert shares[3] == pytest.approx(0.4, abs=0.03) and shares[4] == pytest.approx((shares[2] * 0.4) ** 0.5, abs=0.03)
     assert shares[5] == shares[2]
     assert "no cut was accepted; the loop stops at" in done.out
+    assert opened.count("val") == 1, "two trainings and four cuts evaluate on it"
     kept = slim.cost(read_network(tmp_path / "loop" / "weights" / "slim.pt").model, torch.zeros(1, 3, 64, 64)).macs
     assert kept == int(found[2]["macs"])
 
@@ -227,9 +240,24 @@ def test_other_settings_begin_another_loop(begun: Path, small_run: Path, script:
     assert (begun / "loop2" / "weights" / "slim.pt").is_file() and not (begun / "loop" / "pareto.csv").exists()
 
 
-def test_a_second_process_on_the_same_run_is_refused(begun: Path, small_run: Path, script: Runner) -> None:
-    from tracking import RunFolder
+def test_a_loop_of_another_name_is_not_continued(tmp_path: Path) -> None:
+    """a12 may be the twelfth folder of a loop a1, or the first of a loop a12."""
+    (tmp_path / "w.pt").write_bytes(b"")
 
+    def opened(name: str, seed: int) -> RunFolder:
+        words = ["--weights", tmp_path / "w.pt", "--project", tmp_path / "runs", "--name", name, "--seed", seed]
+        flags = parse(IterateFlags, "", [str(word) for word in words])
+        run, opening = loop_module.open_loop(flags, {"train": "x", "val": "y"})
+        Journal(run.path, opening)
+        run.write_config(flat(flags))
+        return run
+
+    assert [opened("a1", 0).path.name, opened("a12", 1).path.name] == ["a1", "a12"]
+    assert opened("a1", 1).path.name == "a13"
+    assert [opened("a1", 1).path.name, opened("a1", 0).path.name, opened("a12", 1).path.name] == ["a13", "a1", "a12"]
+
+
+def test_a_second_process_on_the_same_run_is_refused(begun: Path, small_run: Path, script: Runner) -> None:
     with RunFolder(begun / "loop").held():
         weights = small_run / "weights" / "best.pt"
         done = script("iterate", *arguments(weights, begun / "own.yaml", begun, *ONE_ROUND))

@@ -12,19 +12,15 @@ from ..run_folder import RunFolder
 from . import write_report
 
 
-def main(folders: list[Path]) -> None:
-    for folder in folders:
-        if not (folder / "config.yaml").is_file() and not (folder / "metrics.json").is_file():
-            raise SlimError(f"{folder}: holds neither config.yaml nor metrics.json; name a run folder")
-        print(write_report(RunFolder.open(folder)))
-
-
 def cli(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m tracking.report", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="folder", help="a run folder, such as runs/sparse/exp")
     try:
-        main(parser.parse_args(argv).folders)
+        for folder in parser.parse_args(argv).folders:
+            if not any((folder / name).is_file() for name in ("config.yaml", "metrics.json")):
+                raise SlimError(f"{folder}: holds neither config.yaml nor metrics.json; name a run folder")
+            print(write_report(RunFolder(folder)))
     except (SlimError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
