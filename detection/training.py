@@ -236,7 +236,7 @@ def open_run(flags: TrainFlags) -> tuple[RunFolder, TrainFlags] | None:
         return RunFolder.create(project, name), flags
     run = RunFolder.newest(project, name)
     flags = resumed(flags, run)
-    if (run.path / "report.html").is_file():  # the last file that a training writes
+    if run.metrics_file.is_file() and (run.path / "report.html").is_file():  # the last files that a training writes
         print(f"{run.path}: finished, nothing is left to resume")
         return None
     return run, flags
