@@ -7,7 +7,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-long zoo bench lint clean
+.PHONY: demo test quick test-long zoo bench lint clean
 
 $(STAMP): setup.cfg
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -19,16 +19,22 @@ demo: $(STAMP)
 	$(PY) -m experiments.slimming
 
 # Two test processes on two cores: a thread each, which doesn't spin where a test asks for more.
-test: export OMP_NUM_THREADS = 1
-test: export OMP_WAIT_POLICY = PASSIVE
+test quick test-long zoo: export OMP_NUM_THREADS = 1
+test quick test-long zoo: export OMP_WAIT_POLICY = PASSIVE
+
 test: $(STAMP)
 	$(PY) -m pytest -n 2 --dist worksteal
 
-test-long: export OMP_WAIT_POLICY = PASSIVE
+# No folder whose tests export files or run scripts, but one script from end to end; nothing marked slow.
+LENGTHY := $(addprefix tests/,benchmarks/ deploy/ experiments/ scripts/)
+QUICK := $(filter-out $(LENGTHY),$(wildcard tests/*/)) tests/test_architecture.py
+QUICK += tests/scripts/test_pipeline.py::test_sparse_training_fills_its_run_folder
+quick: $(STAMP)
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not long and not zoo" $(QUICK)
+
 test-long: $(STAMP)
 	$(PY) -m pytest -n 2 -m long
 
-zoo: export OMP_WAIT_POLICY = PASSIVE
 zoo: $(STAMP)
 	$(PY) -m pip install --quiet --editable '.[detect,test,zoo]'
 	$(PY) -m pytest -n 2 -m zoo

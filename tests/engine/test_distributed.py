@@ -25,6 +25,7 @@ from slim import SlimError
 from tests.engine.test_training import assert_same
 from tests.scripts.runs import ROOT, SMALL, one_round
 
+pytestmark = pytest.mark.slow
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 

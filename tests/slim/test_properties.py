@@ -236,6 +236,7 @@ def assert_told_something(total: Counter[str]) -> None:
     assert all(shares[what] >= share for what, share in least.items()), shares
 
 
+@pytest.mark.slow
 def test_random_networks() -> None:
     total = try_many(settings(UNHURRIED, max_examples=40, derandomize=True))
     assert total["networks"] >= 40

@@ -38,7 +38,7 @@ def gated(name: str) -> tuple[nn.Module, slim.ChannelGraph]:
     return settle(randomise(model), images), graph
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def network(request: pytest.FixtureRequest) -> tuple[nn.Module, slim.ChannelGraph]:
     """One of the family with gates, not to be changed."""
     return gated(request.param)
