@@ -48,7 +48,7 @@ from .network import (
     read_network,
     save_network,
 )
-from .pruning import PROOF_IMAGES, choose_plan, cut, open_material, output_widths, prove
+from .pruning import PROOF_IMAGES, choose_plan, cut, open_prune_inputs, output_widths, prove
 from .training import MAY_CHANGE
 from .write_file import SUFFIX_OF, write_file
 
@@ -155,10 +155,10 @@ class Loop:
 
         def act(work: Path) -> dict[str, Any]:
             search = LatencySearch(flags.latency, measurer, work / "latency.json") if measurer else None
-            choice = choose_plan(flags, open_material(flags, self.val_set_for(flags)), search, start.latency)
-            print(choice.plan)
-            slim.write_text_atomically(work / "plan.json", choice.plan.to_json())
-            return {"macs": choice.plan.macs, "params": choice.plan.params, **(choice.latency or {})}
+            planned = choose_plan(flags, open_prune_inputs(flags, self.val_set_for(flags)), search, start.latency)
+            print(planned.plan)
+            slim.write_text_atomically(work / "plan.json", planned.plan.to_json())
+            return {"macs": planned.plan.macs, "params": planned.plan.params, **(planned.latency or {})}
 
         found = self.journal.phase(name, act)
         text = (self.journal.folder / name / "plan.json").read_text(encoding="utf-8")
@@ -169,11 +169,11 @@ class Loop:
         flags = prune_flags(self.flags, sparse, None, None)
 
         def act(work: Path) -> dict[str, Any]:
-            material = open_material(flags, self.val_set_for(flags))
-            before = output_widths(material.network.model)
-            done = cut(material, plan, flags.recalibrate)
-            carried = cut_training_state(material, sparse, plan, done, optim, flags.recalibrate)
-            slim.save(done.model, work / "pruned.pt", material.network.build, {CARRIED_STATE_KEY: carried})
+            inputs = open_prune_inputs(flags, self.val_set_for(flags))
+            before = output_widths(inputs.network.model)
+            done = cut(inputs, plan, flags.recalibrate)
+            carried = cut_training_state(inputs, sparse, plan, done, optim, flags.recalibrate)
+            slim.save(done.model, work / "pruned.pt", inputs.network.build, {CARRIED_STATE_KEY: carried})
             plot_widths(before, output_widths(done.model), work / "widths.png")
             assert done.masked is not None and done.pruned is not None
             return {

@@ -26,7 +26,7 @@ from tracking.journal import make_empty
 
 from .command import with_pairs
 from .flags import FinetuneFlags, IterateFlags, NetworkSettings, PruneFlags, SparseFlags, TargetSettings, TrainFlags
-from .pruning import Cut, Material
+from .pruning import Cut, PruneInputs
 from .training import TrainResult, train_in
 
 Kind = TypeVar("Kind", bound=TrainFlags)
@@ -121,10 +121,10 @@ def read_carried_state(weights: Path) -> dict[str, Any]:
 
 
 def cut_training_state(
-    material: Material, sparse: Path, plan: slim.Plan, done: Cut, optim: OptimConfig, recalibration_batches: int
+    inputs: PruneInputs, sparse: Path, plan: slim.Plan, done: Cut, optim: OptimConfig, recalibration_batches: int
 ) -> dict[str, Any]:
     """The sparse training's weights, optimiser state and moving average, as narrow as the network."""
-    state, raw = read_state(sparse, TRAINING_STATE_KEY), material.network.model
+    state, raw = read_state(sparse, TRAINING_STATE_KEY), inputs.network.model
     assert state is not None
     average = WeightAverage(raw, optim)
     raw.load_state_dict(state["model"])
@@ -133,8 +133,8 @@ def cut_training_state(
     optimizer.load_state_dict(state["optimizer"])
     raw, optimizer, average = slim.apply_plan(raw, plan, optimizer=optimizer, ema=average)
     if recalibration_batches:
-        assert material.training_images is not None
-        recalibrate(raw, material.training_images(recalibration_batches), material.device)
+        assert inputs.training_images is not None
+        recalibrate(raw, inputs.training_images(recalibration_batches), inputs.device)
     average.module.load_state_dict(done.model.state_dict())
     return pack_carried_state(raw.cpu(), optimizer, average)
 

@@ -55,7 +55,7 @@ class PruneResult:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlannedCut:
     """A plan for the network that was traced, and with a latency as the target what was measured."""
 
     graph: slim.ChannelGraph
@@ -64,8 +64,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Material:
-    """What is cut, and on what the cut is judged."""
+class PruneInputs:
+    """The network to cut, and on what its cut is proven and evaluated."""
 
     network: Network
     device: torch.device
@@ -87,28 +87,28 @@ class Cut:
 
 def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
     """Plan, mask, cut, prove, save; nothing is saved unless pruned = masked, but the record of a search for a latency."""
-    material = open_material(flags)
+    inputs = open_prune_inputs(flags)
     run, search = None, None
     if flags.latency.given:
         run = open_run(flags)
-        measurer = Measurer(flags.latency, material.network, material.images)
+        measurer = Measurer(flags.latency, inputs.network, inputs.images)
         search = LatencySearch(flags.latency, measurer, run.path / "latency.json")
-    choice = choose_plan(flags, material, search)
-    print(choice.plan)
-    done = cut(material, choice.plan, flags.recalibrate)
+    planned = choose_plan(flags, inputs, search)
+    print(planned.plan)
+    done = cut(inputs, planned.plan, flags.recalibrate)
     run = run or open_run(flags)
-    slim.write_text_atomically(run.path / "plan.json", choice.plan.to_json())
+    slim.write_text_atomically(run.path / "plan.json", planned.plan.to_json())
     out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
-    save_network(out, done.model, material.network.build)
-    if material.evaluator:
-        networks = {"before the cut": material.network.model, "after it": done.model}
-        picture = side_by_side(draw_networks(networks, material.evaluator.dataset))
+    save_network(out, done.model, inputs.network.build)
+    if inputs.evaluator:
+        networks = {"before the cut": inputs.network.model, "after it": done.model}
+        picture = side_by_side(draw_networks(networks, inputs.evaluator.dataset))
         save_png(picture, run.path / "side_by_side.png")
         run.log_picture("detections", picture, pruning_round)
-    record(run, choice, material.network.model, done, flags.score.criterion, pruning_round)
+    record(run, planned, inputs.network.model, done, flags.score.criterion, pruning_round)
     print(f"saved {out}")
     masked_ap, pruned_ap = (None if found is None else found.ap for found in (done.masked, done.pruned))
-    return PruneResult(run, out, choice.plan, masked_ap, pruned_ap, done.max_difference, choice.latency)
+    return PruneResult(run, out, planned.plan, masked_ap, pruned_ap, done.max_difference, planned.latency)
 
 
 def open_run(flags: PruneFlags) -> RunFolder:
@@ -119,7 +119,7 @@ def open_run(flags: PruneFlags) -> RunFolder:
     return run
 
 
-def open_material(flags: PruneFlags, val_set: DetectionDataset | None = None) -> Material:
+def open_prune_inputs(flags: PruneFlags, val_set: DetectionDataset | None = None) -> PruneInputs:
     """The network of --weights and the images to prove its cut on: real ones with --data, else noise.
 
     ``val_set`` is the val split at ``flags.img`` pixels where it is open already.
@@ -129,24 +129,24 @@ def open_material(flags: PruneFlags, val_set: DetectionDataset | None = None) ->
     device = choose_device(flags.device)
     if flags.dataset.data is None:
         images = torch.rand(2, 3, img, img, generator=torch.Generator().manual_seed(seed))
-        return Material(network, device, images)
+        return PruneInputs(network, device, images)
     config, loading = open_data(flags.dataset), flags.loading
     check_classes(network, config, flags.weights, flags.dataset.data)
     dataset = val_set or DetectionDataset(config, "val", img, cache=loading.cache)
     evaluator = Evaluator(dataset, batch_size=loading.batch_size, workers=loading.workers, device=device)
     train_batches = functools.partial(training_images, config, img, loading.batch_size, seed=seed)
     training = functools.partial(training_loss, config=config, img=img, batch_size=loading.batch_size, seed=seed)
-    return Material(network, device, real_images(dataset, PROOF_IMAGES), evaluator, train_batches, training)
+    return PruneInputs(network, device, real_images(dataset, PROOF_IMAGES), evaluator, train_batches, training)
 
 
 def choose_plan(
-    flags: PruneFlags, material: Material, search: LatencySearch | None = None, latency: float = 1.0
-) -> Choice:
+    flags: PruneFlags, inputs: PruneInputs, search: LatencySearch | None = None, latency: float = 1.0
+) -> PlannedCut:
     """Trace, score, plan; by ``search`` where the target is a latency. ``latency`` is the network's before the cut, as a
     share of the latency of the dense network of the search."""
-    model, widths = material.network.model, flags.widths
+    model, widths = inputs.network.model, flags.widths
     graph = slim.trace(model, example_image(flags.img))
-    scores = scores_of(flags.score, model, graph, material, flags.seed)
+    scores = scores_of(flags.score, model, graph, inputs, flags.seed)
     bounds: dict[str, Any] = {
         "min_channels": widths.min_channels,
         "min_keep": widths.min_keep,
@@ -156,7 +156,7 @@ def choose_plan(
     }
     if search is None:
         bounds |= {"round_to": widths.round_to or ROUND_TO, "cost_aware": widths.cost_aware}
-        return Choice(graph, slim.make_plan(graph, scores, **vars(flags.target), **bounds), None)
+        return PlannedCut(graph, slim.make_plan(graph, scores, **vars(flags.target), **bounds), None)
 
     def plan_at(macs: int | None, round_to: int) -> slim.Plan:
         if macs is None:
@@ -167,22 +167,22 @@ def choose_plan(
     floors = [f"--min-channels {widths.min_channels}", f"--round-to {' or '.join(map(str, roundings))}"]
     floors += [f"--{name.replace('_', '-')}" for name in ("min_keep", "overrides", "ignore") if getattr(widths, name)]
     plan, found = search.choose(Cutter(model, plan_at, roundings, " and ".join(floors), latency))
-    return Choice(graph, plan, found)
+    return PlannedCut(graph, plan, found)
 
 
-def cut(material: Material, plan: slim.Plan, recalibration_batches: int = 0) -> Cut:
+def cut(inputs: PruneInputs, plan: slim.Plan, recalibration_batches: int = 0) -> Cut:
     """The narrow network of a plan: masked first, then proven, then its batch-norm statistics re-estimated."""
-    model, evaluator = material.network.model, material.evaluator
+    model, evaluator = inputs.network.model, inputs.evaluator
     masked = slim.mask(model, plan)
     masked_evaluation = evaluator(masked) if evaluator else None
     if masked_evaluation:
         print(f"masked AP {masked_evaluation.ap:.4f}")
     pruned = slim.apply_plan(model, plan)
-    difference = prove(masked.cpu(), pruned, material.images)
-    print(f"pruned = masked to {difference:.1e} of the largest output on {len(material.images)} images")
+    difference = prove(masked.cpu(), pruned, inputs.images)
+    print(f"pruned = masked to {difference:.1e} of the largest output on {len(inputs.images)} images")
     if recalibration_batches:
-        assert material.training_images is not None
-        recalibrate(pruned, material.training_images(recalibration_batches), material.device)
+        assert inputs.training_images is not None
+        recalibrate(pruned, inputs.training_images(recalibration_batches), inputs.device)
     pruned_evaluation = evaluator(pruned) if evaluator else None
     if pruned_evaluation:
         print(f"pruned AP {pruned_evaluation.ap:.4f}")
@@ -190,16 +190,16 @@ def cut(material: Material, plan: slim.Plan, recalibration_batches: int = 0) -> 
 
 
 def scores_of(
-    settings: ScoreSettings, model: nn.Module, graph: slim.ChannelGraph, material: Material, seed: int
+    settings: ScoreSettings, model: nn.Module, graph: slim.ChannelGraph, inputs: PruneInputs, seed: int
 ) -> dict[str, torch.Tensor]:
     """Scores by the criterion; ``taylor`` runs batches of the training split through YOLOv5's loss."""
     batches, loss = None, None
     if settings.criterion == "taylor":
-        if material.training_loss is None or settings.taylor_batches < 1:
+        if inputs.training_loss is None or settings.taylor_batches < 1:
             raise SlimError(
                 "--criterion taylor needs --data, whose training images it averages, and --taylor-batches >= 1"
             )
-        batches, loss = material.training_loss(model.to(material.device))
+        batches, loss = inputs.training_loss(model.to(inputs.device))
         batches = itertools.islice(batches, settings.taylor_batches)
     scores = slim.score(
         model,
@@ -259,9 +259,11 @@ def output_widths(model: nn.Module) -> dict[str, int]:
     return {path: widths[1] for path, widths in slim.layer_widths(model).items()}
 
 
-def record(run: RunFolder, choice: Choice, model: nn.Module, done: Cut, criterion: str, pruning_round: int) -> None:
+def record(
+    run: RunFolder, planned: PlannedCut, model: nn.Module, done: Cut, criterion: str, pruning_round: int
+) -> None:
     """metrics.json, TensorBoard and the width plot of a cut."""
-    graph = choice.graph
+    graph = planned.graph
     before, after = output_widths(model), output_widths(done.model)
     cost = slim.cost(done.model, example_like(graph))
     run.write_metrics(
@@ -276,7 +278,7 @@ def record(run: RunFolder, choice: Choice, model: nn.Module, done: Cut, criterio
             "macs": cost.macs,
             "before": {"params": graph.params, "macs": graph.macs, "channels": before},
             "after": {"params": cost.params, "macs": cost.macs, "channels": after},
-            **(choice.latency or {}),
+            **(planned.latency or {}),
         },
         after_cut=True,
     )
@@ -299,20 +301,20 @@ def example_like(graph: slim.ChannelGraph) -> torch.Tensor:
 def zero_weights(flags: PruneFlags) -> RunFolder:
     """--unstructured: the smallest weights at zero, widths as they were."""
     assert flags.unstructured is not None
-    material = open_material(flags)
-    folded = slim.fold_gates(material.network.model, material.images)
+    inputs = open_prune_inputs(flags)
+    folded = slim.fold_gates(inputs.network.model, inputs.images)
     already = share_of_zeros(folded)
     if already > flags.unstructured:
         raise SlimError(
             f"--unstructured {flags.unstructured:g}: {already:.1%} of the convolutions' weights are zero already (gates are "
             "folded first, closed ones leave zeros); give a larger share, or a network that was not trained sparsely"
         )
-    before = material.evaluator(folded) if material.evaluator else None
+    before = inputs.evaluator(folded) if inputs.evaluator else None
     zeroed, layers = zero_smallest(folded.cpu(), flags.unstructured, flags.unstructured_scope)
-    after = material.evaluator(zeroed) if material.evaluator else None
+    after = inputs.evaluator(zeroed) if inputs.evaluator else None
     run = open_run(flags)
     out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
-    save_network(out, zeroed.cpu(), material.network.build)
+    save_network(out, zeroed.cpu(), inputs.network.build)
     cost = slim.cost(zeroed, example_image(flags.img))
     zeros, size = (sum(counts[i] for counts in layers.values()) for i in (0, 1))
     found = {
