@@ -282,7 +282,7 @@ def open_loop(flags: IterateFlags, data: Mapping[str, str]) -> tuple[RunFolder, 
         is_of_name = number == 1 or RunFolder(path).asked_name in (flags.run.name, None)
         if known is not None and known["settings"] == settings and is_of_name:
             print(f"{path}: continued")
-            return RunFolder.open(path), opening
+            return RunFolder(path), opening
         number += 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from slim import CLOSED, SlimError, write_atomically
+
+from .run_folder import number
 
 _INCHES_PER_BAR = 0.18
 _GATE_BINS = 60
@@ -37,7 +38,7 @@ def plot_results(rows: Sequence[Mapping[str, str]], path: str | Path) -> Path:
     """Losses, APs, learning rate and share of closed gates against the epoch; `rows` are those of results.csv."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for column in dict.fromkeys(key for row in rows for key in row if key not in ("epoch", "seconds")):
-        points = [(float(row["epoch"]), y) for row in rows if (y := _finite(row.get(column))) is not None]
+        points = [(float(row["epoch"]), y) for row in rows if (y := number(row, column)) is not None]
         prefix = column.split("/")[0]
         if points:
             panels.setdefault(_PANELS.get(column, _PANELS.get(prefix, prefix)), {})[column] = points
@@ -56,14 +57,6 @@ def plot_results(rows: Sequence[Mapping[str, str]], path: str | Path) -> Path:
             axis.set_axis_off()
 
     return _draw(path, (10, 2.8 * ((len(panels) + 1) // 2)), draw)
-
-
-def _finite(text: str | None) -> float | None:
-    try:
-        value = float(text or "nan")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 def plot_labels(ground_truth: Mapping[str, Any], names: Sequence[str], path: str | Path) -> Path:
@@ -157,8 +150,8 @@ def plot_trade_off(
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (xlabel, points) in zip(axes, panels.items(), strict=True):
-            for number, (name, (cost, ap)) in enumerate(points.items()):
-                mark = _MARKS.get((kinds or {}).get(name, ""), {"marker": "osD^v"[number // 10 % 5]})
+            for k, (name, (cost, ap)) in enumerate(points.items()):
+                mark = _MARKS.get((kinds or {}).get(name, ""), {"marker": "osD^v"[k // 10 % 5]})
                 axis.plot([cost], [ap], linestyle="", label=name, **mark)
                 if not is_crowded:
                     axis.annotate(name, (cost, ap), textcoords="offset points", xytext=(4, 4))

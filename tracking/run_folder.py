@@ -8,6 +8,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -60,13 +61,6 @@ class RunFolder:
         if not os.access(above, os.W_OK):
             raise SlimError(f"{run._wanted}: cannot be made (no right to write in {above}); choose another --project")
         return run
-
-    @classmethod
-    def open(cls, path: str | Path) -> RunFolder:
-        """An existing run, to resume or to read."""
-        if not Path(path).is_dir():
-            raise SlimError(f"{path}: no such run folder; name one that holds config.yaml and weights/last.pt")
-        return cls(path)
 
     @classmethod
     def newest(cls, project: str | Path, name: str) -> RunFolder:
@@ -304,3 +298,15 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)
+
+
+def number(values: Mapping[str, Any], key: str) -> float | None:
+    """A finite number; None for anything else."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        found = float(value)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None

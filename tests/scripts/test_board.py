@@ -139,7 +139,7 @@ def test_hyperparameters_stand_beside_final_metrics(board: Board, runs: Path) ->
     groups = {group["name"]: group for group in board.post("plugin/hparams/session_groups", query)["sessionGroups"]}
     assert set(groups) == set(RUNS)
     for run in RUNS:
-        config, found = RunFolder.open(runs / run).read_config(), metrics(runs / run)
+        config, found = RunFolder(runs / run).read_config(), metrics(runs / run)
         for name in ("img", "batch_size", "seed"):
             assert groups[run]["hparams"][name] == config[name]
         values = {metric["name"]["tag"]: metric["value"] for metric in groups[run]["metricValues"]}
@@ -186,7 +186,7 @@ def test_every_run_has_its_report(runs: Path) -> None:
         assert "Not shown" not in page and "Not shown" not in markdown
         assert f"{metrics(runs / run)['ap']:.4f}" in page and f"{metrics(runs / run)['ap']:.4f}" in markdown
         if run != "sparse":  # which was copied here
-            assert write_report(RunFolder.open(runs / run)).read_text() == page, "made again, it is the same"
+            assert write_report(RunFolder(runs / run)).read_text() == page, "made again, it is the same"
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def loop_run(path: Path) -> RunFolder:
     write_pareto([Candidate(*row) for row in rows], run.path / "pareto.csv")
     journal = Journal(run.path, {})
     made_run(path / "round1-try1-recovery", metrics={"seconds": 100.0})
-    write_report(RunFolder.open(path / "round1-try1-recovery"))
+    write_report(RunFolder(path / "round1-try1-recovery"))
     found = {
         "evaluation": {"channels": {"a": 8}},
         "round2-try1-evaluation": {"channels": {"a": 4}},

@@ -19,7 +19,7 @@ from PIL import Image
 from slim import SlimError
 
 from ..journal import RESULT, SECONDS
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, number
 from .markdown import escape
 
 T = TypeVar("T")
@@ -130,18 +130,6 @@ class Contents:
         place = quote(file.relative_to(self.path).as_posix())
         self.embedded[place] = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
         return [f"*{escape(title)}*", f"![{escape(title)}]({place})"]
-
-
-def number(values: Mapping[str, Any], key: str) -> float | None:
-    """A finite number; None for anything else."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        found = float(value)
-    except ValueError:
-        return None
-    return found if math.isfinite(found) else None
 
 
 def channels_of(figures: Any) -> dict[str, int]:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
+
+from ..run_folder import number
 
 ABSENT = "–"
 _BAR_LENGTH = 12
+_SPECS = {
+    "macs": (".1f", 1e6),
+    "params": (".3f", 1e6),
+    "ms": (".1f", 1.0),
+    "milliseconds": (".1f", 1.0),
+    "closed_share": (".1%", 1.0),
+}
+"""How a figure is written, and in units of what; APs have four digits."""
 
 
 class Markdown(str):
@@ -50,8 +61,10 @@ def bar(text: str, part: float, before: float, full: float) -> str:
     return f"{'█' * solid}{'░' * (length - solid)} {text}".strip()
 
 
-def figure(value: float | None, spec: str = ".4f", unit: float = 1.0) -> str:
-    """A figure in units of `unit`; a dash where there is none."""
+def written(values: Mapping[str, Any], key: str) -> str:
+    """A figure of metrics.json or a table as reports write it; a dash where there is none."""
+    spec, unit = _SPECS.get(key, (".4f", 1.0))
+    value = number(values, key)
     return ABSENT if value is None else format(value / unit, spec)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..plots import plot_gates, plot_results
-from .contents import Contents, channels_of, is_accepted, number, same_task
-from .markdown import ABSENT, bar, change, code, duration, escape, figure, share, table
+from ..run_folder import number
+from .contents import Contents, channels_of, is_accepted, same_task
+from .markdown import ABSENT, bar, change, code, duration, escape, share, table, written
 
 WEIGHTS = ("slim.pt", "pruned.pt", "best.pt")  # last.pt carries the state of the training too
 PICTURES = {
@@ -18,6 +19,10 @@ PICTURES = {
     "detections.png": "Detections of this run's network",
     "train_batch.png": "Training samples as the network sees them",
     "labels.png": "The data set's labels",
+}
+_LABELS = {
+    **{"ap": "AP", "ap50": "AP50", "ap75": "AP75", "macs": "M MACs", "params": "M parameters"},
+    **{"ms": "ms an image", "closed_share": "gates closed"},
 }
 _WHAT = {
     "train_sparse.py": "Sparse training",
@@ -76,30 +81,22 @@ def _figures(contents: Contents) -> list[tuple[str, str, str]]:
     """(what, figure, remark) of metrics.json, the remarks against the network that all began with."""
     metrics, first = contents.metrics, steps_to(contents)[0]
     before = {} if first.figures is metrics else first.figures
-    value = {key: number(metrics, key) for key in ("ap", "ap50", "ap75", "macs", "params", "ms", "closed_share")}
-    start = {key: number(before, key) for key in value}
-    remark = {"ap": change(value["ap"], start["ap"]) and f"{change(value['ap'], start['ap'])} against {first.name}"}
-    for key in ("macs", "params"):
-        remark[key] = share(value[key], start[key]) and f"{share(value[key], start[key])} of {first.name}"
+    value, start = ({key: number(figures, key) for key in _LABELS} for figures in (metrics, before))
+    remark = {key: share(value[key], start[key]) for key in ("macs", "params")}
+    remark = {key: f"{text} of {first.name}" for key, text in remark.items() if text}
+    if difference := change(value["ap"], start["ap"]):
+        remark["ap"] = f"{difference} against {first.name}"
     if start["ms"] and value["ms"]:
         remark["ms"] = f"{start['ms'] / value['ms']:.2f} times as fast"
-    written = {
-        **{"ap": ("AP", ".4f", 1.0), "ap50": ("AP50", ".4f", 1.0), "ap75": ("AP75", ".4f", 1.0)},
-        **{"macs": ("M MACs", ".1f", 1e6), "params": ("M parameters", ".3f", 1e6)},
-        **{"ms": ("ms an image", ".1f", 1.0), "closed_share": ("gates closed", ".1%", 1.0)},
-    }
-    rows = [
-        (label, figure(value[key], spec, unit), remark.get(key, ""))
-        for key, (label, spec, unit) in written.items()
-        if value[key] is not None
-    ]
+    known = {key: label for key, label in _LABELS.items() if value[key] is not None}
+    rows = [(label, written(metrics, key), remark.get(key, "")) for key, label in known.items()]
     seconds, of_what = number(metrics, "seconds"), "of the training" if contents.rows else "of the evaluation"
     if contents.phases:
         seconds, of_what = sum(seconds for *_, seconds in contents.phases), "of all phases"
     if seconds and (images := number(metrics, "images")):
         rows.append(("time", duration(seconds), f"{of_what}, {images:.0f} images evaluated"))
-    if (difference := number(metrics, "max_difference")) is not None:
-        rows.append(("pruned = masked to", f"{difference:.0e}", "of the largest output"))
+    if (largest := number(metrics, "max_difference")) is not None:
+        rows.append(("pruned = masked to", f"{largest:.0e}", "of the largest output"))
     return rows
 
 
@@ -164,15 +161,15 @@ def before_after(contents: Contents) -> list[str]:
     )
     rows, start = [], {key: number(steps[0].figures, key) for key in ("ap", "macs", "params")}
     for step in steps:
-        value = {key: number(step.figures, key) for key in ("ap", "ap50", "ap75", "macs", "params", "ms")}
+        found, value = step.figures, {key: number(step.figures, key) for key in start}
         size = step.file.stat().st_size if step.file and step.file.is_file() else None
         rows.append(
             (
-                *(step.name, figure(value["ap"]), "" if step is steps[0] else change(value["ap"], start["ap"])),
-                *(figure(value["ap50"]), figure(value["ap75"])),
-                *(figure(value["macs"], ".1f", 1e6), share(value["macs"], start["macs"])),
-                *(figure(value["params"], ".3f", 1e6), share(value["params"], start["params"])),
-                *(figure(value["ms"], ".1f"), ABSENT if size is None else f"{size / 1e6:.2f} MB"),
+                *(step.name, written(found, "ap"), "" if step is steps[0] else change(value["ap"], start["ap"])),
+                *(written(found, "ap50"), written(found, "ap75")),
+                *(written(found, "macs"), share(value["macs"], start["macs"])),
+                *(written(found, "params"), share(value["params"], start["params"])),
+                *(written(found, "ms"), ABSENT if size is None else f"{size / 1e6:.2f} MB"),
             )
         )
     used = [k for k in range(len(columns)) if any(row[k] not in ("", ABSENT) for row in rows)]
@@ -251,11 +248,11 @@ def classes(contents: Contents) -> list[str]:
         run = next((run for run in contents.ancestors if same_task(run, contents) and class_aps(run.metrics)), None)
         before, whose = ({}, "") if run is None else (class_aps(run.metrics), run.name)
     if not before:
-        return [table(("class", "AP"), [(name, bar(figure(ap), ap, 1, 1)) for name, ap in after.items()])]
+        return [table(("class", "AP"), [(name, bar(f"{ap:.4f}", ap, 1, 1)) for name, ap in after.items()])]
     rows = []
     for name in dict.fromkeys([*after, *before]):
         old, new = before.get(name), after.get(name)
-        bars = [ABSENT if ap is None else bar(figure(ap), ap, 1, 1) for ap in (old, new)]
+        bars = [ABSENT if ap is None else bar(f"{ap:.4f}", ap, 1, 1) for ap in (old, new)]
         rows.append((name, *bars, change(new, old)))
     drops = {name: before[name] - after[name] for name in before if name in after}
     worst = max(drops, key=lambda name: drops[name], default=None)

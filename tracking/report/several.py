@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..plots import plot_trade_off
-from .contents import Contents, is_accepted, number, read_json
-from .markdown import ABSENT, duration, figure, link, share, table
+from ..run_folder import number
+from .contents import Contents, is_accepted, read_json
+from .markdown import ABSENT, duration, link, share, table, written
 
 COMPARISON_FILE = "rows.json"
 """A comparison's networks, the baseline first: step, ap, ap50, test_ap, macs, params, milliseconds, folder."""
@@ -28,8 +29,8 @@ def candidates(contents: Contents) -> list[str]:
         cells.append(
             (
                 label if label == "dense" else _report_link(contents, row, label),
-                *(figure(number(row, "ap")), figure(number(row, "ap50"))),
-                *(row.get("worst_class", ""), figure(number(row, "worst_class_ap"))),
+                *(written(row, "ap"), written(row, "ap50")),
+                *(row.get("worst_class", ""), written(row, "worst_class_ap")),
                 *_costs(row, rows[0], "ms"),
                 f"{verdict}: {reason}" if reason else verdict,
             )
@@ -47,14 +48,13 @@ def phases(contents: Contents) -> list[str]:
         return []
     rows = []
     for name, found, seconds in contents.phases:
-        ap = number(found, "ap")
         rows.append(
             (
                 _report_link(contents, {"folder": name}, name),
-                figure(number(found, "pruned_ap") if ap is None else ap),
-                figure(number(found, "macs"), ".1f", 1e6),
-                figure(number(found, "params"), ".3f", 1e6),
-                figure(number(found, "closed_share"), ".1%"),
+                written(found, "pruned_ap" if number(found, "ap") is None else "ap"),
+                written(found, "macs"),
+                written(found, "params"),
+                written(found, "closed_share"),
                 f"{seconds:.1f}" if seconds else ABSENT,
             )
         )
@@ -71,7 +71,7 @@ def comparison(contents: Contents) -> list[str]:
     cells, pictures = [], []
     for row in rows:
         label = str(row.get("step", ""))
-        aps = (figure(number(row, key)) for key in ("ap", "ap50", "test_ap"))
+        aps = (written(row, key) for key in ("ap", "ap50", "test_ap"))
         cells.append((_report_link(contents, row, label), *aps, *_costs(row, rows[0], "milliseconds")))
         if folder := _folder(row):
             pictures += contents.picture(contents.path / folder / "detections.png", f"The same images: {label}")
@@ -84,9 +84,8 @@ _COSTS = (">M MACs", ">share", ">M parameters")
 
 
 def _costs(row: Mapping[str, Any], first: Mapping[str, Any], milliseconds: str) -> tuple[str, ...]:
-    macs, params, ms = (number(row, key) for key in ("macs", "params", milliseconds))
-    of_first = share(macs, number(first, "macs"))
-    return figure(macs, ".1f", 1e6), of_first, figure(params, ".3f", 1e6), figure(ms, ".1f")
+    of_first = share(number(row, "macs"), number(first, "macs"))
+    return written(row, "macs"), of_first, written(row, "params"), written(row, milliseconds)
 
 
 def _trade_off(
