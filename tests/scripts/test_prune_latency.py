@@ -15,7 +15,6 @@ from data import DataSettings
 from deploy import LatencySettings
 from detection import latency as latency
 from detection import loop as iterate
-from detection.datasets import open_data
 from detection.flags import IterateFlags
 from detection.network import read_network, start_network
 from tests.scripts.fake_clock import FakeClock
@@ -220,7 +219,7 @@ def test_settings_of_a_loop_without_a_latency_are_as_they_were(sparse_run: Path,
         img=64,
         run=RunSettings(project=str(tmp_path)),
     ).resolved()
-    _, opening = iterate.open_loop(flags, open_data(flags.dataset))
+    _, opening = iterate.open_loop(flags, {})
     assert opening["settings"]["macs"] == 0.4 and opening["settings"]["round_to"] == 8
     assert not {"engine", "num_cores", "latency_ms", "latency_share", "latency_int8"} & set(opening["settings"])
 
