@@ -137,11 +137,7 @@ class ChannelPropagation(Propagation):
     def again(self, *, muted: bool) -> ChannelPropagation:
         """A new propagation over the same model, which may have fewer channels now."""
         return ChannelPropagation(
-            self.model,
-            self.rules,
-            allow_inexact=self.allow_inexact,
-            depthwise=frozenset(self.depthwise),
-            muted=muted,
+            self.model, self.rules, allow_inexact=self.allow_inexact, depthwise=frozenset(self.depthwise), muted=muted
         )
 
     # -- labels of tensors --------------------------------------------------------------------------------------

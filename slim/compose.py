@@ -214,10 +214,7 @@ def compare(first: Plan, second: Plan) -> str:
         else:
             overlap = f"only in the {'first' if a else 'second'}"
         lines.append(f"{name:<{width}}  {before:>6}  {kept}  {overlap}")
-    for label, unit, one, two in (
-        ("MACs", 1, first.macs, second.macs),
-        ("parameters", 3, first.params, second.params),
-    ):
+    for label, unit, one, two in (("MACs", 1, first.macs, second.macs), ("parameters", 3, first.params, second.params)):
         ends = " and ".join(f"{after / 1e6:.{unit}f} M ({percent(after, before)})" for before, after in (one, two))
         lines.append(f"{label} {one[0] / 1e6:.{unit}f} M -> {ends}")
     return "\n".join(lines)

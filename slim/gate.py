@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -203,19 +203,8 @@ def gate_index(site: GateSite, numbers: Sequence[int], sizes: Sequence[int]) -> 
     return None if index == list(range(sum(sizes))) else torch.tensor(index)
 
 
-class GateLayout(TypedDict):
-    """Where one gate sits and which vectors feed it: plain data, enough to put it back on a fresh model."""
-
-    path: str
-    axis: int
-    groups: list[str]
-    vectors: list[str]
-    sizes: list[int]
-    index: list[int] | None
-
-
-def gate_layout(model: nn.Module) -> list[GateLayout]:
-    """The layout of all gates of a model."""
+def gate_layout(model: nn.Module) -> list[dict[str, Any]]:
+    """Where each gate sits and which vectors feed it: plain data, enough to put them back on a fresh model."""
     names = {id(vector): name for name, vector in gate_vectors(model).items()}
     return [
         {
@@ -230,7 +219,7 @@ def gate_layout(model: nn.Module) -> list[GateLayout]:
     ]
 
 
-def restore_gates(model: nn.Module, layout: Sequence[GateLayout]) -> None:
+def restore_gates(model: nn.Module, layout: Sequence[Mapping[str, Any]]) -> None:
     """Put gates back by their layout, factors 1, in place."""
     shared: dict[str, nn.Parameter] = {}
     for item in layout:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -164,33 +165,26 @@ class Propagation(TorchDispatchMode):
     @contextmanager
     def watched_modules(self) -> Iterator[None]:
         """Keep ``path`` on the module whose forward is running."""
-
-        def entering(path: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self.path.append(path)
-                self.before_module(path, module, args)
-
-            return hook
-
-        def leaving(path: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                # The hooks of a failing module run too, before its error reaches run().
-                if self.failed_at is None and sys.exc_info()[1] is not None:
-                    self.failed_at = (self.where(), [])
-                self.path.pop()
-                self.after_module(path, module, args, output)
-
-            return hook
-
         handles = []
         for path, module in self.model.named_modules():
-            handles.append(module.register_forward_pre_hook(entering(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(leaving(path), always_call=True))
+            handles.append(module.register_forward_pre_hook(partial(self.enter, path)))
+            handles.append(module.register_forward_hook(partial(self.leave, path), always_call=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.path.append(path)
+        self.before_module(path, module, args)
+
+    def leave(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # The hooks of a failing module run too, before its error reaches run().
+        if self.failed_at is None and sys.exc_info()[1] is not None:
+            self.failed_at = (self.where(), [])
+        self.path.pop()
+        self.after_module(path, module, args, output)
 
     def before_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Called as a module's forward begins."""

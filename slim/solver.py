@@ -13,7 +13,7 @@ from torch import Tensor
 from slim.errors import SlimError
 from slim.graph import ChannelGraph, ChannelGroup
 from slim.plan import GroupPlan, Plan
-from slim.targets import Rounding, Target, WidthConstraint, WidthCosts, Widths, unreachable, width_constraints
+from slim.targets import Target, WidthConstraint, WidthCosts, Widths, unreachable, width_constraints
 
 Scope = Literal["global", "local", "isomorphic"]
 SCOPES = ("global", "local", "isomorphic")
@@ -82,11 +82,17 @@ def make_plan(
         raise SlimError(f"scope is {scope!r}; expected one of {', '.join(map(repr, SCOPES))}")
     if cost_aware and target.kind not in ("macs", "params"):
         raise SlimError(f"cost_aware=True needs macs= or params=: {target.kind} has no cost to divide by")
-    rounding = Rounding(round_to, min_channels, min_keep)
-    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    constraints = width_constraints(graph, checked_scores(graph, scores), rounding, overrides or {}, patterns)
+    constraints = width_constraints(
+        graph,
+        checked_scores(graph, scores),
+        overrides or {},
+        (ignore,) if isinstance(ignore, str) else tuple(ignore),
+        round_to=round_to,
+        min_channels=min_channels,
+        min_keep=min_keep,
+    )
     costs = WidthCosts(graph, constraints)
-    values = {n: flat(scores[constraint.group.name]) for n, constraint in enumerate(constraints) if constraint.ranked}
+    values = {n: flat(scores[c.group.name]) for n, c in enumerate(constraints) if c.ranked}
     if target.kind == "threshold":
         # Scores reach the threshold or not in their own precision.
         widths = [

@@ -7,10 +7,10 @@ is as long as the kept channels that occupy it, so nothing is cut or run while s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from math import ceil, floor, gcd, lcm, prod
+from math import ceil, gcd, lcm, prod
 from typing import Literal
 
 from slim.errors import SlimError
@@ -63,24 +63,6 @@ def is_count(value: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """Which widths are good: for every layer that produces the channels a multiple of ``round_to`` output channels and at
-    least ``min_channels``, and at least the share ``min_keep`` of the group."""
-
-    round_to: int
-    min_channels: int
-    min_keep: float
-
-    def __post_init__(self) -> None:
-        if any(not isinstance(n, int) or n < 1 for n in (self.round_to, self.min_channels)):
-            raise SlimError(
-                f"round_to={self.round_to}, min_channels={self.min_channels}: expected whole numbers, at least 1"
-            )
-        if not 0 <= self.min_keep <= 1:
-            raise SlimError(f"min_keep={self.min_keep}: expected a share of each group, 0 to 1")
-
-
-@dataclass(frozen=True)
 class WidthConstraint:
     """The widths that a group may take, in its own channels: ``floor``, larger multiples of ``step``, or the whole group.
 
@@ -94,18 +76,6 @@ class WidthConstraint:
     bound_by: str = ""
     ranked: bool = False
     counted: bool = True
-
-    @staticmethod
-    def of(group: ChannelGroup, rounding: Rounding) -> WidthConstraint:
-        """What rounding and floors leave of a group's widths."""
-        # Every layer that produces the channels is rounded; one channel can stand for several of a layer's.
-        counts = [len(m.index) // group.size for m in group.members if m.produces] or [1]
-        step = lcm(*(rounding.round_to // gcd(rounding.round_to, count) for count in counts))
-        least = -(-rounding.min_channels // min(counts))
-        share = ceil(rounding.min_keep * group.size - 1e-9)
-        lowest = -(-max(least, share) // step) * step
-        bound_by = "min_keep" if lowest > -(-least // step) * step else ""
-        return WidthConstraint(group, min(group.size, lowest), step, bound_by, ranked=True)
 
     def nearest(self, width: int) -> int:
         """The nearest allowed width."""
@@ -123,29 +93,44 @@ class WidthConstraint:
 def width_constraints(
     graph: ChannelGraph,
     scored: set[str],
-    rounding: Rounding,
     overrides: Mapping[str, float],
     ignore: Iterable[str],
+    *,
+    round_to: int,
+    min_channels: int,
+    min_keep: float,
 ) -> list[WidthConstraint]:
-    """The constraint on every group of the graph: ``ignore`` wins over ``overrides``, of which the first that matches counts."""
+    """The constraint on every group of the graph: ``ignore`` wins over ``overrides``, of which the first that matches counts.
+
+    Others keep for every layer that produces the channels a multiple of ``round_to`` output channels and at least
+    ``min_channels``, and at least the share ``min_keep`` of the group.
+    """
+    if any(not isinstance(n, int) or n < 1 for n in (round_to, min_channels)):
+        raise SlimError(f"round_to={round_to}, min_channels={min_channels}: expected whole numbers, at least 1")
+    if not 0 <= min_keep <= 1:
+        raise SlimError(f"min_keep={min_keep}: expected a share of each group, 0 to 1")
     check_patterns(graph, scored, overrides, ignore)
     constraints = []
     for group in graph.groups:
+        whole = WidthConstraint(group, group.size)
         pattern = next((p for p in overrides if matches(p, group)), None)
         if not group.prunable:
-            constraints.append(
-                WidthConstraint(group, group.size, bound_by=f"frozen: {group.frozen_reason}", counted=False)
-            )
+            constraints.append(replace(whole, bound_by=f"frozen: {group.frozen_reason}", counted=False))
         elif group.name not in scored:
-            constraints.append(WidthConstraint(group, group.size, bound_by="no scores", counted=False))
+            constraints.append(replace(whole, bound_by="no scores", counted=False))
         elif any(matches(p, group) for p in ignore):
-            constraints.append(WidthConstraint(group, group.size, bound_by="ignored"))
+            constraints.append(replace(whole, bound_by="ignored"))
         elif pattern is not None:
-            constraints.append(
-                WidthConstraint(group, override_width(pattern, overrides[pattern], group), bound_by="override")
-            )
+            width = override_width(pattern, overrides[pattern], group)
+            constraints.append(WidthConstraint(group, width, bound_by="override"))
         else:
-            constraints.append(WidthConstraint.of(group, rounding))
+            # Every layer that produces the channels is rounded; one channel can stand for several of a layer's.
+            counts = [len(m.index) // group.size for m in group.members if m.produces] or [1]
+            step = lcm(*(round_to // gcd(round_to, count) for count in counts))
+            least, share = -(-min_channels // min(counts)), ceil(min_keep * group.size - 1e-9)
+            floor, without_share = (-(-width // step) * step for width in (max(least, share), least))
+            bound_by = "min_keep" if floor > without_share else ""
+            constraints.append(WidthConstraint(group, min(group.size, floor), step, bound_by, ranked=True))
     return constraints
 
 
@@ -192,7 +177,7 @@ def override_width(pattern: str, value: float, group: ChannelGroup) -> int:
             f"overrides: {pattern!r} is {value!r}; expected a keep ratio above 0 and at most 1 (a float), or a whole number "
             "of channels (an integer)"
         )
-    return max(1, floor(value * group.size + 0.5))
+    return max(1, int(value * group.size + 0.5))
 
 
 class WidthCosts:
@@ -251,47 +236,37 @@ class WidthCosts:
         return sum(self.cost_of(kind, p, other) - self.cost_of(kind, p, widths) for p in self.touched[number])
 
 
-def unreachable(target: Target, constraints: list[WidthConstraint], costs: WidthCosts) -> str:
-    """The message for a target below what the floors allow: how far it goes, and what holds most of the rest."""
-    floors = [constraint.floor for constraint in constraints]
-    lowest, whole = costs.measure(target.kind, floors), costs.measure(target.kind, costs.sizes)
-    gains = sorted(
-        (
-            (-costs.change(target.kind, floors, n, 0), constraint.group.name, constraint)
-            for n, constraint in enumerate(constraints)
-        ),
-        key=lambda row: row[:2],
-        reverse=True,
-    )
-    bound = [constraint for gain, _, constraint in gains if constraint.counted and gain][:5]
-    named = ", ".join(
-        f"{r.group.name} ({r.bound_by + ': ' if r.bound_by else ''}{counted(r.floor * r.group.per_channel)})"
-        for r in bound
-    )
-    stuck = [constraint for gain, _, constraint in gains if not constraint.counted and gain]
-    without = costs.measure(target.kind, [constraint.floor if constraint.counted else 0 for constraint in constraints])
-    fixed = ""
-    if stuck and lowest - without >= 0.05 * lowest:
-        reasons = ", ".join(f"{constraint.group.name} ({constraint.bound_by})" for constraint in stuck[:3])
-        fixed = f"; {(lowest - without) / whole:.3f} hangs on groups that cannot be cut: {reasons}"
-    if not any(constraint.ranked for constraint in constraints):
-        fixed += "; no group can be pruned"
-    bound_by = {constraint.bound_by for constraint in bound}
-    remedies = [text for key, text in REMEDIES.items() if key in bound_by]
-    return (
-        f"{target} cannot be reached: with every group at its floor {lowest / whole:.3f} remains ({lowest:,} of {whole:,} "
-        f"{UNITS[target.kind]}); the floors that bind most: {named or 'none'}{fixed}; "
-        + ", ".join([*remedies, "or raise the target" if remedies else "raise the target"])
-    )
-
-
-def counted(channels: int) -> str:
-    return f"{channels} channel" + ("" if channels == 1 else "s")
-
-
 REMEDIES = {
     "": "lower min_channels or round_to",
     "min_keep": "lower min_keep",
     "override": "lower the overrides",
     "ignored": "ignore fewer groups",
 }
+
+
+def unreachable(target: Target, constraints: list[WidthConstraint], costs: WidthCosts) -> str:
+    """The message for a target below what the floors allow: how far it goes, and what binds most of the rest."""
+    floors = [c.floor for c in constraints]
+    lowest, whole = costs.measure(target.kind, floors), costs.measure(target.kind, costs.sizes)
+    gains = {n: -costs.change(target.kind, floors, n, 0) for n in range(len(constraints))}
+    order = sorted(gains, key=lambda n: (gains[n], constraints[n].group.name), reverse=True)
+    binding = [constraints[n] for n in order if constraints[n].counted and gains[n]][:5]
+    stuck = [constraints[n] for n in order if not constraints[n].counted and gains[n]][:3]
+    named = []
+    for c in binding:
+        channels = c.floor * c.group.per_channel
+        reason = f"{c.bound_by}: " if c.bound_by else ""
+        named.append(f"{c.group.name} ({reason}{channels} channel{'' if channels == 1 else 's'})")
+    fixed = lowest - costs.measure(target.kind, [c.floor if c.counted else 0 for c in constraints])
+    note = ""
+    if stuck and fixed >= 0.05 * lowest:
+        reasons = ", ".join(f"{c.group.name} ({c.bound_by})" for c in stuck)
+        note = f"; {fixed / whole:.3f} hangs on groups that cannot be cut: {reasons}"
+    if not any(c.ranked for c in constraints):
+        note += "; no group can be pruned"
+    remedies = [text for key, text in REMEDIES.items() if key in {c.bound_by for c in binding}]
+    return (
+        f"{target} cannot be reached: with every group at its floor {lowest / whole:.3f} remains ({lowest:,} of {whole:,} "
+        f"{UNITS[target.kind]}); the floors that bind most: {', '.join(named) or 'none'}{note}; "
+        + ", ".join([*remedies, "or raise the target" if remedies else "raise the target"])
+    )

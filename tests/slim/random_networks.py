@@ -433,10 +433,7 @@ def channel_padding(k: Choices, x: Tensor, y: Tensor) -> Part:
 @op("split, one part goes on (C2f)")
 def c2f(k: Choices, x: Tensor) -> Part:
     half = k.multiple(2) // 2
-    parts = k.of(
-        lambda y: y.chunk(2, 1),
-        lambda y: y.split(y.shape[1] // 2, 1),
-    )
+    parts = k.of(lambda y: y.chunk(2, 1), lambda y: y.split(y.shape[1] // 2, 1))
 
     def run(m: Part, x: Tensor) -> Tensor:
         first, second = parts(m.a(x))
@@ -450,13 +447,7 @@ def parts(k: Choices, x: Tensor) -> Part:
     """Equal parts of the channels as values of their own."""
     c, count = x.shape[1], k.of(2, 3)
     a = nn.Identity() if c % count == 0 else k.block(c, k.multiple(count))
-    return Part(
-        k.of(
-            lambda m, x: m.a(x).chunk(count, 1),
-            lambda m, x: m.a(x).unflatten(1, (count, -1)).unbind(1),
-        ),
-        a=a,
-    )
+    return Part(k.of(lambda m, x: m.a(x).chunk(count, 1), lambda m, x: m.a(x).unflatten(1, (count, -1)).unbind(1)), a=a)
 
 
 @op("slices by computed counts")

@@ -1,4 +1,4 @@
-"""Gates and the smallest-half pull, with hand-set values."""
+"""Gates and the smallest-half sparsity, with hand-set values."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_tied_group_shares_one_vector_and_layer_tie_does_not() -> None:
     ]
 
 
-def test_pull_moves_exactly_the_smallest_half() -> None:
+def test_l1_step_moves_exactly_the_smallest_half() -> None:
     model, gates = gated_chain()
     set_gates(gates, first=[0.5, 0.2, 0.9, 0.1], second=[1.0, 0.3, 0.8, 0.05, 0.7, 0.6])
     slim.SmallestHalfL1(model, strength=2.0).step(lr=0.05)
@@ -63,52 +63,52 @@ def test_pull_moves_exactly_the_smallest_half() -> None:
     assert torch.allclose(gates["second.0"], torch.tensor([1.0, 0.2, 0.8, 0.0, 0.7, 0.5]), atol=1e-7)
 
 
-def test_of_equal_gates_the_lower_indices_are_pulled() -> None:
+def test_of_equal_gates_the_lower_indices_are_shrunk() -> None:
     model, gates = gated_chain()
     slim.SmallestHalfL1(model, strength=1.0).step(lr=0.25)
     assert gates["first.0"].tolist() == [0.75, 0.75, 1.0, 1.0]
     assert gates["second.0"].tolist() == [0.75, 0.75, 0.75, 1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize(("fraction", "pulled"), [(0.0, 0), (0.25, 1), (0.5, 3), (0.99, 5), (1.0, 6)])
-def test_fraction_is_honoured_exactly(fraction: float, pulled: int) -> None:
+@pytest.mark.parametrize(("fraction", "shrunk"), [(0.0, 0), (0.25, 1), (0.5, 3), (0.99, 5), (1.0, 6)])
+def test_fraction_is_honoured_exactly(fraction: float, shrunk: int) -> None:
     model, gates = gated_chain()
     slim.SmallestHalfL1(model, strength=1.0, fraction=fraction).step(lr=0.5)
-    assert gates["second.0"].tolist() == [0.5] * pulled + [1.0] * (6 - pulled)
+    assert gates["second.0"].tolist() == [0.5] * shrunk + [1.0] * (6 - shrunk)
 
 
 def test_ranking_is_fresh_at_each_step() -> None:
     model, gates = gated_chain()
-    pull = slim.SmallestHalfL1(model, strength=1.0)
+    sparsity = slim.SmallestHalfL1(model, strength=1.0)
     set_gates(gates, first=[0.4, 0.5, 0.9, 1.0])
-    pull.step(lr=0.1)
+    sparsity.step(lr=0.1)
     set_gates(gates, first=[2.0, 0.5, 0.9, 1.0])
-    pull.step(lr=0.1)
+    sparsity.step(lr=0.1)
     assert torch.allclose(gates["first.0"], torch.tensor([2.0, 0.4, 0.8, 1.0]))
 
 
-def test_negative_gates_come_back_to_zero_whether_pulled_or_not() -> None:
+def test_negative_gates_come_back_to_zero_whether_shrunk_or_not() -> None:
     model, gates = gated_chain()
     set_gates(gates, first=[-0.5, 0.2, -0.9, 0.1])
-    pull = slim.SmallestHalfL1(model, strength=0.0)
-    pull.step(lr=1.0)
+    sparsity = slim.SmallestHalfL1(model, strength=0.0)
+    sparsity.step(lr=1.0)
     assert gates["first.0"].tolist() == pytest.approx([0.0, 0.2, 0.0, 0.1])
-    assert pull.closed_share() == pytest.approx(0.2)
+    assert sparsity.closed_share() == pytest.approx(0.2)
 
 
-def train_steps(model: torch.nn.Module, pull: slim.SmallestHalfL1 | None) -> list[torch.Tensor]:
+def train_steps(model: torch.nn.Module, sparsity: slim.SmallestHalfL1 | None) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(5):
         optimizer.zero_grad()
         model(torch.rand(4, 3, 8, 8, generator=generator)).square().mean().backward()
         optimizer.step()
-        if pull:
-            pull.step(0.05)
+        if sparsity:
+            sparsity.step(0.05)
     return [p.detach() for p in model.parameters()]
 
 
-def test_strength_zero_trains_bit_identically_to_no_pull() -> None:
+def test_strength_zero_trains_bit_identically_to_no_l1_step() -> None:
     model, _ = gated_chain()
     other = copy.deepcopy(model)
     without, zero = train_steps(model, None), train_steps(other, slim.SmallestHalfL1(other, strength=0.0))
@@ -124,9 +124,9 @@ def test_strength_for_a_travel() -> None:
 def test_an_unopposed_gate_travels_as_far_as_asked() -> None:
     model, gates = gated_chain()
     rates = [0.1, 0.08, 0.06, 0.02]
-    pull = slim.SmallestHalfL1(model, strength=slim.strength_for(sum(rates), travel=0.5))
+    sparsity = slim.SmallestHalfL1(model, strength=slim.strength_for(sum(rates), travel=0.5))
     for lr in rates:
-        pull.step(lr)
+        sparsity.step(lr)
     assert torch.allclose(gates["first.0"], torch.tensor([0.5, 0.5, 1.0, 1.0]))
 
 
@@ -139,7 +139,7 @@ def test_bad_settings_are_named(kwargs: dict[str, float], message: str) -> None:
         slim.SmallestHalfL1(model, **kwargs)  # type: ignore[arg-type]
 
 
-def test_pull_without_gates_says_so() -> None:
+def test_l1_step_without_gates_says_so() -> None:
     with pytest.raises(slim.SlimError, match="no gates"):
         slim.SmallestHalfL1(Chain(), strength=1.0)
 

@@ -18,16 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import slim
-from tests.slim.random_networks import (
-    OPS,
-    RECIPE_BYTES,
-    Network,
-    Recipe,
-    Step,
-    build,
-    example_inputs,
-    recipe_of,
-)
+from tests.slim.random_networks import OPS, RECIPE_BYTES, Network, Recipe, Step, build, example_inputs, recipe_of
 
 TOLERANCE = 1e-8
 """Of double precision, in which rounding hides nothing; slim promises 1e-4 in single."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import slim
 from models import build_model, load_description
 from slim.solver import Ranking, spend_leftover_budget
-from slim.targets import Rounding, WidthCosts, width_constraints
+from slim.targets import WidthCosts, width_constraints
 from tests.slim.networks import Chain, Residual, conv, randomise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +123,7 @@ def test_local_scope_gives_back_to_the_lowest_ratio() -> None:
 def test_what_is_given_back_counts_for_the_next_turn() -> None:
     graph = traced(conv(3, 4), conv(4, 6), conv(6, 8), nn.Conv2d(8, 2, 1))
     scores = {name: torch.arange(graph.by_name[name].size).double() for name in ("0.0", "1.0", "2.0")}
-    constraints = width_constraints(graph, set(scores), Rounding(1, 1, 0.0), {}, ())
+    constraints = width_constraints(graph, set(scores), {}, (), round_to=1, min_channels=1, min_keep=0.0)
     ranking = Ranking(dict(enumerate(scores.values())), [[0], [1], [2]])
     # Kept ratios 1/4, 2/6, 2/8, with four channels to give: the first, the third, the second, the third again (3/8 < 1/2).
     widths = spend_leftover_budget([1, 2, 2, 2], "channels", 9, constraints, WidthCosts(graph, constraints), ranking)

@@ -21,10 +21,10 @@ class Gates(nn.Module):
 def resisting(share: float, stiffness: float, noise: float = 0.0) -> tuple[SmallestHalfL1, list[float]]:
     """SGD on 0.5 * k * (gate - 1)^2 with k from 0 to ``stiffness``, under the controller; the strengths it used."""
     random = torch.Generator().manual_seed(0)
-    pull = SmallestHalfL1(Gates(), strength=0.0)
+    sparsity = SmallestHalfL1(Gates(), strength=0.0)
     lrs = [LR * (1 - 0.99 * step / STEPS) for step in range(STEPS)]
-    controller = ClosedShareController(pull, share, sum(lrs))
-    vectors = list(pull.vectors.values())
+    controller = ClosedShareController(sparsity, share, sum(lrs))
+    vectors = list(sparsity.vectors.values())
     resistances = [stiffness * torch.rand(vector.shape, generator=random) ** 2 for vector in vectors]
     strengths = []
     for lr in lrs:
@@ -33,15 +33,15 @@ def resisting(share: float, stiffness: float, noise: float = 0.0) -> tuple[Small
                 jitter = noise * torch.randn(vector.shape, generator=random)
                 vector -= lr * (resistance * (vector - 1) + jitter)
         controller.step(lr)
-        strengths.append(pull.strength)
-    return pull, strengths
+        strengths.append(sparsity.strength)
+    return sparsity, strengths
 
 
 @pytest.mark.parametrize("share", [0.5, 0.4, 0.25, 0.1])
 @pytest.mark.parametrize(("stiffness", "noise"), [(0.01, 0.0), (0.5, 0.0), (5.0, 0.0), (0.5, 0.25)])
 def test_the_share_is_reached_whatever_the_resistance(share: float, stiffness: float, noise: float) -> None:
-    pull, _ = resisting(share, stiffness, noise)
-    assert pull.closed_share() == pytest.approx(share, abs=0.01)
+    sparsity, _ = resisting(share, stiffness, noise)
+    assert sparsity.closed_share() == pytest.approx(share, abs=0.01)
 
 
 def test_more_resistance_takes_more_strength() -> None:
@@ -49,30 +49,30 @@ def test_more_resistance_takes_more_strength() -> None:
 
 
 def test_the_strength_of_unopposed_gates_is_their_distance_over_the_learning_rates_left() -> None:
-    pull = SmallestHalfL1(Gates(), strength=0.0)
-    controller = ClosedShareController(pull, 0.5, total_lr=10.0)
+    sparsity = SmallestHalfL1(Gates(), strength=0.0)
+    controller = ClosedShareController(sparsity, 0.5, total_lr=10.0)
     controller.step(0.1)
-    assert pull.strength == pytest.approx(1 / 8)  # a travel of 1 in 80 % of the learning rates
+    assert sparsity.strength == pytest.approx(1 / 8)  # a travel of 1 in 80 % of the learning rates
     controller.step(0.1)
-    assert pull.strength == pytest.approx((1 - 0.1 / 8) / 7.9, rel=1e-5)
+    assert sparsity.strength == pytest.approx((1 - 0.1 / 8) / 7.9, rel=1e-5)
 
 
-def test_only_the_smallest_of_all_are_pulled_when_the_share_is_below_the_fraction() -> None:
-    pull = SmallestHalfL1(Gates(), strength=1.0)
+def test_only_the_smallest_of_all_are_shrunk_when_the_share_is_below_the_fraction() -> None:
+    sparsity = SmallestHalfL1(Gates(), strength=1.0)
     with torch.no_grad():
-        pull.vectors["g1"][:] = torch.linspace(0.2, 0.5, 33)
-    pull.limit = 10
-    chosen = pull.selected()
+        sparsity.vectors["g1"][:] = torch.linspace(0.2, 0.5, 33)
+    sparsity.limit = 10
+    chosen = sparsity.selected()
     assert int(chosen.sum()) == 10
     assert chosen[16:26].all()  # the ten smallest of g1
-    pull.limit = 20  # g1 may give its smaller half, 16, and the rest comes from equal gates in order
-    assert pull.selected()[:20].tolist() == [True] * 4 + [False] * 12 + [True] * 4
+    sparsity.limit = 20  # g1 may give its smaller half, 16, and the rest comes from equal gates in order
+    assert sparsity.selected()[:20].tolist() == [True] * 4 + [False] * 12 + [True] * 4
 
 
 def test_a_controller_continues_from_its_state() -> None:
-    def push(pull: SmallestHalfL1) -> None:
+    def push(sparsity: SmallestHalfL1) -> None:
         with torch.no_grad():
-            for vector in pull.vectors.values():
+            for vector in sparsity.vectors.values():
                 vector += 0.001
 
     whole = SmallestHalfL1(Gates(), strength=0.0)
@@ -95,27 +95,27 @@ def test_a_controller_continues_from_its_state() -> None:
 
 
 def test_what_cannot_be_reached_is_refused() -> None:
-    pull = SmallestHalfL1(Gates(), strength=0.0)
+    sparsity = SmallestHalfL1(Gates(), strength=0.0)
     for share in (0.0, 0.6):
         with pytest.raises(SlimError, match=f"closed share {share}: expected above 0 and at most the fraction .* 0.5"):
-            ClosedShareController(pull, share, 1.0)
+            ClosedShareController(sparsity, share, 1.0)
     with pytest.raises(SlimError, match="rates of the sparse steps sum to 0"):
-        ClosedShareController(pull, 0.5, 0.0)
+        ClosedShareController(sparsity, 0.5, 0.0)
 
 
-def gradients(pull: SmallestHalfL1, value: float) -> list[Tensor]:
-    for vector in pull.vectors.values():
+def gradients(sparsity: SmallestHalfL1, value: float) -> list[Tensor]:
+    for vector in sparsity.vectors.values():
         vector.grad = torch.full_like(vector, 100.0)
-    for vector in pull.vectors.values():
-        vector.grad[: vector.numel() // 2] = value  # what is pulled of equal gates
-    return [vector.grad for vector in pull.vectors.values()]
+    for vector in sparsity.vectors.values():
+        vector.grad[: vector.numel() // 2] = value  # what is shrunk of equal gates
+    return [vector.grad for vector in sparsity.vectors.values()]
 
 
-def test_pull_against_gradient_is_measured_where_it_pulls() -> None:
-    pull = SmallestHalfL1(Gates(), strength=3.0)
-    assert pull.strength_over_gradient() is None
-    gradients(pull, -0.5)
-    assert pull.strength_over_gradient() == pytest.approx(6.0)
+def test_strength_over_gradient_is_measured_where_gates_are_shrunk() -> None:
+    sparsity = SmallestHalfL1(Gates(), strength=3.0)
+    assert sparsity.strength_over_gradient() is None
+    gradients(sparsity, -0.5)
+    assert sparsity.strength_over_gradient() == pytest.approx(6.0)
 
 
 def test_closed_gates_are_zero_inside_and_themselves_again_outside() -> None:
