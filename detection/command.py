@@ -341,12 +341,12 @@ def _outcome(act: Callable[[], object], arguments: Sequence[str], world: World |
     try:
         act()
     except KeyboardInterrupt as stop:
-        is_cause = world is None or world.ends_first()
+        is_cause = world is None or world.claim_failure()
         if is_cause:
             print(f"interrupted: {str(stop) or 'what is finished is in the run folder'}", file=sys.stderr, flush=True)
         return INTERRUPTED, is_cause
     except Exception as error:
-        is_cause = world is None or world.ends_first()
+        is_cause = world is None or world.claim_failure()
         if is_cause:
             _explain(error, arguments, f"rank {world.rank}: " if world is not None and world.size > 1 else "")
         return 1, is_cause

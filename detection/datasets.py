@@ -34,9 +34,11 @@ def data_digest(config: DataConfig, split: str, img: int) -> str:
     return DetectionDataset(config, split, img, cache="none").digest()
 
 
-def training_images(config: DataConfig, img: int, batch_size: int, batches: int, seed: int) -> Iterator[Tensor]:
-    """Shuffled training images, augmented as in training: float [B, 3, img, img]."""
-    dataset = DetectionDataset(config, "train", img, Augment(), seed)
+def training_images(
+    config: DataConfig, img: int, batch_size: int, batches: int, *, seed: int, augment: Augment
+) -> Iterator[Tensor]:
+    """Shuffled and augmented training images: float [B, 3, img, img]."""
+    dataset = DetectionDataset(config, "train", img, augment, seed)
     for batch in itertools.islice(build_loader(dataset, batch_size, shuffle=True, seed=seed), batches):
         yield batch.images.float() / 255
 

@@ -19,7 +19,7 @@ from .datasets import real_images
 
 
 class Evaluator:
-    """AP of a network on one split; ``last`` is the newest result.
+    """AP of a network on one split.
 
     With ``rect_stride_px``, the network's largest stride, images of like shape share batches without much padding:
     fewer pixels, and an AP that differs a little, since the network sees other borders. With ``canvas_hw`` all images
@@ -45,14 +45,12 @@ class Evaluator:
         self.ground_truth = dataset.ground_truth()
         self.dataset, self.device = dataset, device
         self.conf, self.iou, self.max_det = conf, iou, max_det
-        self.last: Evaluation | None = None
 
     def __call__(self, model: nn.Module, postprocess: Callable[[Tensor], list[Tensor]] | None = None) -> Evaluation:
         """AP of a network; ``postprocess`` instead of this class's own, for one that gives no [B, N, 5 + classes]."""
         model.to(self.device)
         final = postprocess or self.postprocess
-        self.last = evaluate(model, self.loader, final, self.ground_truth, self.dataset.names, self.device)
-        return self.last
+        return evaluate(model, self.loader, final, self.ground_truth, self.dataset.names, self.device)
 
     def postprocess(self, decoded: Tensor) -> list[Tensor]:
         """Multi-label detections as pycocotools wants them: low threshold, several classes a box."""

@@ -15,7 +15,7 @@ import torch
 import slim
 from data import DataConfig, DetectionDataset
 from deploy import parts_of
-from engine import CARRIED_STATE_KEY, Evaluation, OptimConfig, World
+from engine import WARM_START_KEY, Evaluation, OptimConfig, World
 from slim import SlimError
 from slim.atomic import WRITING
 from tracking import RunFolder, plot_widths
@@ -118,7 +118,7 @@ class Loop:
 
         def act(work: Path) -> dict[str, Any]:
             job = TrainJob.prepare(work, flags, carried)
-            done = self.world.from_first(lambda: job).run(self.world, self.val_set_for(flags))
+            done = self.world.broadcast_from_rank0(lambda: job).run(self.world, self.val_set_for(flags))
             return {"ap": done.evaluation.ap, "closed_share": done.fit.closed_share}
 
         self.journal.phase(name, act)
@@ -173,7 +173,7 @@ class Loop:
             before = output_widths(inputs.network.model)
             done = cut(inputs, plan, flags.recalibrate)
             carried = cut_training_state(inputs, sparse, plan, done, optim, flags.recalibrate)
-            slim.save(done.model, work / "pruned.pt", inputs.network.build, {CARRIED_STATE_KEY: carried})
+            slim.save(done.model, work / "pruned.pt", inputs.network.build, {WARM_START_KEY: carried})
             plot_widths(before, output_widths(done.model), work / "widths.png")
             assert done.masked is not None and done.pruned is not None
             return {
@@ -348,6 +348,6 @@ def conclude(
 def main(flags: IterateFlags, world: World) -> None:
     if world.is_first:
         iterate(flags, world)
-        world.from_first(stop)
+        world.broadcast_from_rank0(stop)
     else:
         worker_loop(world)

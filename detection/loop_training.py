@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 import slim
 from data import DetectionDataset
 from engine import (
-    CARRIED_STATE_KEY,
+    WARM_START_KEY,
     TRAINING_STATE_KEY,
     OptimConfig,
     TrainConfig,
     WeightAverage,
     World,
     build_optimizer,
-    pack_carried_state,
+    pack_warm_start,
     read_state,
     recalibrate,
 )
@@ -95,13 +95,13 @@ class TrainJob:
         run, carried = RunFolder(self.work), None
         state = read_state(run.last, TRAINING_STATE_KEY) if self.resumed else None
         if not self.resumed and self.carried is not None:
-            carried = read_carried_state(self.carried)
-        return train_in(run, self.flags, resume_state=state, carried_state=carried, world=world, val_set=val_set)
+            warm_start = read_warm_start(self.carried)
+        return train_in(run, self.flags, resume_state=state, warm_start_state=warm_start, world=world, val_set=val_set)
 
 
 def worker_loop(world: World) -> None:
     """What the ranks other than 0 do: the trainings that rank 0 comes to, until it says stop."""
-    while (job := world.from_first(stop)) is not None:
+    while (job := world.broadcast_from_rank0(stop)) is not None:
         job.run(world)
 
 
@@ -110,9 +110,9 @@ def stop() -> TrainJob | None:
     return None
 
 
-def read_carried_state(weights: Path) -> dict[str, Any]:
+def read_warm_start(weights: Path) -> dict[str, Any]:
     """What the training before hands on: cut along with the network, or as its last checkpoint holds it."""
-    carried = read_state(weights, CARRIED_STATE_KEY)
+    carried = read_state(weights, WARM_START_KEY)
     if carried is not None:
         return carried
     state = read_state(weights, TRAINING_STATE_KEY)
@@ -136,7 +136,7 @@ def cut_training_state(
         assert inputs.training_images is not None
         recalibrate(raw, inputs.training_images(recalibration_batches), inputs.device)
     average.module.load_state_dict(done.model.state_dict())
-    return pack_carried_state(raw.cpu(), optimizer, average)
+    return pack_warm_start(raw.cpu(), optimizer, average)
 
 
 def _training(flags: IterateFlags, epochs: int) -> TrainConfig:

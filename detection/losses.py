@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import slim
-from data import DataConfig, DetectionDataset, build_loader
+from data import Augment, DataConfig, DetectionDataset, build_loader
 from engine import World
 from models import (
     LOWEST_RECALL,
@@ -57,12 +57,14 @@ def fit_anchors(network: Network, dataset: DetectionDataset, anchor_t: float, se
     levels = detect.anchors_px.tolist()
     network.build["anchors_px"] = levels
     flat = [[side for anchor in level for side in anchor] for level in levels]
+    assert isinstance(network.model, YOLO)
     network.build["description"] = network.model.description = {**network.build["description"], "anchors": flat}
     return f"{line}; refitted: {after}"
 
 
 def make_loss(model: YOLO, gains: LossGains, img: int, world: World | None = None) -> DetectionLoss:
     """YOLOv5's loss with its gains scaled to the task; for one rank of several its part of the whole batch's loss."""
+    assert isinstance(model, YOLO)
     reduce = None if world is None or world.size == 1 else world.sum
     return DetectionLoss(model, gains.scaled(model.num_classes, img, len(model.stride_px)), reduce)
 
@@ -78,16 +80,17 @@ def add_teacher(
             f"--teacher {teacher}: its classes are {', '.join(known.names[:5])} ({len(known.names)} in all), the "
             f"student's {', '.join(network.names[:5])} ({len(network.names)}); expected the same in the same order"
         )
-    model = slim.fold_gates(known.model).to(device, memory_format=torch.channels_last)
+    model = slim.fold_gates(known.model).to(device).to(memory_format=torch.channels_last)
     return DistillationLoss(loss, model, gains)
 
 
 def training_loss(
-    model: nn.Module, config: DataConfig, img: int, batch_size: int, seed: int
+    model: nn.Module, config: DataConfig, img: int, batch_size: int, *, seed: int, augment: Augment, gains: LossGains
 ) -> tuple[Iterator[Any], Callable[[nn.Module, Any], Tensor]]:
-    """Shuffled batches of the training split, not augmented, and the loss of a model on one of them (default gains)."""
-    loader = build_loader(DetectionDataset(config, "train", img), batch_size, shuffle=True, seed=seed)
-    criterion = make_loss(model, LossGains(), img)
+    """Shuffled and augmented batches of the training split, and the loss of a model on one of them."""
+    train_set = DetectionDataset(config, "train", img, augment, seed)
+    loader = build_loader(train_set, batch_size, shuffle=True, seed=seed)
+    criterion = make_loss(model, gains, img)
 
     def loss(network: nn.Module, batch: Any) -> Tensor:
         # In evaluation mode the head gives (decoded, raw maps).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import slim
-from data import DataConfig
-from engine import Frozen, World, freeze
-from engine.checkpoint import TRAINING_STATE_KEY
+from data import Augment, DataConfig
+from engine import TRAINING_STATE_KEY, Frozen, World, freeze
 from models import (
     YOLO,
+    LossGains,
     ModelError,
     build_model,
     has_activation,
@@ -42,6 +42,20 @@ class Network:
     @property
     def names(self) -> list[str]:
         return list(self.build["names"])
+
+    @property
+    def augment(self) -> Augment:
+        """How its training images were augmented; the defaults where its checkpoint does not say."""
+        return Augment(**self.build.get("augment", {}))
+
+    @property
+    def gains(self) -> LossGains:
+        """The weights of its loss's parts; the defaults where its checkpoint does not say."""
+        return LossGains(**self.build.get("gains", {}))
+
+    def trained_with(self, augment: Augment, gains: LossGains) -> None:
+        """Note how it is trained, for cuts of its checkpoints; changes ``build``."""
+        self.build |= {"augment": asdict(augment), "gains": asdict(gains)}
 
 
 def build_network(build: Mapping[str, Any]) -> YOLO:

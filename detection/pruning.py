@@ -134,8 +134,11 @@ def open_prune_inputs(flags: PruneFlags, val_set: DetectionDataset | None = None
     check_classes(network, config, flags.weights, flags.dataset.data)
     dataset = val_set or DetectionDataset(config, "val", img, cache=loading.cache)
     evaluator = Evaluator(dataset, batch_size=loading.batch_size, workers=loading.workers, device=device)
-    train_batches = functools.partial(training_images, config, img, loading.batch_size, seed=seed)
-    training = functools.partial(training_loss, config=config, img=img, batch_size=loading.batch_size, seed=seed)
+    batch_size, augment, gains = loading.batch_size, network.augment, network.gains
+    train_batches = functools.partial(training_images, config, img, batch_size, seed=seed, augment=augment)
+    training = functools.partial(
+        training_loss, config=config, img=img, batch_size=batch_size, seed=seed, augment=augment, gains=gains
+    )
     return PruneInputs(network, device, real_images(dataset, PROOF_IMAGES), evaluator, train_batches, training)
 
 

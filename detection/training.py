@@ -72,7 +72,7 @@ class TrainResult:
 def train(flags: TrainFlags, world: World | None = None) -> TrainResult | None:
     """Train in a new run folder, or with --resume in the newest of that name; None where that run is finished."""
     world = world or World()
-    opened = world.from_first(lambda: open_run(flags))
+    opened = world.broadcast_from_rank0(lambda: open_run(flags))
     if opened is None:
         return None
     run, flags = opened
@@ -94,7 +94,7 @@ def train_in(
     flags: TrainFlags,
     *,
     resume_state: dict[str, Any] | None = None,
-    carried_state: dict[str, Any] | None = None,
+    warm_start_state: dict[str, Any] | None = None,
     world: World | None = None,
     val_set: DetectionDataset | None = None,
 ) -> TrainResult:
@@ -108,7 +108,7 @@ def train_in(
     device, batch_size = choose_device(flags.device, world), world.share(flags.loading.batch_size)
     img, seed, loading = flags.img, flags.training.seed, flags.loading
     seed_generators(seed)
-    config = world.from_first(lambda: open_data(flags.dataset))
+    config = world.broadcast_from_rank0(lambda: open_data(flags.dataset))
     network = read_network(run.last) if resume_state is not None else starting_network(flags, config.names)
     check_image_size(network.model, img)
     print(network.note or f"weights {flags.network.weights}")
@@ -120,6 +120,7 @@ def train_in(
         network.new_head and not flags.network.noautoanchor and not flags.teacher
     ):  # a teacher's maps are for its anchors
         print(fit_anchors(network, train_set, flags.gains.anchor_t, seed))
+    network.trained_with(flags.augment, flags.gains)
     labels_loss = make_loss(network.model, flags.gains, img, world)
     loss: LossFunction = labels_loss
     if flags.teacher:
@@ -152,7 +153,7 @@ def train_in(
         run.write_config({k: v for k, v in flat(flags).items() if k != "resume"}, script_of(flags))
         for split in run.note_data({"train": train_set.digest(), "val": val_set.digest()}):
             print(f"the labels of {split} are not those that the run began with; it goes on with what is there now")
-    run.adopt(world.from_first(lambda: run.path))
+    run.adopt(world.broadcast_from_rank0(lambda: run.path))
     for message in [*train_set.problems, *val_set.problems][:10]:
         print(f"left out: {message}")
     if resume_state is None and world.is_first:
@@ -176,10 +177,13 @@ def train_in(
         evaluate=evaluator,
         sparsity=sparsity,
         resume_state=resume_state,
-        carried_state=carried_state,
+        warm_start_state=warm_start_state,
         world=world,
     )
-    evaluation = world.from_first(lambda: finish(run, img, flags.training.epochs, evaluator, result))
+    evaluation = result.evaluation if trained is network.model else None
+    evaluation = world.broadcast_from_rank0(
+        lambda: finish(run, img, flags.training.epochs, evaluator, result, evaluation)
+    )
     return TrainResult(run, result, evaluation)
 
 
@@ -191,14 +195,14 @@ def unchanged(model: nn.Module) -> nn.Module:
 def with_fake_quantisers(
     model: nn.Module, batches: Sequence[Tensor], keep_float: Sequence[str]
 ) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
-    """The network that rounds to 8 bits while it trains, its ranges found on ``batches``, and what makes it plain again."""
-    rounded = with_quantisers(model, batches, head=head_path(model), keep_float=list(keep_float))
+    """Wrap the network in fake quantisers, whose ranges are found on ``batches``; with a function to the plain network."""
+    quantised = with_quantisers(model, batches, head=head_path(model), keep_float=list(keep_float))
     count = sum(len(batch) for batch in batches)
     print(f"rounds to 8 bits while it trains; ranges of {count} training images; checkpoints hold the plain network")
-    return rounded, unrounded(model)
+    return quantised, without_quantisers(model)
 
 
-def unrounded(model: nn.Module) -> Callable[[nn.Module], nn.Module]:
+def without_quantisers(model: nn.Module) -> Callable[[nn.Module], nn.Module]:
     """From a network with quantisers back to the plain one, ``model``'s structure with the trained weights."""
     template = copy.deepcopy(model).cpu()
 
@@ -308,10 +312,12 @@ def log_start(run: RunFolder, model: nn.Module, train_set: DetectionDataset, img
     save_png(torch.cat(tiles, 2), run.path / "train_batch.png")
 
 
-def finish(run: RunFolder, img: int, epochs: int, evaluator: Evaluator, result: FitResult) -> Evaluation:
-    """metrics.json and the plots, from the weights in last.pt."""
+def finish(
+    run: RunFolder, img: int, epochs: int, evaluator: Evaluator, result: FitResult, evaluation: Evaluation | None
+) -> Evaluation:
+    """Write metrics.json and the plots of the weights in last.pt, which are evaluated unless ``evaluation`` is theirs."""
     network = read_network(run.last)
-    evaluation = evaluator.last or evaluator(network.model)
+    evaluation = evaluation or evaluator(network.model)
     cost = slim.cost(network.model.cpu(), example_image(img))
     metrics = {**evaluation.metrics(), "params": cost.params, "macs": cost.macs, "seconds": result.seconds}
     gates = slim.gate_vectors(network.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from .distributed import World
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
@@ -24,9 +24,10 @@ def synchronised_norms(model: nn.Module, world: World) -> Iterator[None]:
     finds batch norms: only what they do with a batch is put before their class's forward. On GPUs that is torch's own
     SyncBatchNorm, which refuses tensors of the CPU. Do not move the model to another device meanwhile.
     """
-    norms = batch_norms(model) if world.size > 1 else []
+    norms = _batch_norms(model, world)
     for norm in norms:
-        norm.forward = _OverAllRanks(norm, world)  # type: ignore[method-assign,assignment]
+        fused = nn.SyncBatchNorm.convert_sync_batchnorm(norm)  # the same parameters and buffers
+        norm.forward = functools.partial(_forward, norm, fused, world)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -36,85 +37,61 @@ def synchronised_norms(model: nn.Module, world: World) -> Iterator[None]:
 
 def average_statistics(model: nn.Module, world: World) -> None:
     """Make the running statistics of all ranks their mean, in place."""
-    norms = batch_norms(model) if world.size > 1 else []
-    statistics = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+    statistics = [
+        statistic for norm in _batch_norms(model, world) for statistic in (norm.running_mean, norm.running_var)
+    ]
     world.average(statistic for statistic in statistics if statistic is not None)
 
 
-def batch_norms(model: nn.Module) -> list[BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+def _batch_norms(model: nn.Module, world: World) -> list[BatchNorm]:
+    return [module for module in model.modules() if world.size > 1 and isinstance(module, BatchNorm)]
 
 
-class _OverAllRanks:
-    """The forward pass of one norm."""
-
-    def __init__(self, norm: BatchNorm, world: World) -> None:
-        self.norm, self.world = norm, world
-        self.fused = nn.SyncBatchNorm.convert_sync_batchnorm(norm)  # the same parameters and buffers
-
-    def __call__(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        if not norm.training:
-            return type(norm).forward(norm, x)
-        if x.is_cuda:
-            joined: Tensor = self.fused.train()(x)
-            return joined
-        weight = x.new_ones(x.shape[1]) if norm.weight is None else norm.weight
-        bias = x.new_zeros(x.shape[1]) if norm.bias is None else norm.bias
-        y, mean, variance, count = _Normalise.apply(x, weight, bias, norm.eps, self.world)
-        self._remember(mean, variance * count / (count - 1).clamp(min=1))
-        result: Tensor = y
-        return result
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
-        norm = self.norm
-        if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
-            return
-        norm.num_batches_tracked.add_(1)
-        share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
-        norm.running_var.lerp_(variance.to(norm.running_var.dtype), share)
+def _forward(norm: BatchNorm, fused: nn.Module, world: World, x: Tensor) -> Tensor:
+    """The forward pass of one norm over the batches of all ranks."""
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    if x.is_cuda:
+        joined: Tensor = fused.train()(x)
+        return joined
+    y, mean, variance = normalise(x, norm.weight, norm.bias, norm.eps, world)
+    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
+        with torch.no_grad():
+            norm.num_batches_tracked.add_(1)
+            share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+            norm.running_var.lerp_(variance.to(norm.running_var.dtype), share)
+    return y
 
 
-class _Normalise(torch.autograd.Function):
-    """Batch normalisation over all ranks (Ioffe and Szegedy 2015, arXiv:1502.03167, with sums over ranks in its gradient).
+def normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, world: World
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch normalisation over all ranks (Ioffe and Szegedy 2015, arXiv:1502.03167), in float32.
 
-    [B, C, ...] -> the same, and the batch's mean and biased variance in float64 [C] with the count behind them. The
-    gradient is that of the sum of all ranks' losses; those of weight and bias hold this rank's part.
+    [B, C, ...] -> the same, with the mean [C] and the unbiased variance [C] of the whole batch. The gradient is that of
+    the sum of all ranks' losses; those of weight and bias hold this rank's part.
     """
+    values, dims, shape = x.float(), [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+    count = world.sum(torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64)).item()
+    mean = _SumOverRanks.apply(values.sum(dims), world) / count
+    centred = values - mean.view(shape)
+    variance = _SumOverRanks.apply(centred.square().sum(dims), world) / count
+    scale = (variance + eps).rsqrt()
+    y = centred * (scale if weight is None else scale * weight).view(shape)
+    y = y if bias is None else y + bias.view(shape)
+    return y.to(x.dtype), mean.detach(), variance.detach() * (count / max(count - 1, 1))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; its gradient is the sum of all ranks' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, world: World) -> tuple[Tensor, ...]:
-        own = x.float()
-        dims = [0, *range(2, x.ndim)]
-        count = x.numel() // x.shape[1]
-        variance, mean = (t.double() for t in torch.var_mean(own, dims, correction=0))
-        # In float64, the mean of squares less the squared mean cancels nothing that float32 had.
-        sums = torch.cat((mean * count, (variance + mean.square()) * count, mean.new_tensor([count])))
-        mean, squares, total = world.sum(sums).split([x.shape[1], x.shape[1], 1])
-        mean, squares = mean / total, squares / total
-        variance = (squares - mean.square()).clamp(min=0)
-        scale = (variance + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, scale, total)
+    def forward(ctx: Any, tensor: Tensor, world: World) -> Tensor:
         ctx.world = world
-        ctx.mark_non_differentiable(mean, variance, total)
-        y = (own - _across(mean, x)) * _across(scale * weight, x) + _across(bias, x)
-        return y.to(x.dtype), mean, variance, total
+        return world.sum(tensor.clone())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, mean, scale, total = ctx.saved_tensors
-        slope, dims = slope.float(), [0, *range(2, x.ndim)]
-        normalised = (x.float() - _across(mean, x)) * _across(scale, x)
-        of_bias, of_weight = slope.sum(dims), (slope * normalised).sum(dims)
-        means = ctx.world.sum(torch.cat((of_bias, of_weight)).double()) / total
-        along, across = means.split(x.shape[1])
-        of_x = (slope - _across(along, x) - normalised * _across(across, x)) * _across(scale * weight, x)
-        return of_x.to(x.dtype), of_weight.to(weight.dtype), of_bias.to(weight.dtype), None, None
-
-
-def _across(values: Tensor, x: Tensor) -> Tensor:
-    """One float32 for each channel of x."""
-    return values.float().view(1, -1, *[1] * (x.ndim - 2))
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.world.sum(gradient.clone()), None

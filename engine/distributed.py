@@ -20,7 +20,7 @@ from slim import SlimError
 
 from .settings import RANK_VARIABLES
 
-PATIENCE = timedelta(hours=1)
+TIMEOUT = timedelta(hours=1)
 """How long ranks wait for one another; rank 0 evaluates and saves while the others do."""
 FAREWELL = timedelta(seconds=20)
 """How long all others let one rank tell why the run ends; torchrun kills after 30 seconds."""
@@ -47,7 +47,7 @@ class World:
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """What torchrun's variables say, without joining anybody; SlimError where they make no sense."""
+        """Read torchrun's variables, without joining anybody; SlimError where they make no sense."""
         found = {name: environment[name] for name in RANK_VARIABLES if name in environment}
         if "WORLD_SIZE" not in found or found["WORLD_SIZE"] == "1":
             return cls()
@@ -69,9 +69,9 @@ class World:
             return world
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         try:
-            store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=PATIENCE))
+            store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
             dist.init_process_group(
-                backend, timeout=PATIENCE, store=PrefixStore("group", store), rank=world.rank, world_size=world.size
+                backend, timeout=TIMEOUT, store=PrefixStore("group", store), rank=world.rank, world_size=world.size
             )
         except (ValueError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
@@ -96,8 +96,8 @@ class World:
             else:
                 self.store.wait(["spoken"], FAREWELL)
 
-    def ends_first(self) -> bool:
-        """Whether this rank, which failed or was stopped, is the cause: the others only miss it. To be asked once."""
+    def claim_failure(self) -> bool:
+        """Whether this rank, which failed or was stopped, is the first to say so, and so tells why. To be called once."""
         try:
             return self.store is None or int(self.store.add("ended", 1)) == 1
         except RuntimeError:  # whoever kept the store is gone without a word
@@ -141,8 +141,8 @@ class World:
         if self.size > 1:
             self.sum(torch.zeros(1))
 
-    def from_first(self, act: Callable[[], T]) -> T:
-        """What `act` gives on the first rank, which alone calls it, for all ranks; it has to be picklable."""
+    def broadcast_from_rank0(self, act: Callable[[], T]) -> T:
+        """Call `act` on rank 0 alone and give its result, which has to be picklable, to all ranks."""
         if self.size == 1:
             return act()
         box: list[Any] = [act() if self.is_first else None]
@@ -151,7 +151,7 @@ class World:
         return result
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order, on all of them."""
+        """Give the values of all ranks, in their order, to all of them."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -159,7 +159,7 @@ class World:
         return values
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, the same bits on each; in place."""
+        """Sum over all ranks, in place; the same bits on each."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -173,20 +173,19 @@ class World:
         means = [mean.view_as(t) for mean, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
         torch._foreach_copy_(tensors, means)
 
-    def agree(self, values: Mapping[str, float], wanted: bool) -> tuple[dict[str, float], bool]:
-        """The means of the values over all ranks, and whether any of them wants something; at one exchange."""
+    def mean_and_any(self, values: Mapping[str, float], wanted: bool) -> tuple[dict[str, float], bool]:
+        """The means of the values over all ranks, and whether `wanted` is true on any of them; one exchange."""
         if self.size == 1:
             return dict(values), wanted
         *means, wishes = (self.sum(torch.tensor([*values.values(), wanted], dtype=torch.float64)) / self.size).tolist()
         return dict(zip(values, means, strict=True)), wishes > 0
 
-    def parallel(self, model: nn.Module) -> nn.Module:
-        """What to send images through so that the gradients in `model` are means over all ranks.
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Wrap `model` so that its gradients are means over all ranks, which take over the first one's weights.
 
-        All ranks take over the first one's weights. Statistics are left to `synchronised_norms` or `average_statistics`.
-        With three ranks or more the first step after a resumption may round differently: torch lays its buckets out anew
-        after its first step.
+        Statistics are left to `synchronised_norms` or `average_statistics`. With three ranks or more the first step after a
+        resumption may round differently: torch lays its buckets out anew after its first step.
         """
-        parallel = DistributedDataParallel(model)
-        parallel.broadcast_buffers = False  # torch 2.15 warns of this as an argument and older ones know no other
-        return parallel
+        wrapped = DistributedDataParallel(model)
+        wrapped.broadcast_buffers = False  # torch 2.15 warns of this as an argument and older ones know no other
+        return wrapped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +17,12 @@ from slim import SlimError
 
 from .batch import Batch, network_input
 from .batch_norm import average_statistics
-from .checkpoint import EpochSums, Trainee
 from .distributed import World
-from .freezing import enter_training
 from .interruption import Interruption
-from .memory import OUT_OF_MEMORY, batch_that_may_fit
+from .optimiser import enter_training
 from .settings import TrainConfig
 from .sparsity import Sparsity
+from .state import EpochSums, TrainState
 
 MAX_SKIPPED_STEPS = 20  # in a row: halving the scale as often takes any start value below 1
 
@@ -38,7 +38,7 @@ class Loader(Protocol):
 
 @dataclass
 class Epoch:
-    """What train_one_epoch needs besides the trainee."""
+    """What train_one_epoch needs besides the training's state; `so_far` and `stopped` say how far it came."""
 
     number: int
     config: TrainConfig
@@ -52,102 +52,92 @@ class Epoch:
     started: float = field(default_factory=time.perf_counter)
 
 
-def train_one_epoch(trainee: Trainee, loss_fn: LossFunction, batches: Loader, epoch: Epoch) -> dict[str, float]:
-    """One pass over `batches`, or what is left of it; returns the means of the loss parts as "loss/<part>" and the last "lr".
+def train_one_epoch(state: TrainState, loss_fn: LossFunction, batches: Loader, epoch: Epoch) -> dict[str, float]:
+    """Train on `batches`, or on what is left of them; returns the means of the loss parts as "loss/<part>" and the last "lr".
 
-    After an interruption it returns early; `epoch.so_far` says how far it came.
+    After an interruption it returns early. The host waits for the device once a step, to read the loss, its parts and the
+    gradient's norm together.
     """
-    model, optimizer, scaler, so_far = trainee.model, trainee.optimizer, trainee.scaler, epoch.so_far
-    forward, world = trainee.parallel or model, epoch.world
+    model, optimizer, scaler, world = state.model, state.optimizer, state.scaler, epoch.world
+    forward, half = state.ddp or model, state.dtype != torch.float32
     enter_training(model)
-    lr, skipped_in_a_row = so_far.lr, 0
-    with tqdm(
-        batches, desc=epoch.caption, total=len(batches), leave=False, disable=None if world.is_first else True
-    ) as bar:
+    lr, skipped_in_a_row = epoch.so_far.lr, 0
+    silent = None if world.is_first else True
+    with tqdm(batches, desc=epoch.caption, total=len(batches), leave=False, disable=silent) as bar:
         for index, batch in enumerate(bar):
-            if index < so_far.batches:  # done before an interruption
+            if index < epoch.so_far.batches:  # done before an interruption
                 continue
             lr = float(optimizer.param_groups[0]["lr"])
             where = f"epoch {epoch.number}, batch {index}"
-            with _naming_the_batch_size(batch, where, world):
-                images, targets = _to_device(batch, epoch)
-                optimizer.zero_grad(set_to_none=True)
-                with torch.autocast(epoch.device.type, trainee.dtype, enabled=trainee.dtype != torch.float32):
+            optimizer.zero_grad(set_to_none=True)
+            with _explain_out_of_memory(batch, where, world):
+                images = network_input(batch.images, epoch.device, channels_last=epoch.config.channels_last)
+                targets = batch.targets.to(epoch.device, non_blocking=True)
+                with torch.autocast(epoch.device.type, state.dtype, enabled=half):
                     outputs = forward(images)
                     loss, parts = loss_fn(in_float32(outputs), targets, images)
-                values = {name: float(part) for name, part in parts.items()}
-                if not torch.isfinite(loss):
-                    raise SlimError(_not_finite(where, f"loss is {float(loss.detach())}", values, lr))
                 # The mean of gradients over ranks, times their number, is the gradient of the sum of losses.
-                loss = loss if world.size == 1 else loss * world.size
-                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                scaler.scale(loss * world.size).backward()  # type: ignore[no-untyped-call]
             if not epoch.config.sync_bn:
                 average_statistics(model, world)
             scaler.unscale_(optimizer)
-            norm = clip_gradients(model, epoch.config.optim.clip_norm)
-            if not torch.isfinite(norm):
+            norm = nn.utils.clip_grad_norm_(model.parameters(), epoch.config.optim.clip_norm, foreach=True)
+            loss_value, norm_value, *values = torch.stack([loss.detach(), norm, *parts.values()]).tolist()
+            losses = dict(zip(parts, values, strict=True))
+            if not math.isfinite(loss_value):
+                raise SlimError(_not_finite(where, f"loss is {loss_value}", losses, lr))
+            if not math.isfinite(norm_value):
                 skipped_in_a_row += 1
                 if not scaler.is_enabled() or skipped_in_a_row > MAX_SKIPPED_STEPS:
-                    raise SlimError(_not_finite(where, f"gradient norm is {float(norm)}", values, lr))
+                    raise SlimError(_not_finite(where, f"gradient norm is {norm_value}", losses, lr))
                 scaler.update()  # half precision overflowed: a smaller scale, and nothing else moves
                 continue
             skipped_in_a_row = 0
             scaler.step(optimizer)
-            trainee.scheduler.step()
+            state.scheduler.step()
             scaler.update()
+            measured = None
             if epoch.sparsity is not None:
                 epoch.sparsity.step(epoch.number, lr)
-            trainee.average.update_parameters(model)
+                if index + 1 == len(batches) and epoch.sparsity.is_active(epoch.number):
+                    measured = epoch.sparsity.l1.strength_over_gradient()
+            state.average.update_parameters(model)
 
-            measured = None
-            if epoch.sparsity is not None and index + 1 == len(batches):
-                measured = epoch.sparsity.measured(epoch.number)
-            values, epoch.stopped = world.agree(values, epoch.interruption.wanted)
-            so_far = epoch.so_far = so_far.plus(values, index + 1, lr, measured)
+            losses, epoch.stopped = world.mean_and_any(losses, epoch.interruption.wanted)
+            epoch.so_far = epoch.so_far.plus(losses, index + 1, lr, measured)
             if not bar.disable:
-                bar.set_postfix(so_far.means() | {"lr": f"{lr:.5f}"}, refresh=False)
+                bar.set_postfix(epoch.so_far.means() | {"lr": f"{lr:.5f}"}, refresh=False)
             if epoch.stopped:
                 break
-    return {f"loss/{name}": mean for name, mean in so_far.means().items()} | {"lr": lr}
-
-
-@contextlib.contextmanager
-def _naming_the_batch_size(batch: Batch, where: str, world: World) -> Iterator[None]:
-    """Out of memory, on a GPU or not, becomes one line that says what to try."""
-    try:
-        yield
-    except OUT_OF_MEMORY as error:
-        remedy = batch_that_may_fit(error, len(batch.images), tuple(batch.images.shape[2:]), world.size)
-        if remedy is None:
-            raise
-        raise SlimError(f"{where}: {remedy}; the last finished epoch is in weights/last.pt") from error
-
-
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """The norm of all gradients, which are scaled down where it is larger than `max_norm`."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
-    if norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / float(norm + 1e-6))
-    return norm
-
-
-def _to_device(batch: Batch, epoch: Epoch) -> tuple[Tensor, Tensor]:
-    images = network_input(batch.images, epoch.device, channels_last=epoch.config.channels_last)
-    return images, batch.targets.to(epoch.device, non_blocking=True)
+    return {f"loss/{name}": mean for name, mean in epoch.so_far.means().items()} | {"lr": lr}
 
 
 def in_float32(outputs: Any) -> Any:
     """A network's output, nested or not, for a loss in float32."""
-    if isinstance(outputs, Tensor):
-        return outputs.float()
     if isinstance(outputs, (list, tuple)):
         return [in_float32(output) for output in outputs]
-    return outputs
+    return outputs.float() if isinstance(outputs, Tensor) else outputs
 
 
-def _not_finite(where: str, what: str, parts: Mapping[str, float], lr: float) -> str:
-    listed = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+@contextlib.contextmanager
+def _explain_out_of_memory(batch: Batch, where: str, world: World) -> Iterator[None]:
+    """Running out of memory, on a GPU or not, becomes one line that says what to try."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # a CPU's allocator raises RuntimeError
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not known:
+            raise
+        size, (height, width) = len(batch.images), batch.images.shape[2:]
+        remedy = "a smaller --img" if size == 1 else f"--batch-size {size // 2 * world.size}"
+        raise SlimError(
+            f"{where}: out of memory with {size * world.size} images of {width}x{height} pixels a step; try {remedy}; "
+            "the last finished epoch is in weights/last.pt"
+        ) from error
+
+
+def _not_finite(where: str, what: str, losses: Mapping[str, float], lr: float) -> str:
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
     return (
         f"{where}: {what} (parts: {listed}; lr {lr:.3g}), expected a finite number; stopped before the step, the last "
         "finished epoch is in weights/last.pt; lower --lr, train without half precision or check the labels"

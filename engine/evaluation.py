@@ -28,10 +28,15 @@ CocoDict = dict[str, Any]
 class Evaluation:
     """COCO metrics, 0..1.
 
-    ap is AP@[.50:.95], ap50 and ap75 are at one IoU. per_class holds AP by class name; classes without an
-    instance in the ground truth have no AP and are left out. seconds covers inference, post-processing and
-    matching of all `images`. detections are COCO result dicts: image_id, category_id, bbox (x, y, width,
-    height in pixels of the original image), score.
+    Attributes:
+        ap: AP@[.50:.95]
+        ap50: AP at IoU 0.50
+        ap75: AP at IoU 0.75
+        per_class: AP by class name; classes without an instance in the ground truth have none and are left out
+        images: number of images
+        seconds: time of inference, post-processing and matching of all images
+        detections: COCO result dicts: image_id, category_id, bbox (x, y, width, height in pixels of the original image),
+            score
     """
 
     ap: float
@@ -43,15 +48,8 @@ class Evaluation:
     detections: list[CocoDict] = field(repr=False)
 
     def metrics(self) -> dict[str, Any]:
-        """What `metrics.json` wants of an evaluation."""
-        return {
-            "ap": self.ap,
-            "ap50": self.ap50,
-            "ap75": self.ap75,
-            "per_class": dict(self.per_class),
-            "images": self.images,
-            "seconds": self.seconds,
-        }
+        """The entries of `metrics.json`: all but the detections."""
+        return {name: value for name, value in vars(self).items() if name != "detections"}
 
     def __str__(self) -> str:
         lines = [f"AP {self.ap:.4f}  AP50 {self.ap50:.4f}  AP75 {self.ap75:.4f}  ({self.images} images)"]
@@ -78,9 +76,15 @@ def evaluate(
 ) -> Evaluation:
     """Run `model` over `loader` and match what `postprocess` leaves with `ground_truth`.
 
-    In evaluation mode `model(images)` gives (decoded, raw); `postprocess(decoded)` gives per image a tensor
-    [n, 6] of x1, y1, x2, y2 (pixels of the network's input), score, class. `ground_truth` is a COCO dict
-    whose categories are in the order of `names`. FP32, so that figures do not depend on the device.
+    Args:
+        model: in evaluation mode `model(images)` gives (decoded, raw); it runs in FP32, so that figures do not depend on the
+            device
+        loader: gives each image of the split once
+        postprocess: gives per image a tensor [n, 6] of x1, y1, x2, y2 (pixels of the network's input), score, class
+        ground_truth: a COCO dict whose categories are in the order of `names`
+        names: of the classes
+        device: where the model is
+        channels_last: memory format of the images
 
     Raises SlimError when the ground truth is empty or the loader does not give each of its images once.
     """
@@ -144,13 +148,15 @@ def save_coco_json(detections: list[CocoDict], path: str | Path) -> None:
 
 
 def _coco_results(image_id: int, found: Tensor, category_ids: Sequence[int]) -> list[CocoDict]:
-    results = []
-    for x1, y1, x2, y2, score, cls in found.tolist():
-        bbox = [x1, y1, x2 - x1, y2 - y1]
-        results.append(
-            {"image_id": image_id, "category_id": category_ids[int(cls)], "bbox": bbox, "score": score},
-        )
-    return results
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[int(cls)],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for x1, y1, x2, y2, score, cls in found.tolist()
+    ]
 
 
 def _check_ground_truth(ground_truth: CocoDict, names: Sequence[str]) -> None:

@@ -1,13 +1,16 @@
-"""Optimiser, learning-rate schedule and moving average of the weights."""
+"""What a training moves and how: frozen layers, optimiser, learning-rate schedule and moving average of the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from slim import NORMS, SlimError, gate_parameters
@@ -16,15 +19,74 @@ from .settings import OptimConfig
 
 MAX_WARMUP_SHARE = 0.1  # of all steps: a short run on a small data set must not spend itself warming up
 
-_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+@dataclass(frozen=True)
+class Frozen:
+    """What ``freeze`` did: the outermost modules, their parameters of all, and their norms."""
+
+    modules: tuple[str, ...]
+    frozen_params: int
+    params: int
+    norms: int
+
+    def __str__(self) -> str:
+        return (
+            f"frozen: {', '.join(self.modules)}: {self.frozen_params} of {self.params} parameters; norms that keep "
+            f"their statistics: {self.norms}"
+        )
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> Frozen:
+    """Take the modules whose path matches a pattern, with all that is in them, out of the training; in place.
+
+    Their parameters get no gradient and no optimiser, so that neither weights nor gates move, and `fit` keeps their
+    norms in evaluation mode. A gate vector that a frozen module shares with others is frozen for all of them.
+    ``model.1.*`` matches everything in ``model.1``, which ``model.1`` alone takes too. Raises SlimError for a pattern
+    without a match and when nothing is left to train.
+    """
+    paths = [path for path, _ in model.named_modules() if path]
+    chosen: list[str] = []
+    for pattern in patterns:
+        matched = [path for path in paths if fnmatchcase(path, pattern)]
+        if not matched:
+            near = get_close_matches(pattern.strip("*."), paths, cutoff=0.4) or paths[:5]
+            raise SlimError(f"freeze: no module is named {pattern!r}; near names: {', '.join(near)}")
+        chosen += matched
+    for path in chosen:
+        model.get_submodule(path).requires_grad_(False)
+    parameters = list(model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise SlimError(f"freeze: {' '.join(patterns)} leaves nothing to train; leave out a layer, such as the head")
+    outermost = [path for path in dict.fromkeys(chosen) if not any(path.startswith(f"{other}.") for other in chosen)]
+    return Frozen(
+        modules=tuple(outermost),
+        frozen_params=sum(parameter.numel() for parameter in parameters if not parameter.requires_grad),
+        params=sum(parameter.numel() for parameter in parameters),
+        norms=sum(_is_frozen_norm(module) for module in model.modules()),
+    )
+
+
+def enter_training(model: nn.Module) -> None:
+    """Set training mode, in place, but for frozen norms: they use their statistics and leave them unchanged."""
+    model.train()
+    for module in model.modules():
+        if _is_frozen_norm(module):
+            module.eval()
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm that has parameters, none of which gets a gradient."""
+    own = list(module.parameters(recurse=False))
+    return isinstance(module, NORMS) and bool(own) and not any(parameter.requires_grad for parameter in own)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Two parameter groups, "decayed" and "plain" (norms, biases, gates); frozen parameters are in neither."""
-    never_decayed = {id(parameter) for parameter in gate_parameters(model)}
-    for module in model.modules():
-        if isinstance(module, NORMS):
-            never_decayed.update(id(parameter) for parameter in module.parameters(recurse=False))
+    """Make the optimiser of two parameter groups, "decayed" and "plain" (norms, biases, gates), without frozen parameters.
+
+    Raises SlimError when no parameter of the model requires a gradient.
+    """
+    norms = [parameter for m in model.modules() if isinstance(m, NORMS) for parameter in m.parameters(recurse=False)]
+    never_decayed = {id(parameter) for parameter in [*gate_parameters(model), *norms]}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -44,7 +106,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def learning_rate_factor(config: OptimConfig, steps_per_epoch: int, epochs: int) -> Callable[[int], float]:
-    """The factor on `config.lr` at each optimiser step, counted from 0: warm-up times decay."""
+    """Give the factor on `config.lr` as a function of the optimiser step, counted from 0: warm-up times decay."""
     total = max(1, steps_per_epoch * epochs)
     warmup = round(min(config.warmup_epochs * steps_per_epoch, MAX_WARMUP_SHARE * total))
 
@@ -55,13 +117,6 @@ def learning_rate_factor(config: OptimConfig, steps_per_epoch: int, epochs: int)
         return decay * min(1.0, (step + 1) / (warmup + 1))
 
     return factor
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int, epochs: int
-) -> LambdaLR:
-    """To be stepped once after every optimiser step."""
-    return LambdaLR(optimizer, learning_rate_factor(config, steps_per_epoch, epochs))
 
 
 def learning_rate_sum(config: OptimConfig, steps_per_epoch: int, epochs: int, from_epoch: int = 0) -> float:
@@ -79,23 +134,23 @@ class WeightAverage(AveragedModel):
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         super().__init__(model, use_buffers=True)
-        self._average = _ramped_average(config)
+        self._decay, self._warmup_steps = config.ema_decay, config.ema_warmup_steps
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Move towards `model`; call once after every optimiser step."""
         gates = {id(gate) for gate in gate_parameters(self.module)}
-        moved: tuple[list[Tensor], list[Tensor]] = [], []
-        copied: tuple[list[Tensor], list[Tensor]] = [], []
-        for old, new in zip(tensors_of(self.module), tensors_of(model), strict=True):
-            averaged, current = moved if old.is_floating_point() and id(old) not in gates else copied
-            averaged.append(old)
-            current.append(new)
-        if self.n_averaged == 0:
-            torch._foreach_copy_(moved[0], moved[1])
-        else:
-            self._average(*moved, int(self.n_averaged))
-        torch._foreach_copy_(*copied)
+        averages, currents = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
+        count = int(self.n_averaged)
+        is_averaged = [count > 0 and old.is_floating_point() and id(old) not in gates for old in averages]
+        is_copied = [not chosen for chosen in is_averaged]
+        if any(is_averaged):
+            decay = self._decay * (1 - math.exp(-(count + 1) / self._warmup_steps))
+            torch._foreach_lerp_(
+                list(compress(averages, is_averaged)), list(compress(currents, is_averaged)), 1 - decay
+            )
+        if any(is_copied):
+            torch._foreach_copy_(list(compress(averages, is_copied)), list(compress(currents, is_copied)))
         self.n_averaged += 1
 
 
@@ -105,17 +160,3 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device
     images: float [B, 3, H, W] in 0..1. What a cut of open channels leaves has other statistics than the network before.
     """
     update_bn(images, model.to(device), torch.device(device))
-
-
-def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, then buffers."""
-    yield from model.parameters()
-    yield from model.buffers()
-
-
-def _ramped_average(config: OptimConfig) -> Callable[[_Tensors, _Tensors, int], None]:
-    def average(averaged: _Tensors, current: _Tensors, num_averaged: int) -> None:
-        decay = config.ema_decay * (1 - math.exp(-(num_averaged + 1) / config.ema_warmup_steps))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-
-    return average

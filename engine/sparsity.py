@@ -1,4 +1,4 @@
-"""The sparse part of a training: what pulls the gates, and how it is measured."""
+"""The sparse part of a training: what changes the gates after a step, and how it is measured."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from slim import SmallestHalfL1, closed_gates_at_zero
 from .evaluation import Evaluation
 
 
-class Pulling(Protocol):
-    """What sparse training does to the gates after a step: `slim.SmallestHalfL1` or `slim.ClosedShareController`."""
+class GateUpdater(Protocol):
+    """What changes the gates after an optimiser step: `slim.SmallestHalfL1` or `slim.ClosedShareController`."""
 
     def step(self, lr: float) -> None: ...
     def state(self) -> dict[str, Any]: ...
@@ -26,51 +26,45 @@ class Sparsity:
     """The sparse part of a training.
 
     Args:
-        pull: measures the gates; with `by` absent it also moves them
-        by: what takes the step in the pull's place, such as a controller of its strength
-        from_epoch: first epoch in which gates are pulled; before it, and with None in all epochs, they are only kept at or
-            above 0
+        l1: takes the L1 step and measures the gates
+        controller: takes the step in place of `l1`, whose strength it sets; None for a fixed strength
+        from_epoch: first epoch with the L1 step; before it, and with None in all epochs, gates are only kept at or above 0
     """
 
-    pull: SmallestHalfL1
-    by: Pulling | None = None
+    l1: SmallestHalfL1
+    controller: GateUpdater | None = None
     from_epoch: int | None = 0
 
     @property
-    def mover(self) -> Pulling:
-        return self.by or self.pull
+    def gate_updater(self) -> GateUpdater:
+        """What takes the L1 step."""
+        return self.controller or self.l1
 
-    def pulls_in(self, epoch: int) -> bool:
+    def is_active(self, epoch: int) -> bool:
+        """Whether the L1 step is taken in an epoch."""
         return self.from_epoch is not None and epoch >= self.from_epoch
 
     def step(self, epoch: int, lr: float) -> None:
-        """What is done to the gates after a step of `epoch`, in place."""
-        if self.pulls_in(epoch):
-            self.mover.step(lr)
+        """Change the gates after an optimiser step of `epoch`, in place."""
+        if self.is_active(epoch):
+            self.gate_updater.step(lr)
         else:
-            self.pull.project()
-
-    def measured(self, epoch: int) -> float | None:
-        """The pull against the gradient, where gates are pulled."""
-        return self.pull.strength_over_gradient() if self.pulls_in(epoch) else None
+            self.l1.project()
 
     def masked_ap(self, model: nn.Module, evaluate: Callable[[nn.Module], Evaluation]) -> float | None:
-        """AP with closed gates at exactly 0, which is what a cut of them leaves; None where they all are 0 already."""
+        """AP with closed gates at exactly 0, as a cut leaves them; None where they all are 0 already."""
         if self.from_epoch is None:
             return None
         with closed_gates_at_zero(model) as changed:
             return evaluate(model).ap if changed else None
 
-    def scalars(
-        self, epoch: int, measured: float | None, evaluation: Evaluation | None, masked_ap: float | None
-    ) -> dict[str, float | None]:
-        """Whether it is sparse enough, and whether the pull is strong enough: TensorBoard's scalars of an epoch."""
+    def scalars(self, epoch: int, over_gradient: float | None, masked_ap: float | None) -> dict[str, float | None]:
+        """An epoch's scalars for TensorBoard: is the network sparse enough, and is the L1 step strong enough?"""
         if self.from_epoch is None:
             return {}
-        plain = None if evaluation is None else evaluation.ap
         return {
-            "loss/l1": self.pull.penalty(),
-            "gates/strength": self.pull.strength if self.pulls_in(epoch) else 0.0,
-            "gates/pull_over_gradient": measured,
-            "metrics/masked_ap": plain if masked_ap is None else masked_ap,
+            "loss/l1": self.l1.penalty(),
+            "gates/strength": self.l1.strength if self.is_active(epoch) else 0.0,
+            "gates/pull_over_gradient": over_gradient,
+            "metrics/masked_ap": masked_ap,
         }

@@ -21,7 +21,7 @@ from engine import OptimConfig, Sparsity, TrainConfig, World, fit, learning_rate
 from engine.batch_norm import synchronised_norms
 from models import DetectionLoss, LossGains, build_model, load_description
 from slim import SlimError
-from tests.engine.tiny_detector import RecordingPull, TinyBatch, TinyDetector, TinyLoader, TinySet, save, weight_sum
+from tests.engine.tiny_detector import RecordingL1, TinyBatch, TinyDetector, TinyLoader, TinySet, save, weight_sum
 from tests.engine.tiny_detector import squared_loss as whole_loss
 from tests.scripts.runs import ROOT
 from tracking import RunFolder
@@ -110,8 +110,8 @@ def gated_steps(out: Path, world: World) -> None:
     """Sparse training in which batch norms are each rank's own, and what would be cut after it."""
     model, config = yolo(), TrainConfig(2, OptimConfig(lr=0.05), precision="float32")
     slim.add_gates(model, slim.trace(model, torch.zeros(1, 3, 64, 64)))
-    pull = slim.SmallestHalfL1(model, strength=1.0)
-    controller = slim.ClosedShareController(pull, 0.4, learning_rate_sum(config.optim, 3, 2, 0))
+    l1 = slim.SmallestHalfL1(model, strength=1.0)
+    controller = slim.ClosedShareController(l1, 0.4, learning_rate_sum(config.optim, 3, 2, 0))
     saved: dict[str, Any] = {}
 
     def keep(path: Path, average: nn.Module, state: dict[str, Any] | None) -> None:
@@ -127,7 +127,7 @@ def gated_steps(out: Path, world: World) -> None:
         run=RunFolder(out / "gated"),
         save=keep,
         device="cpu",
-        sparsity=Sparsity(pull, controller),
+        sparsity=Sparsity(l1, controller),
         world=world,
     )
     graph = slim.trace(model, torch.zeros(1, 3, 64, 64))
@@ -140,15 +140,15 @@ def gated_steps(out: Path, world: World) -> None:
 
 def keep_average(saved: dict[str, Any]) -> None:
     """Catch the moving average that `fit` makes."""
-    import engine.trainee
+    import engine.state
 
-    original = engine.trainee.WeightAverage
+    original = engine.state.WeightAverage
 
     def caught(*args: Any) -> Any:
         saved["average"] = original(*args)
         return saved["average"]
 
-    engine.trainee.WeightAverage = caught  # type: ignore[assignment,misc]
+    engine.state.WeightAverage = caught  # type: ignore[assignment,misc]
 
 
 class RankLoader(TinyLoader):
@@ -169,7 +169,7 @@ def interruption(out: Path, world: World) -> None:
     def train(run: RunFolder, loss: Any, state: dict[str, Any] | None = None) -> TinyDetector:
         torch.manual_seed(4 if state is None else 9)
         model = TinyDetector()
-        sparsity = Sparsity(RecordingPull(model, 3.0), from_epoch=1)
+        sparsity = Sparsity(RecordingL1(model, 3.0), from_epoch=1)
         config = TrainConfig(epochs=3)
         common: dict[str, Any] = {"config": config, "run": run, "save": save, "device": "cpu", "world": world}
         fit(model, loss, RankLoader(world.rank), evaluate=weight_sum, sparsity=sparsity, resume_state=state, **common)

@@ -19,7 +19,7 @@ from detection.command import run_script
 from detection.flags import ScriptFlags
 from detection.network import choose_device
 from engine import World
-from engine.batch_norm import _Normalise, average_statistics, synchronised_norms
+from engine.batch_norm import average_statistics, normalise, synchronised_norms
 from engine.settings import RANK_VARIABLES
 from slim import SlimError
 from tests.engine.test_training import assert_same
@@ -146,7 +146,7 @@ def test_the_gradient_of_the_norm_is_exact() -> None:
     x = (torch.randn(3, 2, 4, 3) * 2 + 5).requires_grad_()
     weight, bias = torch.randn(2, requires_grad=True), torch.randn(2, requires_grad=True)
     slope = torch.randn_like(x)
-    found = torch.autograd.grad(_Normalise.apply(x, weight, bias, 1e-3, World())[0], (x, weight, bias), slope)
+    found = torch.autograd.grad(normalise(x, weight, bias, 1e-3, World())[0], (x, weight, bias), slope)
     plain = nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=1e-3)
     for ours, theirs in zip(found, torch.autograd.grad(plain, (x, weight, bias), slope), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -154,9 +154,9 @@ def test_the_gradient_of_the_norm_is_exact() -> None:
 
 def test_a_world_of_one_sends_nothing_and_changes_nothing() -> None:
     world, tensor, model = World(), torch.tensor([0.1, 0.2]), nn.Sequential(nn.BatchNorm2d(2))
-    assert world.sum(tensor) is tensor and world.gather(3) == [3] and world.from_first(lambda: "x") == "x"
-    assert world.agree({"box": 0.1}, True) == ({"box": 0.1}, True)
-    assert world.share(7) == 7 and world.launcher == "python" and world.ends_first()
+    assert world.sum(tensor) is tensor and world.gather(3) == [3] and world.broadcast_from_rank0(lambda: "x") == "x"
+    assert world.mean_and_any({"box": 0.1}, True) == ({"box": 0.1}, True)
+    assert world.share(7) == 7 and world.launcher == "python" and world.claim_failure()
     world.barrier()
     world.leave(1, True)
     with synchronised_norms(model, world):

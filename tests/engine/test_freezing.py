@@ -11,7 +11,7 @@ from torch import nn
 
 import slim
 from engine import OptimConfig, Sparsity, TrainConfig, build_optimizer, fit, freeze, read_training_state
-from engine.freezing import enter_training
+from engine.optimiser import enter_training
 from slim import Gate, SlimError
 from tests.engine.tiny_detector import TinyLoader, evaluation_of, save, squared_loss
 from tracking import RunFolder
@@ -106,7 +106,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
-def test_gate_vector_that_a_frozen_layer_shares_is_not_pulled() -> None:
+def test_gate_vector_that_a_frozen_layer_shares_is_not_shrunk() -> None:
     model = network()
     model.second[2].vectors[0] = model.first[2].vectors[0]
     freeze(model, ["first"])
@@ -114,9 +114,9 @@ def test_gate_vector_that_a_frozen_layer_shares_is_not_pulled() -> None:
         slim.SmallestHalfL1(model, strength=1.0)
     free = network()
     freeze(free, ["first"])
-    pull = slim.SmallestHalfL1(free, strength=1.0)
-    pull.step(2.0)
-    assert list(pull.gates()) == ["s"] and pull.closed_share() == 0.5
+    l1 = slim.SmallestHalfL1(free, strength=1.0)
+    l1.step(2.0)
+    assert list(l1.gates()) == ["s"] and l1.closed_share() == 0.5
     assert free.first[2].vectors[0].tolist() == [1.0] * 4
 
 

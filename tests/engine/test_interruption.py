@@ -14,13 +14,13 @@ from engine import OptimConfig, Sparsity, TrainConfig, fit, learning_rate_sum, r
 from engine.interruption import Interruption
 from slim import ClosedShareController
 from tests.engine.test_training import assert_same, tiny
-from tests.engine.tiny_detector import RecordingPull, TinyDetector, TinyLoader, save, squared_loss, weight_sum
+from tests.engine.tiny_detector import RecordingL1, TinyDetector, TinyLoader, save, squared_loss, weight_sum
 from tracking import RunFolder
 
 
 def sparse(model: TinyDetector) -> Sparsity:
-    pull = RecordingPull(model)
-    return Sparsity(pull, ClosedShareController(pull, 0.5, learning_rate_sum(OptimConfig(), 4, 3, 1)), from_epoch=1)
+    l1 = RecordingL1(model)
+    return Sparsity(l1, ClosedShareController(l1, 0.5, learning_rate_sum(OptimConfig(), 4, 3, 1)), from_epoch=1)
 
 
 def train(model: TinyDetector, run: RunFolder, loss_fn: Any = squared_loss, **options: Any) -> Any:

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from engine import (
     OptimConfig,
     WeightAverage,
     build_optimizer,
-    build_scheduler,
     learning_rate_factor,
     learning_rate_sum,
 )
-from slim import Gate, SlimError, gate_parameters
+from slim import Gate, SlimError
 from tests.engine.tiny_detector import TinyDetector
 
 
@@ -24,7 +24,7 @@ def test_learning_rate_sum_is_what_the_scheduler_gives(schedule: str, optimizer:
     config = OptimConfig(optimizer=optimizer, schedule=schedule, lr=0.02)
     steps, epochs = 7, 12
     optim = build_optimizer(TinyDetector(), config)
-    scheduler = build_scheduler(optim, config, steps, epochs)
+    scheduler = LambdaLR(optim, learning_rate_factor(config, steps, epochs))
     used = []
     for _ in range(steps * epochs):
         used.append(optim.param_groups[0]["lr"])
@@ -82,7 +82,6 @@ def test_only_weights_of_convolutions_and_linear_layers_decay() -> None:
             0.0,
         ),
     }
-    assert len(list(gate_parameters(model))) == 2
 
 
 def test_momentum_means_nesterov_or_beta1() -> None:

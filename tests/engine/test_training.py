@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from engine import (
     OptimConfig,
+    Precision,
     Sparsity,
     TrainConfig,
-    Trainee,
+    TrainState,
     WeightAverage,
-    build_optimizer,
-    build_scheduler,
+    World,
     fit,
     learning_rate_factor,
     read_training_state,
 )
-from engine.checkpoint import EpochSums
-from engine.epoch import Epoch, train_one_epoch
+from engine.epoch import Epoch, _explain_out_of_memory, train_one_epoch
 from engine.interruption import Interruption
-from engine.memory import batch_that_may_fit
+from engine.state import EpochSums
 from slim import SlimError
 from tests.engine.tiny_detector import (
-    RecordingPull,
+    RecordingL1,
+    TinyBatch,
     TinyDetector,
     TinyLoader,
     evaluation_of,
@@ -88,7 +88,7 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, optimizer: str) -> None:
     config = TrainConfig(epochs=4, optim=OptimConfig(optimizer=optimizer))
 
     whole, whole_run = tiny(), RunFolder.create(tmp_path, "whole")
-    whole_result = train(whole, whole_run, config=config, sparsity=Sparsity(RecordingPull(whole, 3.0), from_epoch=1))
+    whole_result = train(whole, whole_run, config=config, sparsity=Sparsity(RecordingL1(whole, 3.0), from_epoch=1))
 
     stopped, parts_run = tiny(), RunFolder.create(tmp_path, "parts")
     with pytest.raises(KeyboardInterrupt):
@@ -96,7 +96,7 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, optimizer: str) -> None:
             stopped,
             parts_run,
             config=config,
-            sparsity=Sparsity(RecordingPull(stopped, 3.0), from_epoch=1),
+            sparsity=Sparsity(RecordingL1(stopped, 3.0), from_epoch=1),
             evaluate=stop_at(2),
         )
     state = read_training_state(parts_run.last)
@@ -106,7 +106,7 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, optimizer: str) -> None:
         resumed,
         parts_run,
         config=config,
-        sparsity=Sparsity(RecordingPull(resumed, 3.0), from_epoch=1),
+        sparsity=Sparsity(RecordingL1(resumed, 3.0), from_epoch=1),
         resume_state=state,
     )
 
@@ -151,7 +151,7 @@ def test_order_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     spy(torch.amp.GradScaler, "scale", "scale")
     spy(torch.Tensor, "backward", "backward")
     spy(torch.amp.GradScaler, "unscale_", "unscale")
-    spy(nn.utils, "get_total_norm", "clip")
+    spy(nn.utils, "clip_grad_norm_", "clip")
     spy(torch.amp.GradScaler, "step", "step")
     spy(torch.amp.GradScaler, "update", "update scaler")
     spy(WeightAverage, "update_parameters", "average")
@@ -169,11 +169,11 @@ def test_order_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         loader=TinyLoader(batches=1),
         loss_fn=loss_fn,
         evaluate=None,
-        sparsity=Sparsity(RecordingPull(model, 0.0, calls), from_epoch=1),
+        sparsity=Sparsity(RecordingL1(model, 0.0, calls), from_epoch=1),
     )
     factor = learning_rate_factor(config.optim, 1, 2)
     step = ["zero_grad", "forward", "loss", "scale", "backward", "unscale", "clip", "step", "update scaler"]
-    assert calls == [*step, "project", "average", *step, ("pull", 0.01 * factor(1)), "average"]
+    assert calls == [*step, "project", "average", *step, ("L1 step", 0.01 * factor(1)), "average"]
 
 
 def test_first_step_is_plain_sgd_with_clipping(tmp_path: Path) -> None:
@@ -238,24 +238,18 @@ def test_non_finite_gradient_stops_before_the_step(tmp_path: Path) -> None:
     assert not run.last.exists()
 
 
-def half_precision_epoch(model: TinyDetector, batches: int, loss_fn: Any, pull: RecordingPull) -> Any:
+def half_precision_epoch(model: TinyDetector, batches: int, loss_fn: Any, l1: RecordingL1) -> Any:
     """One epoch with a scaler on the CPU, where the loss decides what overflows."""
-    config = TrainConfig(epochs=1)
-    optimizer = build_optimizer(model, config.optim)
-    trainee = Trainee(
-        model=model,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.optim, batches, 1),
-        scaler=torch.amp.GradScaler("cpu", init_scale=1024.0),
-        average=WeightAverage(model, config.optim),
-    )
-    epoch = Epoch(0, config, torch.device("cpu"), "epoch 0", Interruption(), EpochSums(), Sparsity(pull))
-    return trainee, train_one_epoch(trainee, loss_fn, TinyLoader(batches), epoch)
+    config, device = TrainConfig(epochs=1, precision="float32"), torch.device("cpu")
+    state = TrainState.create(model, config, batches, device)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    epoch = Epoch(0, config, device, "epoch 0", Interruption(), EpochSums(), Sparsity(l1))
+    return state, train_one_epoch(state, loss_fn, TinyLoader(batches), epoch)
 
 
 def test_half_precision_overflow_skips_the_step_and_lowers_the_scale() -> None:
     model, calls = tiny(), []
-    pull = RecordingPull(model)
+    l1 = RecordingL1(model)
     snapshots = []
 
     def loss_fn(outputs: Any, targets: Tensor, images: Tensor) -> Any:
@@ -265,18 +259,18 @@ def test_half_precision_overflow_skips_the_step_and_lowers_the_scale() -> None:
         loss, parts = squared_loss(outputs, targets, images)
         return (loss + (outputs[0] - outputs[0].detach()).sum().abs().sqrt() if len(calls) == 1 else loss), parts
 
-    trainee, losses = half_precision_epoch(model, 3, loss_fn, pull)
+    state, losses = half_precision_epoch(model, 3, loss_fn, l1)
     assert torch.equal(snapshots[0], snapshots[1])
     assert not torch.equal(snapshots[1], snapshots[2])
-    assert trainee.scaler.get_scale() == 512
-    assert (len(pull.calls), trainee.scheduler.last_epoch, int(trainee.average.n_averaged)) == (2, 2, 2)
+    assert state.scaler.get_scale() == 512
+    assert (len(l1.calls), state.scheduler.last_epoch, int(state.average.n_averaged)) == (2, 2, 2)
     assert losses["loss/box"] > 0
 
 
 def test_half_precision_that_always_overflows_is_an_error() -> None:
     model = tiny()
     with pytest.raises(SlimError, match="epoch 0, batch 20: gradient norm is"):
-        half_precision_epoch(model, 30, infinite_slope, RecordingPull(model))
+        half_precision_epoch(model, 30, infinite_slope, RecordingL1(model))
 
 
 def test_epochs_are_announced_and_models_for_use_are_the_average(tmp_path: Path) -> None:
@@ -308,6 +302,25 @@ def test_patience_stops_a_run_and_its_resumption(tmp_path: Path) -> None:
     assert again.epochs == 4 and loader.dataset.epochs == [0, 1, 2, 3]
 
 
+def test_patience_ends_at_an_evaluation_and_the_result_holds_it(tmp_path: Path) -> None:
+    """Patience of 3 epochs, evaluations after epochs 1, 3, 5, 7: the third one is the first that is late enough."""
+    run, aps, seen = RunFolder.create(tmp_path, "run"), [0.5, 0.4, 0.3, 0.2], []
+
+    def evaluate(model: nn.Module) -> Any:
+        seen.append(copy.deepcopy(model.state_dict()))
+        return evaluation_of(aps[len(seen) - 1])
+
+    config = TrainConfig(epochs=20, eval_every=2, patience=3)
+    result = train(tiny(), run, config=config, evaluate=evaluate)
+    assert (result.epochs, result.best_epoch, result.last_ap) == (6, 1, 0.3)
+    assert result.evaluation is not None and result.evaluation.ap == 0.3
+    assert_same(torch.load(run.last, weights_only=True)["model"], seen[-1])
+    again = train(tiny(), run, config=config, resume_state=read_training_state(run.last))
+    assert (again.epochs, again.last_ap, again.evaluation) == (6, 0.3, None), "evaluated in another process"
+    longer = train(tiny(), run, config=TrainConfig(7, eval_every=9), resume_state=read_training_state(run.last))
+    assert longer.evaluation is not None and longer.evaluation.ap == longer.last_ap != 0.3
+
+
 def test_closed_gates_count_as_zero_in_the_masked_ap(tmp_path: Path) -> None:
     model, run = tiny(), RunFolder.create(tmp_path, "run")
     with torch.no_grad():
@@ -321,7 +334,7 @@ def test_closed_gates_count_as_zero_in_the_masked_ap(tmp_path: Path) -> None:
         run,
         config=TrainConfig(1, OptimConfig(lr=1e-9)),
         evaluate=evaluate,
-        sparsity=Sparsity(RecordingPull(model)),
+        sparsity=Sparsity(RecordingL1(model)),
     )
     (row,) = run.read_rows()
     assert float(row["metrics/masked_ap"]) == 0.0
@@ -343,7 +356,7 @@ def test_state_carried_over_continues_optimiser_and_average_with_a_new_schedule(
 
     second, run = tiny(seed=5), RunFolder.create(tmp_path, "second")
     optim = OptimConfig(lr=1e-12, weight_decay=0.0)
-    train(second, run, config=TrainConfig(1, optim), loader=Spy(1), carried_state=carried, evaluate=None)
+    train(second, run, config=TrainConfig(1, optim), loader=Spy(1), warm_start_state=carried, evaluate=None)
     assert_same(seen[0], state["model"])
     after = read_training_state(run.last)
     assert int(after["average"]["n_averaged"]) == int(state["average"]["n_averaged"]) + 1
@@ -355,7 +368,7 @@ def test_state_carried_over_continues_optimiser_and_average_with_a_new_schedule(
     other = tiny()
     other.head = nn.Conv2d(4, 7, 1)
     with pytest.raises(SlimError, match="carried over does not fit"):
-        train(other, run, carried_state=carried)
+        train(other, run, warm_start_state=carried)
 
 
 @pytest.mark.parametrize(
@@ -387,8 +400,10 @@ def test_other_failures_of_a_step_are_not_called_out_of_memory(tmp_path: Path) -
 
 
 def test_the_batch_size_to_try_is_that_of_all_ranks() -> None:
-    words = batch_that_may_fit(torch.OutOfMemoryError("CUDA"), 7, (8, 8), ranks=4)
-    assert words == "out of memory with 28 images of 8x8 pixels a step; try --batch-size 12"
+    batch = TinyBatch(torch.zeros(7, 3, 8, 8), torch.zeros(0, 6), [], [])
+    words = "out of memory with 28 images of 8x8 pixels a step; try --batch-size 12;"
+    with pytest.raises(SlimError, match=words), _explain_out_of_memory(batch, "epoch 0", World(0, 4)):
+        raise torch.OutOfMemoryError("CUDA")
 
 
 def test_the_loss_is_computed_in_float32_and_the_network_in_the_precision(tmp_path: Path) -> None:
@@ -437,7 +452,7 @@ def test_best_of_a_sparse_run_is_sought_among_its_closed_epochs(tmp_path: Path) 
     model, run, calls = tiny(), RunFolder.create(tmp_path, "run"), []
     aps, closed = [0.9, 0.3, 0.4, 0.35], [0.0, 0.5, 0.5, 0.5]
 
-    class Closing(RecordingPull):
+    class Closing(RecordingL1):
         def closed_share(self) -> float:
             return closed[max(0, len(calls) - 1)]
 
@@ -452,7 +467,7 @@ def test_best_of_a_sparse_run_is_sought_among_its_closed_epochs(tmp_path: Path) 
 def test_gates_of_the_saved_model_are_closed_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, run = tiny(), RunFolder.create(tmp_path, "run")
     with caplog.at_level(logging.INFO, logger="engine"):
-        result = train(model, run, sparsity=Sparsity(RecordingPull(model, 1000.0), from_epoch=1))
+        result = train(model, run, sparsity=Sparsity(RecordingL1(model, 1000.0), from_epoch=1))
     assert result.closed_share == 0.5
     saved = torch.load(run.last, weights_only=True)["model"]["gate.vectors.0"]
     assert_same(saved, model.gate_vector.detach())
@@ -467,6 +482,34 @@ def test_gates_of_the_saved_model_are_closed_exactly(tmp_path: Path, caplog: pyt
     assert len(list(run.path.glob("events.out.*"))) == 1
     assert "epoch 3: box" in caplog.messages[-1]
     assert "closed 50.0%" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_host_waits_for_the_device_once_a_step(monkeypatch: pytest.MonkeyPatch, precision: Precision) -> None:
+    """Conversions of floating-point and boolean tensors to Python values stand for the copies that a GPU would wait for."""
+    waits: list[str] = []
+
+    def counted(name: str) -> Any:
+        original = getattr(Tensor, name)
+
+        def convert(tensor: Tensor, *given: Any) -> Any:
+            if tensor.is_floating_point() or tensor.dtype == torch.bool:
+                waits.append(name)
+            return original(tensor, *given)
+
+        return convert
+
+    for name in ("__float__", "__bool__", "__int__", "item", "tolist", "numpy", "cpu"):
+        monkeypatch.setattr(Tensor, name, counted(name))
+    model, config, device = tiny(), TrainConfig(epochs=1, precision=precision), torch.device("cpu")
+    l1 = RecordingL1(model, 1.0)
+    state = TrainState.create(model, config, 5, device)
+    epoch = Epoch(0, config, device, "", Interruption(), EpochSums(), Sparsity(l1, from_epoch=0))
+    waits.clear()
+    losses = train_one_epoch(state, squared_loss, TinyLoader(5), epoch)
+    # At the end of the epoch the L1 step is measured against the gradient.
+    assert waits == ["tolist"] * 5 + ["__float__"]
+    assert losses.keys() == {"loss/box", "loss/obj", "lr"} and epoch.so_far.steps == 5
 
 
 def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

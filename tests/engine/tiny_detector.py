@@ -1,4 +1,4 @@
-"""A detector of two convolutions, its loss, its batches and a pull: all that the loop needs, in milliseconds."""
+"""A detector of two convolutions, its loss, its batches and an L1 step: all that the loop needs, in milliseconds."""
 
 from __future__ import annotations
 
@@ -75,15 +75,15 @@ class TinyLoader:
             yield TinyBatch(images, torch.rand(5, 6, generator=random), [0, 1], [None, None])
 
 
-class RecordingPull(SmallestHalfL1):
-    """The pull on the gate of a TinyDetector; writes down what is called, with what."""
+class RecordingL1(SmallestHalfL1):
+    """The L1 step on the gate of a TinyDetector; writes down what is called, with what."""
 
     def __init__(self, model: TinyDetector, strength: float = 0.0, calls: list[Any] | None = None) -> None:
         super().__init__(model, strength=strength)
         self.calls: list[Any] = [] if calls is None else calls
 
     def step(self, lr: float) -> None:
-        self.calls.append(("pull", lr))
+        self.calls.append(("L1 step", lr))
         super().step(lr)
 
     def project(self) -> None:

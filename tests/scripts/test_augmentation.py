@@ -18,6 +18,7 @@ from data import Augment, DataSettings
 from detection.command import as_words, parse
 from detection.datasets import open_data
 from detection.flags import TrainFlags
+from detection.network import read_network
 from detection.training import training_set
 from engine import TrainConfig
 from tests.scripts.runs import SMALL, Runner
@@ -48,7 +49,7 @@ def test_everything_at_once_and_resumed(
     original = engine.training.train_one_epoch
     seen: dict[int, set[tuple[int, ...]]] = {}
 
-    def watched(trainee: Any, loss_fn: Any, batches: Any, epoch: Any, stop_at: int | None = None) -> Any:
+    def watched(state: Any, loss_fn: Any, batches: Any, epoch: Any, stop_at: int | None = None) -> Any:
         if epoch.number == stop_at:
             raise KeyboardInterrupt
 
@@ -58,7 +59,7 @@ def test_everything_at_once_and_resumed(
 
         entry: Callable[..., torch.Tensor] = engine.batch.network_input
         monkeypatch.setattr(engine.epoch, "network_input", network_input)
-        return original(trainee, loss_fn, batches, epoch)
+        return original(state, loss_fn, batches, epoch)
 
     arguments = (
         "--data",
@@ -107,6 +108,8 @@ def test_everything_at_once_and_resumed(
         for name in ("whole", "parts")
     ]
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    noted = read_network(tmp_path / "parts" / "weights" / "last.pt").augment
+    assert (noted.mixup, noted.hsv_h, noted.shear, noted.mosaic) == (0.5, 0.1, 5, 1.0), "what a cut re-estimates with"
     settings = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
     assert settings["close_mosaic"] == 1 and settings["multi_scale"] and settings["image_weights"] and settings["rect"]
 

@@ -49,10 +49,10 @@ def stopped(own: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.Monke
     """A run on it that was left at once in its second epoch."""
     original = engine.training.train_one_epoch
 
-    def interrupted(trainee, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]
+    def interrupted(state, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]
         if epoch.number == 1:
             raise KeyboardInterrupt
-        return original(trainee, loss_fn, batches, epoch)
+        return original(state, loss_fn, batches, epoch)
 
     with monkeypatch.context() as patched:
         patched.setattr(engine.training, "train_one_epoch", interrupted)
@@ -113,9 +113,9 @@ def test_an_image_that_becomes_unreadable_ends_in_one_line_and_the_epochs_before
     image = sorted((tmp_path / "data" / "images" / "train").iterdir())[3]
     whole = image.read_bytes()
 
-    def damaging(trainee, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]
+    def damaging(state, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]
         image.write_bytes(whole[:100] if epoch.number == 2 else whole)
-        return original(trainee, loss_fn, batches, epoch)
+        return original(state, loss_fn, batches, epoch)
 
     monkeypatch.setattr(engine.training, "train_one_epoch", damaging)
     done = script("finetune", *command(own, tmp_path / "runs", "--cache", "none"))

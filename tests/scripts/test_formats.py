@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from data import DataSettings, load_data_config
+from data import Augment, DataSettings, load_data_config
 from detection.datasets import open_data
 from detection.losses import training_loss
 from detection.network import start_network
+from models import LossGains
 from tests.data.other_formats import write_again
 from tests.scripts.runs import NAMES, ROOT
 
@@ -22,7 +23,8 @@ def test_every_format_gives_the_same_loss(tiny: Path, tmp_path: Path) -> None:
     model = start_network("", str(ROOT / "models" / "yolov5n.yaml"), NAMES).model.eval()
     found = {}
     for name, file in files.items():
-        batches, loss = training_loss(model, open_data(DataSettings(data=str(file))), 64, 8, seed=0)
+        config = open_data(DataSettings(data=str(file)))
+        batches, loss = training_loss(model, config, 64, 8, seed=0, augment=Augment(), gains=LossGains())
         with torch.no_grad():
             found[name] = [float(loss(model, batch)) for batch in batches]
     assert len(found["text"]) == 2 and found["text"][0] != found["text"][1]

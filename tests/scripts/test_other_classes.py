@@ -101,10 +101,10 @@ def test_resumed_after_a_change_of_classes(
     whole = finetune(script, cut, data, tmp_path, "whole", "--epochs", 2)
     original = engine.training.train_one_epoch
 
-    def interrupted(trainee, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]
+    def interrupted(state, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]
         if epoch.number == 1:
             raise KeyboardInterrupt
-        return original(trainee, loss_fn, batches, epoch)
+        return original(state, loss_fn, batches, epoch)
 
     arguments = ("--weights", cut, "--data", data, *SMALL, "--epochs", 2, "--project", tmp_path, "--name", "parts")
     monkeypatch.setattr(engine.training, "train_one_epoch", interrupted)

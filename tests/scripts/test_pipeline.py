@@ -95,10 +95,10 @@ def test_resumed_equals_uninterrupted(
 
     original = engine.training.train_one_epoch
 
-    def interrupted(trainee, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]
+    def interrupted(state, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]
         if epoch.number == 1:
             raise KeyboardInterrupt
-        return original(trainee, loss_fn, batches, epoch)
+        return original(state, loss_fn, batches, epoch)
 
     arguments = ("--data", tiny, *SMALL, "--epochs", 2, "--sparse-from", 1, "--project", tmp_path, "--name", "s")
     monkeypatch.setattr(engine.training, "train_one_epoch", interrupted)

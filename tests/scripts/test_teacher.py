@@ -38,10 +38,10 @@ def test_slim_student_of_a_gated_teacher(
 
     original = engine.training.train_one_epoch
 
-    def interrupted(trainee, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]
+    def interrupted(state, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]
         if epoch.number == 1:
             raise KeyboardInterrupt
-        return original(trainee, loss_fn, batches, epoch)
+        return original(state, loss_fn, batches, epoch)
 
     moving = tmp_path / "teacher.pt"
     moving.write_bytes(teacher.read_bytes())
