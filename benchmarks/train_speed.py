@@ -21,7 +21,6 @@ from time import perf_counter
 from typing import Annotated
 
 import torch
-from torch import nn
 
 import slim
 from data import Augment, DataSettings, DetectionDataset, build_loader
@@ -84,7 +83,7 @@ def contenders(flags: TrainSpeedFlags) -> dict[str, Callable[[], int]]:
         return epoch
 
     def our_epoch(precision: Precision, gated: bool) -> tuple[str, Callable[[], int]]:
-        model: nn.Module = copy.deepcopy(network)
+        model = copy.deepcopy(network)
         sparsity = None
         if gated:
             slim.add_gates(model, slim.trace(model, example_image(flags.img)))

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import slim
 from data import DetectionDataset
 from engine import (
-    WARM_START_KEY,
     TRAINING_STATE_KEY,
+    WARM_START_KEY,
     OptimConfig,
     TrainConfig,
     WeightAverage,
@@ -92,7 +92,7 @@ class TrainJob:
 
     def run(self, world: World, val_set: DetectionDataset | None = None) -> TrainResult:
         """Train; `val_set` is the val split where this process has it open."""
-        run, carried = RunFolder(self.work), None
+        run, warm_start = RunFolder(self.work), None
         state = read_state(run.last, TRAINING_STATE_KEY) if self.resumed else None
         if not self.resumed and self.carried is not None:
             warm_start = read_warm_start(self.carried)

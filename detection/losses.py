@@ -57,14 +57,12 @@ def fit_anchors(network: Network, dataset: DetectionDataset, anchor_t: float, se
     levels = detect.anchors_px.tolist()
     network.build["anchors_px"] = levels
     flat = [[side for anchor in level for side in anchor] for level in levels]
-    assert isinstance(network.model, YOLO)
     network.build["description"] = network.model.description = {**network.build["description"], "anchors": flat}
     return f"{line}; refitted: {after}"
 
 
 def make_loss(model: YOLO, gains: LossGains, img: int, world: World | None = None) -> DetectionLoss:
     """YOLOv5's loss with its gains scaled to the task; for one rank of several its part of the whole batch's loss."""
-    assert isinstance(model, YOLO)
     reduce = None if world is None or world.size == 1 else world.sum
     return DetectionLoss(model, gains.scaled(model.num_classes, img, len(model.stride_px)), reduce)
 
@@ -85,7 +83,7 @@ def add_teacher(
 
 
 def training_loss(
-    model: nn.Module, config: DataConfig, img: int, batch_size: int, *, seed: int, augment: Augment, gains: LossGains
+    model: YOLO, config: DataConfig, img: int, batch_size: int, *, seed: int, augment: Augment, gains: LossGains
 ) -> tuple[Iterator[Any], Callable[[nn.Module, Any], Tensor]]:
     """Shuffled and augmented batches of the training split, and the loss of a model on one of them."""
     train_set = DetectionDataset(config, "train", img, augment, seed)

@@ -180,10 +180,8 @@ def train_in(
         warm_start_state=warm_start_state,
         world=world,
     )
-    evaluation = result.evaluation if trained is network.model else None
-    evaluation = world.broadcast_from_rank0(
-        lambda: finish(run, img, flags.training.epochs, evaluator, result, evaluation)
-    )
+    known = result.evaluation if trained is network.model else None
+    evaluation = world.broadcast_from_rank0(lambda: finish(run, img, flags.training.epochs, evaluator, result, known))
     return TrainResult(run, result, evaluation)
 
 
