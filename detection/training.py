@@ -28,6 +28,7 @@ from engine import (
     read_training_state,
     seed_generators,
 )
+from models import YOLO
 from slim import SlimError
 from tracking import (
     RunFolder,
@@ -159,7 +160,7 @@ def train_in(
     if resume_state is None and world.is_first:
         plot_labels(train_set.ground_truth(), train_set.names, run.path / "labels.png")
         log_start(run, network.model, train_set, img)
-    trained = network.model
+    trained: nn.Module = network.model
     plain: Callable[[nn.Module], nn.Module] = unchanged
     if isinstance(flags, FinetuneFlags) and flags.qat.qat:
         if world.size > 1:
@@ -191,7 +192,7 @@ def unchanged(model: nn.Module) -> nn.Module:
 
 
 def with_fake_quantisers(
-    model: nn.Module, batches: Sequence[Tensor], keep_float: Sequence[str]
+    model: YOLO, batches: Sequence[Tensor], keep_float: Sequence[str]
 ) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
     """Wrap the network in fake quantisers, whose ranges are found on ``batches``; with a function to the plain network."""
     quantised = with_quantisers(model, batches, head=head_path(model), keep_float=list(keep_float))
