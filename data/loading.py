@@ -93,7 +93,8 @@ class EpochBatches(Sampler[list[Draw]]):
             ),
             (
                 self.canvas_hw is None or (min(self.canvas_hw) >= 1 and self.rect_stride_px is None and plain),
-                f"a canvas of {self.canvas_hw} pixels: expected positive sides, no rectangular batches and no augmentation",
+                f"a canvas of {' x '.join(map(str, self.canvas_hw or ()))} pixels: expected positive sides, no rectangular "
+                "batches and no augmentation",
             ),
         ]
         for is_right, message in checks:
