@@ -131,12 +131,13 @@ def cut_training_state(
     average.load_state_dict(state["average"])
     optimizer = build_optimizer(raw, optim)
     optimizer.load_state_dict(state["optimizer"])
-    raw, optimizer, average = slim.apply_plan(raw, plan, optimizer=optimizer, ema=average)
+    narrow, cut_optimizer, cut_average = slim.apply_plan(raw, plan, optimizer=optimizer, ema=average)
+    assert cut_optimizer is not None and cut_average is not None
     if recalibration_batches:
         assert inputs.training_images is not None
-        recalibrate(raw, inputs.training_images(recalibration_batches), inputs.device)
-    average.module.load_state_dict(done.model.state_dict())
-    return pack_warm_start(raw.cpu(), optimizer, average)
+        recalibrate(narrow, inputs.training_images(recalibration_batches), inputs.device)
+    cut_average.module.load_state_dict(done.model.state_dict())
+    return pack_warm_start(narrow.cpu(), cut_optimizer, cut_average)
 
 
 def _training(flags: IterateFlags, epochs: int) -> TrainConfig:
