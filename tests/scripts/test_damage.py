@@ -70,6 +70,7 @@ def resume(script: Runner, run: Path) -> Done:
 
 def one_line(done: Done, *parts: str) -> None:
     assert done.code == 1 and done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+    assert "a defect of this program" not in done.err, done.err
     for part in parts:
         assert part in done.err, done.err
 
