@@ -54,7 +54,9 @@ def test_a_run_goes_on_as_it_began_or_says_why_not(
     assert files(run) == before
 
     assert script("finetune", "--config", run / "config.yaml", "--name", "again").code == 0
-    first, second = (torch.load(tmp_path / name / "weights" / "last.pt", weights_only=True) for name in ("parts", "again"))
+    first, second = (
+        torch.load(tmp_path / name / "weights" / "last.pt", weights_only=True) for name in ("parts", "again")
+    )
     assert all(torch.equal(value, second["state_dict"][key]) for key, value in first["state_dict"].items())
 
 
