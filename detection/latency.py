@@ -19,6 +19,7 @@ from tqdm import tqdm
 import slim
 from deploy import SUFFIX_FOR, LatencySettings, Trial, open_exported, search_latency, threads_of, torch_threads
 from slim import SlimError
+from tracking.journal import read_json
 
 from .comparison import Comparison, compare, summary
 from .detector import Eager
@@ -132,7 +133,7 @@ class LatencySearch:
         self.plans: dict[str, slim.Plan] = {}
         self.known: dict[str, Any] = {"dense": None, "measurements": []}
         if record.is_file():
-            self.known = json.loads(record.read_text(encoding="utf-8"))
+            self.known = read_json(record)
 
     def choose(self, cutter: Cutter) -> tuple[slim.Plan, dict[str, Any]]:
         """The plan with the most MACs that meets the target when it is measured twice, and what metrics.json says of it.

@@ -57,7 +57,7 @@ def prune_flags(flags: IterateFlags, weights: Path, macs: int | None, latency_sh
             widths=flags.widths,
             recalibrate=flags.recalibrate,
             dataset=flags.dataset,
-            loading=flags.loading,
+            loading=replace(flags.loading, workers=0),  # val is in memory, or its images are few
         ),
         flags.prune,
     )

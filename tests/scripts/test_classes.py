@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import yaml
 
 from deploy import LatencySettings
 from detection.command import parse
-from detection.flags import IterateFlags, TargetSettings
-from detection.loop import Loop
+from detection.flags import IterateFlags
+from detection.loop_training import finetune_flags, prune_flags, sparse_flags
 from detection.network import read_network
 from tests.scripts.runs import ROOT, SMALL, Runner
 from tests.scripts.test_failures import fails
@@ -74,20 +75,21 @@ def test_all_classes_as_one(script: Runner, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_iterate_hands_its_settings_to_every_step() -> None:
-    loop = object.__new__(Loop)
-    loop.flags = parse(
+    flags = parse(
         IterateFlags,
         "",
         ["--classes", "cross", "--single-cls", "--lr", "0.2", "--cache", "none", "--tie", "layer", "--min-channels", "3",
          "--train", "mosaic=0", "--sparse", "lr=0.1", "--finetune", "lr=0.3", "--prune", "criterion=l1", "scope=local"],
     )  # fmt: skip
     weights = Path("w.pt")
-    sparse, tuned = loop.sparse_flags(weights), loop.finetune_flags(weights, 7)
-    cut = loop.prune_flags(weights, TargetSettings(macs=0.5), LatencySettings())
+    sparse, tuned = sparse_flags(flags, weights), finetune_flags(flags, weights, 7)
+    cut = prune_flags(flags, weights, 5, None)
     for handed in (sparse, tuned, cut):
         assert handed.dataset.classes == ("cross",) and handed.dataset.single_cls and handed.loading.cache == "none"
-    assert sparse.training.epochs == loop.flags.sparse_epochs and tuned.training.epochs == 7 and tuned.keep_gates
+    assert sparse.training.epochs == flags.sparse_epochs and tuned.training.epochs == 7 and tuned.keep_gates
     assert (sparse.training.optim.lr, tuned.training.optim.lr) == (0.1, 0.3)
     assert sparse.augment.mosaic == tuned.augment.mosaic == 0 and sparse.sparsity.tie == "layer"
     assert (cut.score.criterion, cut.widths.scope, cut.widths.min_channels) == ("l1", "local", 3)
-    assert cut.target.macs == 0.5 and cut.recalibrate == loop.flags.recalibrate and cut.weights == "w.pt"
+    assert cut.target.macs == 5 and cut.recalibrate == flags.recalibrate and cut.weights == "w.pt"
+    by_latency = replace(flags, latency=LatencySettings(latency_ms=3))
+    assert prune_flags(by_latency, weights, None, 0.5).latency == LatencySettings(latency_share=0.5)
