@@ -1,4 +1,4 @@
-"""Measure the milliseconds an image of checkpoints and exported files under any engine, in turns so that drift cancels.
+"""Measure the milliseconds an image of checkpoints and exported files under any engine, interleaved so that drift cancels.
 
 With --data their AP is measured, too. Of engines, sizes, cores, batch sizes and precisions all combinations are measured.
 """
@@ -13,9 +13,9 @@ from detection.flags import BenchmarkFlags
 
 def act(flags: BenchmarkFlags) -> None:
     """Do what the command line says."""
-    from detection.benchmark import main  # and with it torch: the command line was read before
+    from detection.benchmark import benchmark  # and with it torch: the command line was read before
 
-    main(flags)
+    benchmark(flags)
 
 
 def cli(argv: list[str] | None = None) -> int:

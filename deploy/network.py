@@ -1,4 +1,4 @@
-"""What exported files have in common: one input of images, one output, run on the CPU outside of torch's eager mode."""
+"""A network under an engine: one input of images, one output."""
 
 from __future__ import annotations
 
@@ -7,28 +7,42 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from tempfile import TemporaryDirectory
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from slim import SlimError
 
-INPUT = "images"
-OUTPUT = "output0"
+from .profiling import LayerTime
+from .settings import Engine
+
+INPUT, OUTPUT = "images", "output0"
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
-class ExportedNetwork(nn.Module):
-    """A file as a module: images in, float32 out.
+class EngineNetwork(nn.Module):
+    """A network that an engine runs, as a module: images in, float32 out.
 
-    Images are float 0..1 or uint8, [B, 3, H, W]; whichever the file takes (``takes_bytes``), the other is converted. A
-    file of a fixed number of images runs any number of them, in turns. Any number of threads may call it.
+    Images are float 0..1 or uint8, [B, 3, H, W]; whichever the network takes (``takes_bytes``), the other is converted. A
+    file of a fixed number of images runs any number of them, one batch after another. Any number of threads may call it.
 
-    ``precision`` is what it computes in: ``float32``, ``bfloat16``, or ``int8`` where a part of it is quantised.
-    ``metadata``: what the file says of itself. ``input_shape``: [B, 3, H, W], None for what is free.
+    Attributes:
+        path: the file, an exported one or a checkpoint
+        bytes_on_disk: the size of all of its files together
+        metadata: what the file says of itself
+        input_shape: [B, 3, H, W], None for an axis of any size
+        takes_bytes: whether the file takes uint8
+        precision: what it computes in: ``float32``, ``bfloat16``, or ``int8`` where a part of it is quantised
     """
 
-    engine: ClassVar[str]
+    engine: ClassVar[Engine]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its images belong."""
+        return torch.device("cpu")
 
     def __init__(
         self,
@@ -46,37 +60,45 @@ class ExportedNetwork(nn.Module):
             )
         self.path, self.metadata, self.input_shape = path, dict(metadata), input_shape
         self.takes_bytes, self.precision = takes_bytes, precision
+        self.bytes_on_disk = sum(part.stat().st_size for part in parts_of(path) if part.is_file())
 
     def run(self, images: Tensor) -> Tensor:
-        """Images exactly as the file takes them: its type, its shape."""
+        """The output for images of exactly the type and shape that the file takes."""
         raise NotImplementedError
+
+    def layer_times(self, images: Tensor, runs: int) -> list[list[LayerTime]]:
+        """The operators of each of several runs on ``images``, by the engine's own clock; none where it has none."""
+        return []
 
     def forward(self, images: Tensor) -> Tensor:
         self.check_size(images)
-        if images.dtype == torch.uint8:
-            prepared = images if self.takes_bytes else images / 255
-        else:
-            prepared = as_bytes(images) if self.takes_bytes else images.float()
-        at_once, count = self.input_shape[0], len(prepared)
+        images = self.as_taken(images)
+        at_once, count = self.input_shape[0], len(images)
         if at_once is None or at_once == count:
-            return self.run(prepared.contiguous())
+            return self.run(images.contiguous())
         missing = -count % at_once
-        padded = torch.cat([prepared, prepared[-1:].expand(missing, -1, -1, -1)]) if missing else prepared
+        padded = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
         return torch.cat([self.run(part.contiguous()) for part in padded.split(at_once)])[:count]
 
+    def as_taken(self, images: Tensor) -> Tensor:
+        """Images, float 0..1 or uint8, in the type that the file takes."""
+        if images.dtype == torch.uint8:
+            return images if self.takes_bytes else images / 255
+        return as_bytes(images) if self.takes_bytes else images.float()
+
+    def one_batch(self, images: Tensor) -> Tensor:
+        """As many images as the file takes at once, the first ones again where there are too few."""
+        count = self.input_shape[0] or len(images)
+        return self.as_taken(images)[torch.arange(count) % len(images)].contiguous()
+
     def check_size(self, images: Tensor) -> None:
-        """SlimError for images of a size that the file does not take."""
+        """Raise SlimError for images of a size that the file does not take."""
         wanted, given = self.input_shape[1:], tuple(images.shape[1:])
         if images.ndim != 4 or any(a is not None and a != b for a, b in zip(wanted, given, strict=True)):
             raise SlimError(
                 f"{self.path}: images of {size_text(given)} were given, expected {size_text(wanted)}; choose that size, or "
                 "export with the one that you want or with --dynamic"
             )
-
-    @property
-    def bytes_on_disk(self) -> int:
-        """Of all of its files."""
-        return sum(part.stat().st_size for part in parts_of(self.path))
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -85,12 +107,12 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """Float 0..1 -> uint8 0..255."""
+    """Convert float 0..1 to uint8 0..255."""
     return (images * 255).round().to(torch.uint8)
 
 
 def existing(path: str | Path, kind: str) -> Path:
-    """A file that is there."""
+    """The path of a network whose files are all there; SlimError names the one that is missing."""
     path = Path(path)
     for part in parts_of(path):
         if not part.is_file():
@@ -99,8 +121,28 @@ def existing(path: str | Path, kind: str) -> Path:
 
 
 @contextmanager
+def whole_or_nothing(path: Path) -> Iterator[Path]:
+    """Give a temporary path; what the block writes there becomes ``path``, with all of its parts, if the block succeeds."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            # The graph comes last: it is what others look for.
+            for made, final in reversed(list(zip(parts_of(temporary), parts_of(path), strict=True))):
+                with made.open("rb+") as file:
+                    os.fsync(file.fileno())
+                made.replace(final)
+    except OSError as error:
+        raise SlimError(
+            f"{path}: cannot be written ({error.strerror or error}); the previous file, if any, is untouched; free disk "
+            "space or choose another folder"
+        ) from error
+
+
+@contextmanager
 def torch_threads(count: int = 0) -> Iterator[None]:
-    """So many threads for torch in the whole process, 0: as many as it has; at the end of the block those from before."""
+    """Set torch's threads for the whole process, 0 leaves them; at the end of the block those from before return."""
     before = torch.get_num_threads()
     if count:
         torch.set_num_threads(count)
@@ -111,11 +153,12 @@ def torch_threads(count: int = 0) -> Iterator[None]:
 
 
 def size_text(sizes: tuple[int | None, ...]) -> str:
+    """Axes as a user reads them, ``1 x 3 x any x any``."""
     return " x ".join("any" if size is None else str(size) for size in sizes)
 
 
 def threads_of(num_cores: int) -> int:
-    """The number of threads for ``num_cores``, of which 0 stands for all that this process may use."""
+    """The number of threads for ``--num-cores``, of which 0 stands for all cores that this process may use."""
     if num_cores < 0:
         raise SlimError(f"--num-cores {num_cores}: expected 0 (all) or more")
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

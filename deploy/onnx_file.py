@@ -3,80 +3,115 @@
 from __future__ import annotations
 
 import ast
-import copy
+import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnx
-import onnxruntime
-import onnxslim
 import torch
 from torch import Tensor, nn
 
-import slim
 from slim import SlimError
 
-from .graph_ends import WRAPPED, FromBytes, unwrapped
-from .network import INPUT, OUTPUT, ExportedNetwork, existing, threads_of
-from .proof import prove_equal
+from .graph_wrappers import WRAPPED, FromBytes, unwrapped
+from .network import INPUT, OUTPUT, EngineNetwork, existing, threads_of
+from .profiling import WARMUP, LayerTime
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
 
 NEWEST_OPSET = 23
-"""Of the operators that ONNX Runtime and OpenVINO run as of today."""
-Proof = Callable[[Any, nn.Module, Tensor], float]
+"""The newest operator set that both ONNX Runtime and OpenVINO run as of today."""
 
 
-class OnnxNetwork(ExportedNetwork):
-    """An ONNX file under ONNX Runtime. ``num_cores``: threads of the network, 0 for all; ``profile``: see profile.py.
+class OnnxNetwork(EngineNetwork):
+    """An ONNX file under ONNX Runtime.
 
-    ``at_once`` calls may run side by side, on these threads together.
+    Args:
+        path: the file
+        num_cores: threads of the network, 0 for all
+        at_once: calls that may run side by side, on these threads together
     """
 
     engine = "onnxruntime"
 
-    def __init__(self, path: str | Path, num_cores: int = 0, profile: bool = False, at_once: int = 1) -> None:
+    def __init__(self, path: str | Path, num_cores: int = 0, at_once: int = 1) -> None:
         path = existing(path, "an ONNX network")
-        proto = read_onnx(path)
-        options = onnxruntime.SessionOptions()
+        nodes = read_onnx(path).graph.node
         # The callers' own threads compute, too: the runtime counts one of them.
-        options.intra_op_num_threads = max(1, threads_of(num_cores) - at_once + 1)
-        options.log_severity_level = 3
-        profiles_to = TemporaryDirectory() if profile else None
-        if profiles_to is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(profiles_to.name) / "profile")
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the runtime's errors have no common class but this
-            first = str(error).strip().splitlines()[0]
-            raise SlimError(
-                f"{path}: not an ONNX network that ONNX Runtime can run ({first}); export it anew"
-            ) from error
+        self.threads = max(1, threads_of(num_cores) - at_once + 1)
+        session = _session(path, self.threads)
         if len(session.get_inputs()) != 1 or len(session.get_outputs()) != 1:
             raise SlimError(
                 f"{path}: it has {len(session.get_inputs())} inputs and {len(session.get_outputs())} outputs, "
                 "expected one of each, as export.py writes"
             )
         entry = session.get_inputs()[0]
-        quantised = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
         super().__init__(
             path,
             session.get_modelmeta().custom_metadata_map,
             tuple(size if isinstance(size, int) else None for size in entry.shape),
             takes_bytes=entry.type == "tensor(uint8)",
-            precision="int8" if quantised else "float32",
+            precision="int8" if any(node.op_type == "QuantizeLinear" for node in nodes) else "float32",
         )
-        self.session, self.entry, self.profiles_to = session, entry.name, profiles_to
+        self.session, self.entry = session, entry.name
 
     def run(self, images: Tensor) -> Tensor:
         (output,) = self.session.run(None, {self.entry: images.numpy()})
         return torch.from_numpy(output)
 
+    def layer_times(self, images: Tensor, runs: int) -> list[list[LayerTime]]:
+        given = {self.entry: self.one_batch(images).numpy()}
+        with TemporaryDirectory() as folder:
+            session = _session(self.path, self.threads, profile_prefix=str(Path(folder) / "profile"))
+            for _ in range(WARMUP + runs):
+                session.run(None, given)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        makers = {output: node for node in read_onnx(self.path).graph.node for output in node.output}
+        found: list[list[LayerTime]] = [[]]
+        for event in events:
+            if event["name"] == "model_run":  # which comes when it is over
+                found.append([])
+            elif event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                found[-1].append(_layer_time(event, makers))
+        return found[WARMUP : WARMUP + runs]
+
+
+def _session(path: Path, threads: int, profile_prefix: str = "") -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if profile_prefix:
+        options.enable_profiling, options.profile_file_prefix = True, profile_prefix
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's errors have no common class but this
+        first = str(error).strip().splitlines()[0]
+        raise SlimError(f"{path}: not an ONNX network that ONNX Runtime can run ({first}); export it anew") from error
+
+
+def _layer_time(event: dict[str, Any], makers: Mapping[str, onnx.NodeProto]) -> LayerTime:
+    """An event of ONNX Runtime's profile; it computed in the type of its result, QDQ's own operators in integers."""
+    name, facts = event["name"].removesuffix("_kernel_time"), event["args"]
+    # A convolution in a blocked layout bears the name of its output, even if that is its fused activation's.
+    node = makers.get(name.removesuffix("_nchwc"))
+    while node is not None and "Conv" in facts["op_name"] and "Conv" not in node.op_type:
+        node = makers.get(node.input[0])
+    kinds = [kind for entry in facts.get("output_type_shape", []) for kind in entry]
+    kind = "int8" if facts["op_name"].startswith("QLinear") else kinds[0] if kinds else ""
+    precision = {"float": "float32", "uint8": "int8"}.get(kind, kind)
+    return LayerTime((node.name if node else name).split("/")[0], facts["op_name"], precision, event["dur"] / 1000)
+
 
 def read_onnx(path: Path) -> onnx.ModelProto:
     """The graph of a file; SlimError where it is none, or one of operators that are not known here."""
+    import onnx
+
     try:
         proto = onnx.load(path)
         opset = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
@@ -92,52 +127,22 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     return proto
 
 
-def export_onnx(
-    model: nn.Module,
-    path: str | Path,
-    images: Tensor,
-    *,
-    stride_px: int = 1,
-    dynamic: bool = False,
-    free_batch: bool = True,
-    uint8_input: bool = False,
-    metadata: Mapping[str, str] | None = None,
-    prove: Proof = prove_equal,
-) -> float:
-    """Write a network of one input and one output; returns its largest relative difference from torch on ``images``.
+def save_onnx(proto: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a graph with these metadata, and check the file."""
+    import onnx
 
-    Gates are folded and batch norms fused; operators are named after their modules (``model.0.conv/Conv``). The file is
-    checked by ``onnx.checker``, run, and appears only if its outputs are torch's (``prove_equal``); SlimError otherwise.
-
-    Args:
-        model: a copy of it is exported, in evaluation mode, on the CPU
-        path: the file; replaced whole or not at all
-        images: [B, 3, H, W] float 0..1, on which torch and the file are compared; without ``dynamic`` also the size of
-            the input
-        stride_px: with ``dynamic``: height and width are multiples of it
-        dynamic: height and width of the images are free, and with ``free_batch`` their number
-        uint8_input: the file takes bytes 0..255 and scales them itself
-        metadata: written into the file
-        prove: the difference between two networks on images, or an error
-    """
-    folded = slim.fold_gates(copy.deepcopy(model).cpu(), (images,)).eval()
-    proto = onnx_proto(folded, images, stride_px if dynamic else None, free_batch, uint8_input)
-    onnx.helper.set_model_props(proto, dict(metadata or {}))
-    differences: list[float] = []
-
-    def write(temporary: Path) -> None:
-        onnx.save(proto, temporary)
-        onnx.checker.check_model(str(temporary), full_check=True)
-        differences.append(prove(folded, OnnxNetwork(temporary), images))
-
-    slim.write_atomically(Path(path), write)
-    return differences[0]
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, dict(metadata))
+    onnx.save(proto, path)
+    onnx.checker.check_model(str(path), full_check=True)
 
 
-def onnx_proto(
+def onnx_graph(
     model: nn.Module, images: Tensor, dynamic_stride_px: int | None, free_batch: bool, uint8_input: bool
 ) -> onnx.ModelProto:
-    """The simplified graph of a network without gates."""
+    """The simplified graph of a network without gates; the arguments are ``export_network``'s."""
+    import onnxslim
+
     shapes: tuple[Any, ...] | None = None
     if dynamic_stride_px is not None:
         sides = {
@@ -157,7 +162,7 @@ def onnx_proto(
 
 
 def _converted(model: nn.Module, images: Tensor, shapes: tuple[Any, ...] | None) -> onnx.ModelProto:
-    """As torch's exporter writes it, which optimises what it wrote."""
+    """The graph as torch's exporter writes and optimises it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -179,7 +184,7 @@ def _converted(model: nn.Module, images: Tensor, shapes: tuple[Any, ...] | None)
 
 
 def name_by_modules(proto: onnx.ModelProto) -> None:
-    """Name each operator after the module that it comes from and its own kind, in place.
+    """Name each operator after its module and its own kind (``model.0.conv/Conv``), in place.
 
     So patterns of module paths find it, here and in what other runtimes make of the file.
     """
@@ -190,8 +195,7 @@ def name_by_modules(proto: onnx.ModelProto) -> None:
         # The last scope is the operator's own. A convolution that took up its batch norm carries that one's name.
         path = ["", *ast.literal_eval(scopes)][-2]
         weight = next((name for name in node.input if name in weights and name.endswith(".weight")), None)
-        path = weight.removesuffix(".weight") if weight else path
-        path = unwrapped(path)
+        path = unwrapped(weight.removesuffix(".weight") if weight else path)
         name = f"{path}/{node.op_type}" if path and path != WRAPPED else node.op_type
         taken[name] = taken.get(name, 0) + 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"

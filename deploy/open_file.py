@@ -6,13 +6,12 @@ from pathlib import Path
 
 from slim import SlimError
 
-from .network import ExportedNetwork
+from .network import EngineNetwork
 from .onnx_file import OnnxNetwork
 from .openvino_file import OpenVinoNetwork
-from .settings import Engine, Precision
+from .settings import Engine, RuntimePrecision
 from .torchscript_file import TorchScriptNetwork
 
-ENGINES: tuple[Engine, ...] = ("torch", "onnxruntime", "openvino")
 SUFFIXES: dict[str, tuple[Engine, ...]] = {
     ".onnx": ("onnxruntime", "openvino"),
     ".xml": ("openvino",),
@@ -28,14 +27,12 @@ def open_exported(
     engine: Engine | None = None,
     *,
     num_cores: int = 0,
-    precision: Precision = "auto",
-    profile: bool = False,
+    precision: RuntimePrecision = "auto",
     at_once: int = 1,
-) -> ExportedNetwork:
-    """An exported file under an engine; SlimError where the engine does not run such files, or not in ``precision``.
+) -> EngineNetwork:
+    """Open an exported file under an engine; SlimError where that does not run such files, or not in ``precision``.
 
-    With ``profile`` the engine measures every operator, see ``profile.py``. ``num_cores``: threads of the network, 0 for
-    all; ``at_once`` calls from as many threads share them. Those of torch are its process's, see ``torch_threads``.
+    ``num_cores``: threads, 0 for all; ``at_once``: calls that run side by side on them, from as many threads.
     """
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
@@ -44,7 +41,7 @@ def open_exported(
     if chosen not in SUFFIXES[suffix]:
         raise SlimError(f"{path}: --engine {chosen} does not run {suffix} files; use {' or '.join(SUFFIXES[suffix])}")
     if chosen == "openvino":
-        return OpenVinoNetwork(path, num_cores, precision, profile, at_once)
+        return OpenVinoNetwork(path, num_cores, precision, at_once)
     if precision == "bfloat16":
         raise SlimError(f"--precision bfloat16: {chosen} computes exported networks in float32; use --engine openvino")
-    return OnnxNetwork(path, num_cores, profile, at_once) if chosen == "onnxruntime" else TorchScriptNetwork(path)
+    return OnnxNetwork(path, num_cores, at_once) if chosen == "onnxruntime" else TorchScriptNetwork(path)

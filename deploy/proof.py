@@ -11,12 +11,12 @@ from torchvision.ops import box_iou
 import slim
 from slim import SlimError
 
-from .graph_ends import WithNms
+from .graph_wrappers import WithNms
 
 LARGEST_DIFFERENCE = 1e-4
-"""Of the output's largest magnitude, between torch and an exported float32 network."""
+"""The accepted difference between torch and an exported float32 network, relative to the output's largest magnitude."""
 LARGEST_ROUNDING = 10
-"""Times torch's own distance from float64, where that is larger."""
+"""The accepted difference where that is larger: so many times torch's own distance from float64."""
 
 
 def prove_equal(model: nn.Module, exported: nn.Module, images: Tensor) -> float:
@@ -40,7 +40,7 @@ def prove_equal(model: nn.Module, exported: nn.Module, images: Tensor) -> float:
 
 
 def prove_same_detections(model: WithNms, exported: nn.Module, images: Tensor) -> float:
-    """As ``prove_equal``, for detectors that end in a suppression; the difference is that of the boxes and scores.
+    """Do what ``prove_equal`` does for detectors that end in a suppression; the difference is that of boxes and scores.
 
     Where scores are equal, or an overlap is at its limit, but for rounding, more than one outcome is right. So what is
     checked is what defines the outcome: each detection is a candidate of torch's, no two of a class overlap too much, and
@@ -48,7 +48,7 @@ def prove_same_detections(model: WithNms, exported: nn.Module, images: Tensor) -
     """
     with slim.evaluation_mode(model), torch.no_grad():
         candidates = [model.candidates(predictions) for predictions in model.network(images)]
-        worst = max(_of_one_image(model, *pair) for pair in zip(candidates, exported(images), strict=True))
+        worst = max(_suppression_error(model, *pair) for pair in zip(candidates, exported(images), strict=True))
     if not worst <= LARGEST_DIFFERENCE:
         raise SlimError(
             f"the exported network's detections differ from torch's by {worst:.3g} of the largest coordinate, expected at "
@@ -57,8 +57,8 @@ def prove_same_detections(model: WithNms, exported: nn.Module, images: Tensor) -
     return worst
 
 
-def _of_one_image(model: WithNms, candidates: Tensor, detections: Tensor) -> float:
-    """Rows of box, score, class; infinite where the detections are not a suppression of the candidates."""
+def _suppression_error(model: WithNms, candidates: Tensor, detections: Tensor) -> float:
+    """The largest difference of one image's rows (box, score, class); infinite where they are no suppression of candidates."""
     candidates, found = candidates[candidates[:, 4] > 0], detections[detections[:, 4] > 0]
     is_full = len(found) == model.max_detections
     least = max(model.conf, float(found[-1, 4]) if is_full else 0.0) + LARGEST_DIFFERENCE

@@ -1,4 +1,4 @@
-"""Quantisation while training: a network that rounds as its INT8 file will, so that its weights learn to bear it.
+"""Quantisation-aware training: a network rounds as its INT8 file will, so that its weights learn to bear it.
 
 NNCF places the quantisers and finds their ranges on real images; the ranges then stay as they are, and the weights train
 through the rounding (straight-through gradients; Jacob et al. 2018, arXiv:1712.05877).
@@ -19,16 +19,19 @@ from torch import Tensor, nn
 from slim import SlimError
 
 HOOKS = "__nncf_hooks."
-"""With this begin the names of what NNCF adds to a model's state."""
+"""The beginning of the names of all that NNCF adds to a model's state."""
 
 
 def with_quantisers(
     model: nn.Module, images: Sequence[Tensor], *, head: str, keep_float: Sequence[str] = ()
 ) -> nn.Module:
-    """A copy of a network that rounds weights and maps to 8 bits, their ranges found on ``images``, [B, 3, H, W] each.
+    """Copy a network and wrap it in fake quantisers, which round weights and maps to 8 bits.
 
-    The layers of the module ``head`` (a path) and all that follows them stay as they are, and so do the layers of modules
-    that fit a pattern of ``keep_float``. SlimError where no module fits.
+    Args:
+        model: the network
+        images: [B, 3, H, W] each, on which the ranges are found
+        head: the path of a module whose layers stay in floating point, as does all that follows them
+        keep_float: patterns of modules whose layers stay in floating point, too; SlimError where one fits no module
     """
     if not len(images):
         raise SlimError("no images to calibrate with; quantisation needs real ones, such as --data's")
@@ -40,7 +43,7 @@ def with_quantisers(
         warnings.simplefilter("ignore")
         import nncf  # which takes seconds, and no other training needs it
 
-        ignored = left_alone(model, images[0][:1], head, keep_float)
+        ignored = unquantised_operators(model, images[0][:1], head, keep_float)
         quantised: nn.Module = nncf.quantize(
             copy.deepcopy(model).eval(),
             nncf.Dataset(list(images)),
@@ -54,11 +57,11 @@ def with_quantisers(
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a network with quantisers as the one without them has it."""
+    """The state of a network with quantisers, under the names that the network without them has."""
     return {name: value for name, value in model.state_dict().items() if not name.startswith(HOOKS)}
 
 
-def left_alone(model: nn.Module, images: Tensor, head: str, patterns: Sequence[str]) -> list[str]:
+def unquantised_operators(model: nn.Module, images: Tensor, head: str, patterns: Sequence[str]) -> list[str]:
     """Names, in NNCF's graph, of the operators that read these modules' parameters, and of all that follow the head's."""
     from nncf.torch.function_hook import wrap_model
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph

@@ -10,23 +10,23 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-import onnxruntime
 from numpy.typing import NDArray
-from onnx import numpy_helper
-from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorsData
+from torch import Tensor
 from tqdm import tqdm
 
-import slim
-
-from .network import INPUT
-from .onnx_file import read_onnx
+from .network import INPUT, whole_or_nothing
+from .onnx_file import read_onnx, save_onnx
 from .quantiser import Quantiser
+
+if TYPE_CHECKING:
+    import onnx
 
 Array = NDArray[np.float32]
 ON_INTEGERS = ("Conv", "Sigmoid", "Mul", "Add", "Concat", "MaxPool", "Resize", "Relu", "LeakyRelu", "Clip", "HardSwish")
@@ -47,16 +47,19 @@ class OnnxQuantiser(Quantiser):
     """``.onnx`` files, by ONNX Runtime's quantiser: QDQ, weights per channel and symmetric, activations asymmetric."""
 
     suffix = ".onnx"
-    _known: dict[bool, Statistics]
+
+    def __init__(self, source: str | Path, images: Sequence[Tensor]) -> None:
+        super().__init__(source, images)
+        self._statistics = cache(self._measured)
 
     def write(self, path: Path, kept: frozenset[str], *, rough: bool = False) -> None:
-        proto = onnx.shape_inference.infer_shapes(read_onnx(self.source))
-        if not hasattr(self, "_known"):
-            self._known = {}
-        if rough not in self._known:
-            self._known[rough] = self._measured(proto, rough)
-        statistics = self._known[rough]
-        ranges = activation_ranges(proto, statistics)
+        from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorsData
+
+        proto, statistics = self._graph(), self._statistics(rough)
+        ranges = {
+            name: (np.float32(low).reshape(1), np.float32(high).reshape(1))
+            for name, (low, high) in activation_ranges(proto, statistics).items()
+        }
         correct_biases(proto, statistics.channel_means, kept)
         quantiser = QDQQuantizer(
             proto,
@@ -64,13 +67,7 @@ class OnnxQuantiser(Quantiser):
             reduce_range=False,
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
-            tensors_range=TensorsData(
-                CalibrationMethod.MinMax,
-                {
-                    name: (np.float32(low).reshape(1), np.float32(high).reshape(1))
-                    for name, (low, high) in ranges.items()
-                },
-            ),
+            tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
             nodes_to_quantize=[],
             nodes_to_exclude=sorted(kept),
             op_types_to_quantize=list(ON_INTEGERS),
@@ -80,21 +77,24 @@ class OnnxQuantiser(Quantiser):
         quantiser.model.topological_sort()
         made = quantiser.model.model
         _take_bytes_as_they_are(made)
-        del made.metadata_props[:]
-        onnx.helper.set_model_props(made, self.metadata)
+        with whole_or_nothing(path) as temporary:
+            save_onnx(made, temporary, self.metadata)
 
-        def save(temporary: Path) -> None:
-            onnx.save(made, temporary)
-            onnx.checker.check_model(str(temporary), full_check=True)
+    def _graph(self) -> onnx.ModelProto:
+        import onnx
 
-        slim.write_atomically(path, save)
+        return onnx.shape_inference.infer_shapes(read_onnx(self.source))
 
-    def _measured(self, proto: onnx.ModelProto, rough: bool) -> Statistics:
-        observed, maps = _observed(proto)
+    def _measured(self, rough: bool) -> Statistics:
+        import onnxruntime
+
+        observed, maps = _observed(self._graph())
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(observed.SerializeToString(), options, ["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()[len(proto.graph.output) :]]
+        names = [
+            output.name for output in session.get_outputs() if output.name.endswith(("/lowest", "/highest", "/means"))
+        ]
         found: dict[str, list[Array]] = defaultdict(list)
         for batch in tqdm(self.batches(rough), "calibration", disable=rough or None, leave=False):
             for name, value in zip(names, session.run(names, {INPUT: batch.numpy()}), strict=True):
@@ -109,6 +109,8 @@ class OnnxQuantiser(Quantiser):
 
 def _observed(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     """A copy that also gives each tensor's range and means by image, as ``<tensor>/lowest`` ...; the inputs of convolutions."""
+    import onnx
+
     observed = copy.deepcopy(proto)
     graph = observed.graph
     constants = {tensor.name for tensor in graph.initializer}
@@ -122,7 +124,7 @@ def _observed(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     maps = list(dict.fromkeys(node.input[0] for node in used if node.op_type == "Conv"))
 
     def observe(kind: str, tensor: str, end: str, axes: range) -> None:
-        known = numpy_helper.from_array(np.array(axes, np.int64), f"{tensor}/{end}/axes")
+        known = onnx.numpy_helper.from_array(np.array(axes, np.int64), f"{tensor}/{end}/axes")
         graph.initializer.append(known)
         keep = end == "means"
         graph.node.append(onnx.helper.make_node(kind, [tensor, known.name], [f"{tensor}/{end}"], keepdims=int(keep)))
@@ -173,6 +175,8 @@ def correct_biases(proto: onnx.ModelProto, means: Mapping[str, Array], kept: fro
     After Nagel et al. 2019 (arXiv:1906.04721), section 4.2, with means from real images: sum of (weight - rounded weight) *
     mean input. Borders are counted as if they were not there.
     """
+    from onnx import numpy_helper
+
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in proto.graph.node:
         if node.op_type != "Conv" or node.name in kept or len(node.input) < 3:
@@ -194,6 +198,8 @@ def correct_biases(proto: onnx.ModelProto, means: Mapping[str, Array], kept: fro
 
 def _scaled_images(proto: onnx.ModelProto) -> set[str]:
     """The tensors that hold images as float 0..1: the input, or what bytes become."""
+    import onnx
+
     bytes_in = proto.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     found = {INPUT}
     for node in proto.graph.node:

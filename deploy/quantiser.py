@@ -1,4 +1,4 @@
-"""Float files quantised to INT8 on real images, without training."""
+"""Float files quantised to INT8 on real images, without training, within a bound of accuracy."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import io
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -16,19 +18,23 @@ from tqdm import tqdm
 
 from slim import SlimError
 
-from .float_parts import operators_of
-from .network import as_bytes
+from .network import EngineNetwork, as_bytes, whole_or_nothing
 from .open_file import open_exported
 from .openvino_file import read_openvino, save_openvino
+from .operator_index import OperatorIndex
 
 ROUGH_IMAGES = 8
-"""On which a network is quantised that is only to be compared with others."""
+"""How many images calibrate a network that is only compared with others."""
+PROBE_IMAGES = 4
+"""How many images a block's noise is measured on."""
 
 
 class Quantiser(ABC):
     """A float file that can be written again in INT8, with any of its operators left in floating point.
 
-    ``images``: float 0..1, [3, H, W] each, of the size that the file takes; by them the ranges of activations are chosen.
+    Args:
+        source: the float file
+        images: float 0..1, [3, H, W] each, of the size that the file takes; they choose the ranges of activations
     """
 
     suffix: ClassVar[str]
@@ -41,21 +47,18 @@ class Quantiser(ABC):
         network.check_size(images[0][None])
         self.images, self.batch_size, self.takes_bytes = images, network.input_shape[0] or 1, network.takes_bytes
         self.metadata = network.metadata
-        self.operators = operators_of(self.source)
+        self.operators = OperatorIndex.of(self.source)
 
     @abstractmethod
     def write(self, path: Path, kept: frozenset[str], *, rough: bool = False) -> None:
-        """The INT8 file; operators named in ``kept`` stay float. ``rough``: from few images, to compare networks."""
+        """Write the INT8 file; operators in ``kept`` stay float. ``rough``: from few images, to compare networks."""
 
     def batches(self, rough: bool) -> list[Tensor]:
         """The calibration images as the file takes them; the first ones again where the last batch is not full."""
         count = min(len(self.images), ROUGH_IMAGES) if rough else len(self.images)
         places = torch.arange(-(-count // self.batch_size) * self.batch_size) % count
-        return [self._batch(part.tolist()) for part in places.split(self.batch_size)]
-
-    def _batch(self, places: list[int]) -> Tensor:
-        batch = torch.stack([self.images[i] for i in places])
-        return as_bytes(batch) if self.takes_bytes else batch
+        batches = [torch.stack([self.images[i] for i in part.tolist()]) for part in places.split(self.batch_size)]
+        return [as_bytes(batch) for batch in batches] if self.takes_bytes else batches
 
 
 class OpenVinoQuantiser(Quantiser):
@@ -66,25 +69,23 @@ class OpenVinoQuantiser(Quantiser):
     def write(self, path: Path, kept: frozenset[str], *, rough: bool = False) -> None:
         import nncf  # takes seconds, and prints
 
-        images = tqdm(
-            [batch.numpy() for batch in self.batches(rough)], "calibration", disable=rough or None, leave=False
-        )
-        network, _ = read_openvino(self.source)
-        with _quiet(nncf):
+        images = [batch.numpy() for batch in self.batches(rough)]
+        shown = tqdm(images, "calibration", disable=rough or None, leave=False)
+        with _quiet(nncf), whole_or_nothing(path) as temporary:
             quantised = nncf.quantize(
-                network,
-                nncf.Dataset(images),
+                read_openvino(self.source)[0],
+                nncf.Dataset(shown),
                 subset_size=len(images),
                 preset=nncf.QuantizationPreset.MIXED,  # activations of SiLU are hardly negative
                 ignored_scope=nncf.IgnoredScope(names=sorted(kept)),
                 advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=rough),
             )
-        save_openvino(quantised, path, self.metadata)
+            save_openvino(quantised, temporary, self.metadata)
 
 
 @contextlib.contextmanager
 def _quiet(nncf: Any) -> Iterator[None]:
-    """Without nncf's report on standard output."""
+    """Keep nncf's report from standard output."""
     level = logging.getLogger("nncf").level
     nncf.set_log_level(logging.ERROR)
     try:
@@ -92,3 +93,73 @@ def _quiet(nncf: Any) -> Iterator[None]:
             yield
     finally:
         nncf.set_log_level(level)
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """An INT8 file's AP and the float file's, None where not measured; ``kept`` blocks are float for the sake of ``ap``."""
+
+    ap: float | None
+    ap_float: float | None
+    kept: tuple[str, ...] = ()
+
+
+def quantise(
+    quantiser: Quantiser,
+    path: Path,
+    keep_float: Sequence[str],
+    measure_ap: Callable[[EngineNetwork], float] | None = None,
+    max_drop: float | None = None,
+    rank: Callable[[], Sequence[str]] | None = None,
+) -> Quantised:
+    """Write an INT8 file, with as many blocks in floating point as a bound of accuracy asks for.
+
+    Args:
+        quantiser: of the float file
+        path: the INT8 file
+        keep_float: patterns of modules that stay in floating point in any case
+        measure_ap: the AP of a file; None leaves it unknown
+        max_drop: the AP that may be lost against the float file. While more is lost, the noisiest 1, 2, 4 ... blocks stay
+            float too, up to half of them; SlimError if that does not do
+        rank: the blocks, the noisiest first, instead of ``noisiest_blocks``
+    """
+    fixed = quantiser.operators.within(keep_float)
+    quantiser.write(path, fixed)
+    if measure_ap is None:
+        return Quantised(None, None)
+    before, after = measure_ap(open_exported(quantiser.source, precision="float32")), measure_ap(open_exported(path))
+    if max_drop is None or before - after <= max_drop:
+        return Quantised(after, before)
+    ranked = list(rank() if rank else noisiest_blocks(quantiser, fixed))
+    count, best = 1, after
+    while count <= len(ranked) // 2:
+        kept = ranked[:count]
+        quantiser.write(path, fixed | quantiser.operators.within(kept))
+        after = measure_ap(open_exported(path))
+        if before - after <= max_drop:
+            return Quantised(after, before, tuple(kept))
+        best, count = max(best, after), 2 * count
+    raise SlimError(
+        f"--max-drop {max_drop:g}: AP {before:.4f} falls by {before - best:.4f} to {best:.4f} in INT8, also with {count // 2} of "
+        f"{len(ranked)} blocks in float; nothing was written; allow more, or train with finetune.py --qat"
+    )
+
+
+def noisiest_blocks(quantiser: Quantiser, kept: frozenset[str]) -> list[str]:
+    """The blocks that are quantised while ``kept`` is not, first the one that, alone quantised, changes the output most.
+
+    A block's noise is the mean squared difference of each entry of the output's last axis, relative to its variance.
+    """
+    operators = quantiser.operators
+    images = torch.stack([*quantiser.images[:PROBE_IMAGES]])
+    wanted = open_exported(quantiser.source, precision="float32")(images)
+    rows = tuple(range(wanted.ndim - 1))
+    noise = {}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"block{quantiser.suffix}"
+        for block in tqdm(operators.blocks(kept), "noise of each block", disable=None, leave=False):
+            others = frozenset(operators.module_of) - (operators.within([block]) - operators.within([]))
+            quantiser.write(path, kept | others, rough=True)
+            lost = open_exported(path)(images) - wanted
+            noise[block] = float((lost.square().mean(rows) / wanted.var(rows).clamp(min=1e-12)).mean())
+    return sorted(noise, key=lambda block: -noise[block])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, NoReturn
 
 Engine = Literal["torch", "onnxruntime", "openvino"]
-Precision = Literal["auto", "float32", "bfloat16"]
+RuntimePrecision = Literal["auto", "float32", "bfloat16"]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -23,9 +23,9 @@ class RuntimeSettings:
     """Runtime."""
 
     engine: Annotated[Engine | None, "what runs the network; else what runs files of its kind, or torch"] = None
-    precision: Annotated[Precision, "what the engine computes in where it is not quantised; auto is its choice"] = (
-        "auto"
-    )
+    precision: Annotated[
+        RuntimePrecision, "what the engine computes in where it is not quantised; auto is its choice"
+    ] = "auto"
     num_cores: Annotated[int, "CPU threads of the network, 0 for all"] = 0
 
 
@@ -43,7 +43,9 @@ class LatencySettings:
     ] = None
     latency_int8: Annotated[bool, "with a latency: of the networks in INT8 (the Detect head in floating point)"] = False
     engine: Annotated[Engine, "with a latency: what runs the networks"] = "openvino"
-    latency_precision: Annotated[Precision, "what is not in INT8: auto is what the engine takes by itself"] = "auto"
+    latency_precision: Annotated[RuntimePrecision, "what is not in INT8: auto is what the engine takes by itself"] = (
+        "auto"
+    )
     num_cores: Annotated[int, "with a latency: CPU threads, 0 for all"] = 0
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Mapping
@@ -11,19 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import slim
 from slim import SlimError
 
-from .graph_ends import FromBytes
-from .network import ExportedNetwork, as_bytes, existing, read_list
-from .onnx_file import Proof
-from .proof import prove_equal
+from .graph_wrappers import FromBytes
+from .network import EngineNetwork, as_bytes, existing, read_list
 
 INFO = "config.txt"
 """The extra file in which YOLOv5's exports say what they are: JSON."""
 
 
-class TorchScriptNetwork(ExportedNetwork):
+class TorchScriptNetwork(EngineNetwork):
     """A TorchScript file. Its threads are those of all of torch, see ``torch_threads``."""
 
     engine = "torch"
@@ -39,11 +35,10 @@ class TorchScriptNetwork(ExportedNetwork):
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise SlimError(f"{path}: not a TorchScript network ({first}); export it anew") from error
-        sizes = tuple(read_list(metadata, "shape"))
         super().__init__(
             path,
             metadata,
-            sizes or (None,) * 4,
+            tuple(read_list(metadata, "shape")) or (None,) * 4,
             takes_bytes=metadata.get("uint8_input") == "true",
             precision="float32",
         )
@@ -54,29 +49,13 @@ class TorchScriptNetwork(ExportedNetwork):
         return output
 
 
-def export_torchscript(
-    model: nn.Module,
-    path: str | Path,
-    images: Tensor,
-    *,
-    uint8_input: bool = False,
-    metadata: Mapping[str, str] | None = None,
-    prove: Proof = prove_equal,
-) -> float:
-    """As ``export_onnx``, for images of the shape of ``images`` alone: tracing writes sizes down as numbers."""
-    folded = slim.fold_gates(copy.deepcopy(model).cpu(), (images,)).eval()
-    traced, example = (FromBytes(folded).eval(), as_bytes(images)) if uint8_input else (folded, images)
+def save_torchscript(
+    model: nn.Module, path: Path, images: Tensor, uint8_input: bool, metadata: Mapping[str, str]
+) -> None:
+    """Trace and write a network, for images of the shape of ``images`` alone: tracing writes sizes down as numbers."""
+    traced, example = (FromBytes(model).eval(), as_bytes(images)) if uint8_input else (model, images)
+    known = {**metadata, "shape": list(images.shape), "uint8_input": json.dumps(uint8_input)}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         script = torch.jit.freeze(torch.jit.trace(traced, (example,), check_trace=False))
-    known = {**(metadata or {}), "shape": list(images.shape), "uint8_input": json.dumps(uint8_input)}
-    differences: list[float] = []
-
-    def write(temporary: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.jit.save(script, str(temporary), _extra_files={INFO: json.dumps(known)})
-        differences.append(prove(folded, TorchScriptNetwork(temporary), images))
-
-    slim.write_atomically(Path(path), write)
-    return differences[0]
+        torch.jit.save(script, str(path), _extra_files={INFO: json.dumps(known)})

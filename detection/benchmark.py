@@ -1,10 +1,16 @@
-"""Milliseconds an image of checkpoints and exported files under any engine, measured in turns so that drift cancels."""
+"""Milliseconds an image of checkpoints and exported files under any engine, interleaved so that drift cancels."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -12,145 +18,210 @@ from tqdm import tqdm
 
 import slim
 from data import DetectionDataset
-from deploy import LayerTime, profile, profile_text, threads_of, torch_threads
+from deploy import (
+    ENGINES,
+    SUFFIX_FOR,
+    SUFFIXES,
+    Engine,
+    RuntimePrecision,
+    profile,
+    profile_text,
+    threads_of,
+    torch_threads,
+)
 from engine import Evaluation
 from slim import SlimError
 from tracking import RunFolder
 
-from .benchmark_candidates import Candidate, Candidates, Sides, Wanted
-from .benchmark_table import Row, machine_text, markdown, short_names, write
+from .benchmark_table import BenchmarkRow, machine_text, markdown, short_names, write
 from .command import flat
 from .datasets import open_data, so_many_images
-from .detector import evaluate_detector
+from .detector import Detector, is_exported, open_detector
 from .evaluator import Evaluator
 from .flags import BenchmarkFlags
-from .network import check_classes, img_of, sides_of
-from .timing import Timing, Turns, rounds_for
+from .network import check_classes, check_image_size, img_of, read_network, sides_of
+from .timing import InterleavedTimer, rounds_for
+from .write_file import write_file
+
+Sides = tuple[int, int]
+DEFAULT_SIDES: Sides = (416, 416)
+Images = Callable[[Sides, int], Tensor]
+"""Gives images of a height and width, and as many as are asked for: float 0..1 in steps of 1/255, [B, 3, H, W]."""
 
 
-def wanted(flags: BenchmarkFlags) -> Wanted:
-    """What to measure."""
-    if not flags.weights:
-        raise SlimError("--weights: none given; name one or more checkpoints or exported files")
-    if min(flags.batch_size, default=0) < 1:
-        raise SlimError(f"--batch-size {' '.join(map(str, flags.batch_size))}: expected at least 1")
-    for cores in flags.num_cores:
-        threads_of(cores)
-    sides = [sides_of(img) for img in flags.img]
-    return Wanted(flags.weights, flags.engine, sides, flags.num_cores, flags.batch_size, flags.precision)
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A detector with what it is run on: ``images`` [B, 3, H, W], in the type that the network takes."""
+
+    detector: Detector
+    images: Tensor
+    num_cores: int
+
+    @property
+    def sides_px(self) -> Sides:
+        return self.images.shape[2], self.images.shape[3]
+
+    @property
+    def ap_key(self) -> tuple[object, ...]:
+        """What decides about its AP."""
+        return self.detector.weights, self.detector.engine, self.detector.precision_text, self.sides_px
+
+    def set_threads(self) -> None:
+        """Set the threads of torch, which are those of the whole process; other engines have their own."""
+        if self.detector.engine == "torch":
+            torch.set_num_threads(threads_of(self.num_cores))
+
+    def run(self) -> Tensor:
+        return self.detector(self.images)
 
 
-class Measured:
-    """What a benchmark's candidates are run on, and their AP where there is data."""
+def open_setups(flags: BenchmarkFlags, images: Images, stack: ExitStack) -> list[Setup]:
+    """All combinations of the flags that there are, each once: what was asked for as ``auto`` may be float32 as well.
+
+    They stay open as long as ``stack``. SlimError for weights of which none of the engines, sizes or precisions can be had.
+    """
+    folder = Path(stack.enter_context(TemporaryDirectory()))
+
+    @functools.cache
+    def exported(weights: str, engine: Engine, sides: Sides, batch_size: int) -> Path:
+        network, path = read_network(weights), folder / f"{exported.cache_info().misses}{SUFFIX_FOR[engine]}"
+        for side in sides:
+            check_image_size(network.model, side)
+        write_file(network, path, images(sides, batch_size))
+        return path
+
+    @functools.cache
+    def opened(
+        weights: str, file: Path, engine: Engine | None, precision: RuntimePrecision, num_cores: int
+    ) -> Detector:
+        detector = open_detector(str(file), engine, num_cores=num_cores, precision=precision)
+        return replace(stack.enter_context(detector), weights=weights)
+
+    asked = list(dict.fromkeys(sides_of(img) for img in flags.img))
+    found: dict[tuple[object, ...], Setup] = {}
+    for weights in dict.fromkeys(flags.weights):
+        for engine, precision in runtimes_of(weights, flags.engine, flags.precision):
+            of_file = is_exported(weights) or engine in (None, "torch")
+            sizes = asked or [DEFAULT_SIDES]
+            if of_file:
+                own = opened(weights, Path(weights), engine, precision, flags.num_cores[0]).sides_px
+                # Where it takes none of them, the first one's refusal says so.
+                sizes = sizes if own is None else [own if own in asked or not asked else asked[0]]
+            for sides, count, cores in itertools.product(sizes, dict.fromkeys(flags.batch_size), flags.num_cores):
+                file = Path(weights) if of_file else exported(weights, engine or "torch", sides, count)
+                detector = opened(weights, file, engine, precision, cores)
+                detector.check_sides(sides)
+                setup = Setup(detector, detector.network.as_taken(images(sides, count)), cores)
+                found.setdefault((setup.ap_key, count, cores), setup)
+    return list(found.values())
+
+
+def runtimes_of(
+    weights: str, engines: Sequence[Engine], precisions: Sequence[RuntimePrecision]
+) -> list[tuple[Engine | None, RuntimePrecision]]:
+    """The engines that run a file, and their precisions; where there is none, a pair whose refusal says why.
+
+    All engines run checkpoints, which are exported for them.
+    """
+    own = SUFFIXES.get(Path(weights).suffix, ENGINES)
+
+    def can_run(engine: Engine | None, precision: RuntimePrecision) -> bool:
+        chosen = engine or own[0]
+        has_bfloat16 = chosen == "openvino" or (chosen == "torch" and not is_exported(weights))
+        return chosen in own and (precision != "bfloat16" or has_bfloat16)
+
+    pairs = list(itertools.product(dict.fromkeys(engines) or [None], dict.fromkeys(precisions)))
+    return [pair for pair in pairs if can_run(*pair)] or pairs[:1]
+
+
+class BenchmarkData:
+    """The images that setups are run on, and their AP where there is a data set."""
 
     def __init__(self, flags: BenchmarkFlags) -> None:
         self.flags = flags
         self.config = None if flags.dataset.data is None else open_data(flags.dataset)
-        self._data_sets: dict[int, DetectionDataset] = {}
-        self._found: dict[tuple[object, ...], Evaluation] = {}
+        self.dataset = functools.cache(self._dataset)
+        self.evaluations: dict[tuple[object, ...], Evaluation] = {}
+
+    def _dataset(self, img: int) -> DetectionDataset:
+        assert self.config is not None
+        return DetectionDataset(self.config, self.flags.split, img)
 
     def images(self, sides: Sides, count: int) -> Tensor:
         """Images of the split, again from the first where it is too small, or without data random ones."""
         if self.config is None:
             generator = torch.Generator().manual_seed(self.flags.seed)
             return torch.randint(0, 256, (count, 3, *sides), generator=generator).float() / 255
-        return so_many_images(self._data_set(max(sides)), count, sides)
+        return so_many_images(self.dataset(max(sides)), count, sides)
 
-    def check_classes(self, candidates: Sequence[Candidate]) -> None:
-        """Before any of them is measured."""
-        if self.config is not None:
-            for one in candidates:
-                check_classes(one.detector, self.config, one.detector.weights, str(self.flags.dataset.data))
-
-    def evaluation(self, candidate: Candidate) -> Evaluation | None:
-        """Once for candidates that compute the same."""
-        if self.config is None:
-            return None
-        if candidate.ap_key not in self._found:
-            candidate.set_threads()
+    def evaluate(self, setup: Setup) -> None:
+        """Measure AP, once for setups that compute the same."""
+        if setup.ap_key not in self.evaluations:
+            setup.set_threads()
             evaluator = Evaluator(
-                self._data_set(max(candidate.sides_px)),
+                self.dataset(max(setup.sides_px)),
                 batch_size=16,
                 workers=0,
                 device=torch.device("cpu"),
                 conf=self.flags.nms.conf,
                 iou=self.flags.nms.iou,
                 max_det=self.flags.nms.max_det,
-                canvas_hw=candidate.sides_px,
+                canvas_hw=setup.sides_px,
             )
-            self._found[candidate.ap_key] = evaluate_detector(candidate.detector, evaluator)
-        return self._found[candidate.ap_key]
-
-    def known(self, candidate: Candidate) -> Evaluation | None:
-        """As ``evaluation``, without measuring it."""
-        return self._found.get(candidate.ap_key)
-
-    def _data_set(self, img: int) -> DetectionDataset:
-        assert self.config is not None
-        if img not in self._data_sets:
-            self._data_sets[img] = DetectionDataset(self.config, self.flags.split, img)
-        return self._data_sets[img]
+            self.evaluations[setup.ap_key] = setup.detector.evaluate(evaluator)
 
 
-def measure(flags: BenchmarkFlags) -> list[Row]:
-    """A row for each combination; fills the run folder, when interrupted with what is measured by then."""
-    combinations = wanted(flags)
-    rounds = rounds_for(flags.repeats, flags.warmup)
-    measured = Measured(flags)
-    with Candidates(measured.images) as opened, torch_threads():
-        candidates = opened.of(combinations)
-        measured.check_classes(candidates)
+def benchmark(flags: BenchmarkFlags) -> list[BenchmarkRow]:
+    """Measure and print a row for each combination; fills the run folder, when interrupted with what is measured by then."""
+    if not flags.weights:
+        raise SlimError("--weights: none given; name one or more checkpoints or exported files")
+    if min(flags.batch_size, default=0) < 1:
+        raise SlimError(f"--batch-size {' '.join(map(str, flags.batch_size))}: expected at least 1")
+    for cores in flags.num_cores:
+        threads_of(cores)
+    rounds, data, names = rounds_for(flags.repeats, flags.warmup), BenchmarkData(flags), short_names(flags.weights)
+    rows: list[BenchmarkRow] = []
+    with torch_threads(), ExitStack() as stack:
+        setups = open_setups(flags, data.images, stack)
+        if data.config is not None:
+            for one in setups:
+                check_classes(one.detector, data.config, one.detector.weights, str(flags.dataset.data))
         run = RunFolder.create(flags.run.project, flags.run.name)
         run.write_config(flat(flags), "benchmark.py")
-        turns = Turns({one: one.run for one in candidates}, before=Candidate.set_threads)
-        names = short_names(flags.weights)
+        timer = InterleavedTimer({one: one.run for one in setups}, before=Setup.set_threads)
         finished = False
         try:
             with torch.no_grad():
-                take_turns(turns, rounds, names)
-            for one in tqdm(candidates, desc="AP", disable=flags.dataset.data is None, leave=False):
-                measured.evaluation(one)
+                for counts in tqdm(rounds, desc="rounds", unit="round"):
+                    timer.round(counts)
+            if data.config is not None:
+                for one in tqdm(setups, desc="AP", leave=False):
+                    data.evaluate(one)
             if flags.profile:
-                write_profiles(profiled(candidates, names), run)
+                slim.write_text_atomically(run.path / "profile.csv", profiles(setups, names))
             finished = True
         finally:
-            timings = turns.timings()
-            if all(timing.runs_ms for timing in timings.values()):
-                rows = rows_of(candidates, timings, names, measured)
+            if all(timing.runs_ms for timing in timer.timings().values()):
+                rows = rows_of(timer, names, data.evaluations)
                 write(rows, machine_text(), run.path, finished=finished)
-    print(f"results: {run.path}")
+    print(f"results: {run.path}\n\n{markdown(rows, machine_text())}")
     return rows
 
 
-def take_turns(turns: Turns[Candidate], rounds: Sequence[bool], names: dict[str, str]) -> None:
-    """All rounds; the bar shows the medians of the first and of the fastest so far."""
-    with tqdm(rounds, desc="rounds", unit="round") as bar:
-        for counts in bar:
-            turns.round(counts)
-            if counts:
-                median_ms = {one: timing.median_ms / len(one.images) for one, timing in turns.timings().items()}
-                first, best = next(iter(median_ms)), min(median_ms, key=median_ms.__getitem__)
-                bar.set_postfix_str(
-                    f"first {median_ms[first]:.1f} ms, fastest {median_ms[best]:.1f} ms: "
-                    f"{names[best.detector.weights]} {best.detector.engine}"
-                )
-
-
 def rows_of(
-    candidates: Sequence[Candidate], timings: dict[Candidate, Timing], names: dict[str, str], measured: Measured
-) -> list[Row]:
-    """The table."""
-    rows = []
-    first_ms = timings[candidates[0]].median_ms / len(candidates[0].images)
-    for one in candidates:
-        timing, count, found = timings[one], len(one.images), measured.known(one)
+    timer: InterleavedTimer[Setup], names: dict[str, str], evaluations: dict[tuple[object, ...], Evaluation]
+) -> list[BenchmarkRow]:
+    """The table of all setups."""
+    rows: list[BenchmarkRow] = []
+    for one, timing in timer.timings().items():
+        detector, count, found = one.detector, len(one.images), evaluations.get(one.ap_key)
         median_ms = timing.median_ms / count
         rows.append(
-            Row(
-                weights=one.detector.weights,
-                network=names[one.detector.weights],
-                engine=one.detector.engine,
-                precision=one.precision_text,
+            BenchmarkRow(
+                weights=detector.weights,
+                network=names[detector.weights],
+                engine=detector.engine,
+                precision=detector.precision_text,
                 img=str(img_of(one.sides_px)),
                 batch_size=count,
                 num_cores=one.num_cores,
@@ -158,45 +229,34 @@ def rows_of(
                 p10_ms=timing.percentile_ms(10) / count,
                 p90_ms=timing.percentile_ms(90) / count,
                 fps=1000 / median_ms,
-                speed_up=first_ms / median_ms,
-                ap=found and found.ap,
-                ap50=found and found.ap50,
-                bytes=one.detector.file_bytes,
-                macs=one.facts.macs,
-                params=one.facts.params,
-                activation=one.facts.activation,
+                speed_up=rows[0].milliseconds / median_ms if rows else 1.0,
+                ap=found.ap if found else None,
+                ap50=found.ap50 if found else None,
+                bytes=detector.network.bytes_on_disk,
+                macs=detector.macs(one.sides_px),
+                params=detector.params,
+                activation=detector.activation,
                 runs=len(timing.runs_ms),
             )
         )
     return rows
 
 
-def profiled(candidates: Sequence[Candidate], names: dict[str, str]) -> dict[str, list[LayerTime]]:
-    """The operators of each candidate by its engine's own clock, printed as tables."""
-    found = {}
-    for one in candidates:
-        one.set_threads()
-        title = (
-            f"{names[one.detector.weights]}, {one.detector.engine}, {one.precision_text}, "
-            f"{img_of(one.sides_px)} pixels, cores: {one.num_cores or 'all'}, batch size {len(one.images)}"
-        )
-        found[title] = profile(one.reopened().network, one.images)
-        print(f"\n{title}: the engine's own time, medians\n\n{profile_text(found[title])}")
-    return found
-
-
-def write_profiles(profiles: dict[str, list[LayerTime]], run: RunFolder) -> None:
-    """profile.csv: an operator a line, with its share of its candidate's time."""
+def profiles(setups: Sequence[Setup], names: dict[str, str]) -> str:
+    """The operators of each setup by its engine's own clock, printed as tables; as CSV, an operator a line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["candidate", "name", "kind", "precision", "milliseconds", "share"])
-    for title, layers in profiles.items():
-        total = sum(layer.milliseconds for layer in layers)
+    for one in setups:
+        one.set_threads()
+        title = (
+            f"{names[one.detector.weights]}, {one.detector.engine}, {one.detector.precision_text}, "
+            f"{img_of(one.sides_px)} pixels, cores: {one.num_cores or 'all'}, batch size {len(one.images)}"
+        )
+        layers = profile(one.detector.network, one.images)
+        print(f"\n{title}: the engine's own time, medians\n\n{profile_text(layers)}")
+        total = sum(layer.milliseconds for layer in layers) or 1.0
         for layer in layers:
-            share = layer.milliseconds / total if total else 0.0
-            writer.writerow([title, layer.name, layer.kind, layer.precision, layer.milliseconds, share])
-    slim.write_text_atomically(run.path / "profile.csv", text.getvalue())
-
-
-def main(flags: BenchmarkFlags) -> None:
-    print(f"\n{markdown(measure(flags), machine_text())}")
+            ms = layer.milliseconds
+            writer.writerow([title, layer.name, layer.kind, layer.precision, ms, ms / total])
+    return text.getvalue()

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import platform
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -15,11 +16,11 @@ import slim
 from deploy import threads_of
 from tracking import plot_trade_off
 
-Column = tuple[str, Callable[["Row"], str]]
+Column = tuple[str, Callable[["BenchmarkRow"], str]]
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """One network under one engine.
 
     ``milliseconds`` (median), ``p10_ms`` and ``p90_ms`` are of an image, ``fps`` is images in a second, ``speed_up`` the
@@ -73,28 +74,28 @@ SHARED = {"pixels": "{} pixels", "cores": "CPU threads: {}", "batch": "batch siz
 """Columns that are told once, above the table, where all rows agree."""
 
 
-def markdown(rows: Sequence[Row], machine: str) -> str:
+def markdown(rows: Sequence[BenchmarkRow], machine: str) -> str:
     """A line about the machine and all that the rows share, and the table; columns without content are left out."""
     cells = {title: [text(row) for row in rows] for title, text in COLUMNS}
     shared = {title: texts[0] for title, texts in cells.items() if title in SHARED and len(set(texts)) == 1}
     kept = [title for title, texts in cells.items() if title not in shared and any(texts)]
     told = [SHARED[title].format(text) for title, text in shared.items()]
-    lines = [f"{'; '.join([machine, *told])}; medians of {rows[0].runs} runs, in turns.", ""]
+    lines = [f"{'; '.join([machine, *told])}; medians of {rows[0].runs} runs, interleaved.", ""]
     lines += [f"| {' | '.join(kept)} |", "| --- " * len(kept) + "|"]
     lines += [f"| {' | '.join(cells[title][number] for title in kept)} |" for number in range(len(rows))]
     return "\n".join(lines)
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[BenchmarkRow]) -> str:
     """All figures, a line for each row."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(text, [field.name for field in fields(BenchmarkRow)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[BenchmarkRow], path: Path) -> None:
     """AP against milliseconds of the rows that have an AP, where there is one."""
     points = {row.title: (row.milliseconds, row.ap) for row in rows if row.ap is not None}
     if points:
@@ -103,17 +104,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
     """The file's stem; where that is not enough with folders before it (the run's, not its ``weights``), or its suffix."""
-    names: dict[str, str] = {}
-    for path in paths:
-        others = [other for other in paths if other != path]
-        candidates = [*_names(Path(path).with_suffix("")), *_names(Path(path)), path]
-        taken = {name for other in others for name in _names(Path(other).with_suffix(""))}
-        taken |= {name for other in others for name in _names(Path(other))}
-        names[path] = next(name for name in candidates if name not in taken)
-    return names
+    options = {path: [*_tails(Path(path).with_suffix("")), *_tails(Path(path)), path] for path in paths}
+    times = Counter(name for names in options.values() for name in set(names))
+    return {path: next(n for n in names if times[n] == 1 or n == path) for path, names in options.items()}
 
 
-def _names(path: Path) -> list[str]:
+def _tails(path: Path) -> list[str]:
     """The last part, the last two, ...; last and best, which every training writes, at least with their run."""
     parts = [part for part in path.parts if part not in ("weights", path.anchor)]
     fewest = 2 if path.stem in ("last", "best") and len(parts) > 1 else 1
@@ -123,19 +119,18 @@ def _names(path: Path) -> list[str]:
 def machine_text() -> str:
     """The processor, its cores and the runtimes' versions."""
     runtimes = [f"{name} {version(name)}" for name in ("torch", "onnxruntime", "openvino")]
-    return f"{_processor()}, {threads_of(0)} cores; {', '.join(runtimes)}"
+    return f"{processor_name()}, {threads_of(0)} cores; {', '.join(runtimes)}"
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
+def processor_name() -> str:
+    """The processor as the system names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def write(rows: Sequence[Row], machine: str, folder: Path, *, finished: bool) -> None:
+def write(rows: Sequence[BenchmarkRow], machine: str, folder: Path, *, finished: bool) -> None:
     """benchmark.md, benchmark.csv, the plot, and where all is measured benchmark.json, which says that."""
     slim.write_text_atomically(folder / "benchmark.md", markdown(rows, machine) + "\n")
     slim.write_text_atomically(folder / "benchmark.csv", as_csv(rows))

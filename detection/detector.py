@@ -10,40 +10,156 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import slim
-from deploy import SUFFIX_FOR, SUFFIXES, Decoded, ExportedNetwork, Precision, open_exported, threads_of, torch_threads
-from deploy.settings import Engine
+from deploy import (
+    SUFFIX_FOR,
+    SUFFIXES,
+    Decoded,
+    Engine,
+    EngineNetwork,
+    RuntimePrecision,
+    open_exported,
+    threads_of,
+    torch_threads,
+)
+from deploy.network import read_list
 from engine import Evaluation
 from models import fuse_norms, non_max_suppression
 from slim import SlimError
 
 from .evaluator import AsModel, Evaluator
-from .network import Network, read_network
-from .write_file import write_file
+from .network import Network, check_image_size, check_side, read_network
+from .write_file import metadata_of, write_file
+
+
+class TorchNetwork(EngineNetwork):
+    """A checkpoint's network in torch's eager mode, its boxes decoded; results are on the CPU.
+
+    Args:
+        network: the network; a copy of it runs
+        weights: its file
+        precision: what it computes in; ``auto`` is float32
+        device: the CPU where none is given
+        as_trained: keep gates and batch norms as modules of their own instead of folding them, as exports do
+    """
+
+    engine = "torch"
+
+    def __init__(
+        self,
+        network: Network,
+        weights: str = "",
+        precision: RuntimePrecision = "auto",
+        device: torch.device | None = None,
+        as_trained: bool = False,
+    ) -> None:
+        name = "float32" if precision == "auto" else precision
+        super().__init__(Path(weights), metadata_of(network), (None,) * 4, takes_bytes=False, precision=name)
+        self.kind = getattr(torch, name)
+        model = copy.deepcopy(network.model).cpu().eval()
+        model = model if as_trained else fuse_norms(slim.fold_gates(model))
+        self.network = Decoded(model).to(device or torch.device("cpu"), self.kind).eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def forward(self, images: Tensor) -> Tensor:
+        output: Tensor = self.network(self.as_taken(images.to(self.device)).to(self.kind))
+        return output.float().cpu()
 
 
 @dataclass(frozen=True)
 class Detector:
-    """A network under an engine, and what it says of itself.
+    """A network under an engine and what its metadata say of it.
 
-    ``network`` takes images [B, 3, H, W], uint8 or float 0..1, and gives [B, N, 5 + classes], or where ``has_nms`` its
-    final detections [B, D, 6]. ``sides_px`` (height, width) is the only size that it takes, None where any multiple of
-    ``stride_px`` will do. ``precision`` is what it computes in: float32, bfloat16 or int8.
+    ``weights`` is the file as the user named it. ``network`` takes images [B, 3, H, W], uint8 or float 0..1, and gives
+    [B, N, 5 + classes], or where ``has_nms`` its final detections [B, D, 6].
     """
 
     weights: str
-    engine: Engine
-    precision: str
-    network: nn.Module
+    network: EngineNetwork
     names: list[str]
     stride_px: int
-    sides_px: tuple[int, int] | None
     has_nms: bool
-    file_bytes: int
+
+    @classmethod
+    def of(cls, weights: str, network: EngineNetwork) -> Detector:
+        """Read the metadata; SlimError where they are not those of a detector."""
+        try:
+            names = [str(name) for name in ast.literal_eval(network.metadata["names"]).values()]
+            stride = int(float(network.metadata["stride"]))
+            nms = json.loads(network.metadata.get("nms", "null"))
+        except (KeyError, ValueError, SyntaxError, AttributeError) as error:
+            raise SlimError(
+                f"{weights}: its metadata do not name its classes and its stride ({error!r}); expected a detector as "
+                "export.py or YOLOv5's own export writes it"
+            ) from error
+        return cls(weights, network, names, stride, nms is not None)
+
+    @property
+    def engine(self) -> Engine:
+        return self.network.engine
+
+    @property
+    def precision(self) -> str:
+        """What it computes in: float32, bfloat16, or int8 where a part of it is quantised."""
+        return self.network.precision
+
+    @property
+    def precision_text(self) -> str:
+        """The same, of a quantised network with that of its other layers, unless that is float32."""
+        floating = getattr(self.network, "floating_precision", "float32")
+        return self.precision if floating in ("float32", self.precision) else f"{self.precision} + {floating}"
+
+    @property
+    def sides_px(self) -> tuple[int, int] | None:
+        """The only (height, width) that it takes; None where any multiples of ``stride_px`` will do."""
+        height, width = self.network.input_shape[2:]
+        return None if height is None or width is None else (height, width)
+
+    @property
+    def activation(self) -> str:
+        """The name of its activation, '' where the file does not say."""
+        return self.network.metadata.get("activation", "")
+
+    @property
+    def params(self) -> int | None:
+        """The number of its parameters, None where the file does not say."""
+        text = self.network.metadata.get("params", "")
+        return int(text) if text.isdecimal() else None
+
+    def macs(self, sides_px: tuple[int, int]) -> int | None:
+        """The multiply-accumulates of an image of a size, with whose area they go; None where the file does not say."""
+        text, made_for = self.network.metadata.get("macs", ""), read_list(self.network.metadata, "imgsz")
+        if not text.isdecimal() or len(made_for) != 2:
+            return None
+        return int(text) * sides_px[0] * sides_px[1] // (made_for[0] * made_for[1])
+
+    def facts(self, sides_px: tuple[int, int]) -> dict[str, Any]:
+        """What ``metrics.json`` says of it, for images of a size."""
+        return {
+            "params": self.params,
+            "macs": self.macs(sides_px),
+            "engine": self.engine,
+            "precision": self.precision,
+            "bytes": self.network.bytes_on_disk,
+        }
+
+    def describe(self, sides_px: tuple[int, int]) -> str:
+        """The same in a line."""
+        parts = [self.engine, self.precision, f"{self.network.bytes_on_disk / 1e6:.2f} MB"]
+        parts.append(f"{sides_px[0]} x {sides_px[1]} pixels")
+        macs = self.macs(sides_px)
+        if macs is not None and self.params is not None:
+            parts.append(f"{macs / 1e6:.1f} M MACs, {self.params / 1e6:.3f} M parameters")
+        end = "; AP is at the threshold and IoU inside of the file" if self.has_nms else ""
+        return ", ".join(parts) + end
 
     def __call__(self, images: Tensor) -> Tensor:
         """The network's output for images [B, 3, H, W], uint8 or float 0..1."""
@@ -74,18 +190,26 @@ class Detector:
             kept = [rows[torch.isin(rows[:, 5].long(), wanted)] for rows in kept]
         return [rows[:max_detections] for rows in kept]
 
+    def evaluate(self, evaluator: Evaluator) -> Evaluation:
+        """AP; of a network that has its suppression inside at that one's threshold and IoU."""
+
+        def final(output: Tensor) -> list[Tensor]:
+            return self.detections(
+                output, conf=evaluator.conf, iou=evaluator.iou, max_detections=evaluator.max_det, multi_label=True
+            )
+
+        return evaluator(AsModel(self.network), final)
+
     def check_sides(self, sides_px: tuple[int, int]) -> None:
-        """SlimError for images of another height and width than the network takes."""
+        """Raise SlimError for images of another height and width than the network takes."""
         if self.sides_px not in (None, sides_px):
             height, width = self.sides_px
             raise SlimError(
                 f"{self.weights}: takes images of {height} x {width} pixels, {sides_px[0]} x {sides_px[1]} were asked for; "
                 "give that --img, or export with another size or --dynamic"
             )
-        if any(side < self.stride_px or side % self.stride_px for side in sides_px):
-            raise SlimError(
-                f"--img {sides_px[0]} x {sides_px[1]}: expected multiples of the largest stride, {self.stride_px}"
-            )
+        for side in sides_px:
+            check_side(side, self.stride_px)
 
 
 @contextmanager
@@ -95,117 +219,45 @@ def open_detector(
     *,
     num_cores: int = 0,
     at_once: int = 1,
-    precision: Precision = "auto",
+    precision: RuntimePrecision = "auto",
     images: Tensor | None = None,
     device: torch.device | None = None,
+    as_trained: bool = False,
 ) -> Iterator[Detector]:
-    """A checkpoint or an exported file under an engine; without one, under that of its kind.
+    """Open a checkpoint or an exported file under an engine; without one, under that of its kind.
 
-    A checkpoint under another engine than torch is exported for it to a temporary folder, with ``images`` [B, 3, H, W]
-    (real ones, 0..1 in steps of 1/255), which give the size and on which it must equal torch. ``num_cores``: threads,
-    0 for all, shared by ``at_once`` calls from as many threads; under torch they are the whole process's until the end.
-    ``device`` is for checkpoints under torch.
+    Args:
+        weights: the file
+        engine: what runs it. A checkpoint is exported to a temporary folder for another engine than torch
+        num_cores: threads, 0 for all; under torch they are the whole process's until the end
+        at_once: calls from as many threads, which share ``num_cores``
+        precision: what the engine computes in
+        images: [B, 3, H, W], real ones, 0..1 in steps of 1/255: a checkpoint's export takes their size, and must equal
+            torch on them
+        device: of a checkpoint under torch
+        as_trained: a checkpoint under torch keeps its gates and batch norms
     """
     with ExitStack() as stack:
         path = Path(weights)
-        if not is_exported(weights):
-            network = read_network(weights)
-            if engine is not None and engine != "torch":
-                if images is None:
-                    raise SlimError(f"{weights}: --engine {engine} runs exported files; write one with export.py first")
-                folder = stack.enter_context(TemporaryDirectory())
-                path = Path(folder) / f"network{SUFFIX_FOR[engine]}"
-                write_file(network, path, images)
-        if is_exported(str(path)):
-            exported = open_exported(path, engine, num_cores=num_cores, precision=precision, at_once=at_once)
-            detector = of_file(weights, exported)
+        if not is_exported(weights) and engine not in (None, "torch"):
+            if images is None:
+                raise SlimError(f"{weights}: --engine {engine} runs exported files; write one with export.py first")
+            path = Path(stack.enter_context(TemporaryDirectory())) / f"network{SUFFIX_FOR[engine]}"
+            source = read_network(weights)
+            for side in images.shape[2:]:
+                check_image_size(source.model, side)
+            write_file(source, path, images)
+        network: EngineNetwork
+        if is_exported(path):
+            network = open_exported(path, engine, num_cores=num_cores, precision=precision, at_once=at_once)
         else:
-            detector = of_checkpoint(weights, network, precision, device or torch.device("cpu"))
-        if detector.engine == "torch":
+            network = TorchNetwork(read_network(weights), weights, precision, device, as_trained)
+        if network.engine == "torch":
             total = threads_of(num_cores) if num_cores else torch.get_num_threads()
             stack.enter_context(torch_threads(max(1, total // at_once)))
-        yield detector
+        yield Detector.of(weights, network)
 
 
-def is_exported(weights: str) -> bool:
+def is_exported(weights: str | Path) -> bool:
     """Whether a path names an exported file rather than a checkpoint."""
     return Path(weights).suffix in SUFFIXES
-
-
-def evaluate_detector(detector: Detector, evaluator: Evaluator) -> Evaluation:
-    """AP; of a network that has its suppression inside at that one's threshold and IoU."""
-
-    def final(output: Tensor) -> list[Tensor]:
-        return detector.detections(
-            output, conf=evaluator.conf, iou=evaluator.iou, max_detections=evaluator.max_det, multi_label=True
-        )
-
-    return evaluator(AsModel(detector.network), final)
-
-
-def of_file(weights: str, network: ExportedNetwork) -> Detector:
-    """The detector of an exported file; its metadata say which classes it has."""
-    metadata = network.metadata
-    try:
-        names = [str(name) for name in ast.literal_eval(metadata["names"]).values()]
-        stride = int(float(metadata["stride"]))
-        nms = json.loads(metadata.get("nms", "null"))
-    except (KeyError, ValueError, SyntaxError, AttributeError) as error:
-        raise SlimError(
-            f"{weights}: its metadata do not name its classes and its stride ({error!r}); expected a detector as export.py "
-            "or YOLOv5's own export writes it"
-        ) from error
-    height, width = network.input_shape[2:]
-    return Detector(
-        weights=weights,
-        engine=network.engine,
-        precision=network.precision,
-        network=network,
-        names=names,
-        stride_px=stride,
-        sides_px=(height, width) if height is not None and width is not None else None,
-        has_nms=nms is not None,
-        file_bytes=network.bytes_on_disk,
-    )
-
-
-def of_checkpoint(weights: str, network: Network, precision: Precision, device: torch.device) -> Detector:
-    """The detector of a checkpoint in torch's eager mode: gates folded, batch norms fused."""
-    eager = Eager.of(network.model, precision, device)
-    return Detector(
-        weights=weights,
-        engine="torch",
-        precision=eager.precision,
-        network=eager,
-        names=network.names,
-        stride_px=max(network.model.stride_px),
-        sides_px=None,
-        has_nms=False,
-        file_bytes=Path(weights).stat().st_size,
-    )
-
-
-class Eager(nn.Module):
-    """A network in torch that takes bytes as well as floats, and gives float32."""
-
-    def __init__(self, network: nn.Module, kind: torch.dtype) -> None:
-        super().__init__()
-        self.network, self.kind = network, kind
-
-    @classmethod
-    def of(cls, model: nn.Module, precision: Precision, device: torch.device | None = None) -> Eager:
-        """A copy of a detector in evaluation mode: gates folded, batch norms fused, boxes decoded."""
-        kind = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-        fused = fuse_norms(slim.fold_gates(copy.deepcopy(model).cpu()).eval())
-        return cls(Decoded(fused).to(device or torch.device("cpu"), kind), kind).eval()
-
-    @property
-    def precision(self) -> str:
-        return str(self.kind).removeprefix("torch.")
-
-    def forward(self, images: Tensor) -> Tensor:
-        device = next(self.network.parameters()).device
-        images = images.to(device)
-        scaled = (images / 255 if images.dtype == torch.uint8 else images).to(self.kind)
-        output: Tensor = self.network(scaled)
-        return output.float().cpu()

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NoReturn
 
 from data.settings import Augment, DataSettings, LoaderSettings, SamplingSettings
-from deploy.settings import Engine, Int8Settings, LatencySettings, RuntimeSettings
-from deploy.settings import Precision as RuntimePrecision
+from deploy.settings import Engine, Int8Settings, LatencySettings, RuntimePrecision, RuntimeSettings
 from engine.settings import OptimConfig, SparsitySettings, TrainConfig
 from models.settings import DistillGains, LossGains, NmsSettings
 from tracking.settings import RunSettings

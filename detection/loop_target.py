@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 import slim
+from models import YOLO
 from slim import SlimError
 from tracking.journal import Journal
 
@@ -54,11 +53,11 @@ class LoopTarget:
 
         def act(work: Path) -> dict[str, Any]:
             assert self.measurer is not None
-            return {"dense_ms": self.measurer.alone().median_ms, **self.measurer.setting()}
+            return {"dense_ms": self.measurer.time_dense().median_ms, **self.measurer.setting()}
 
         return self.journal.phase("latency", act)
 
-    def milliseconds(self, model: nn.Module) -> dict[str, float]:
+    def milliseconds(self, model: YOLO) -> dict[str, float]:
         """One image, measured in turn with the dense network, gates folded: in torch, or as the latency is asked for."""
         if self.measurer:
             dense_ms = self.dense_latency()["dense_ms"]

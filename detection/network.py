@@ -200,10 +200,16 @@ def head_path(model: YOLO) -> str:
 
 def check_image_size(model: YOLO, img: int) -> None:
     """Sizes that are no multiple of the largest stride cannot be concatenated in the neck."""
-    stride = max(model.stride_px)
-    if img < stride or img % stride:
-        nearest = max(stride, round(img / stride) * stride)
-        raise SlimError(f"--img {img}: expected a multiple of the largest stride, {stride}; the nearest is {nearest}")
+    check_side(img, max(model.stride_px))
+
+
+def check_side(img: int, stride_px: int) -> None:
+    """Raise SlimError for a side of an image that is no multiple of a network's largest stride."""
+    if img < stride_px or img % stride_px:
+        nearest = max(stride_px, round(img / stride_px) * stride_px)
+        raise SlimError(
+            f"--img {img}: expected a multiple of the largest stride, {stride_px}; the nearest is {nearest}"
+        )
 
 
 class Named(Protocol):

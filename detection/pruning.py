@@ -23,7 +23,7 @@ from .command import flat
 from .datasets import open_data, real_images, training_images
 from .evaluator import Evaluator, draw_networks
 from .flags import ROUND_TO, PruneFlags, ScoreSettings
-from .latency import ROUNDINGS, Cutter, LatencySearch, Measurer
+from .latency import ROUNDINGS, CandidateFactory, LatencySearch, Measurer
 from .losses import training_loss
 from .network import (
     Network,
@@ -169,7 +169,7 @@ def choose_plan(
     roundings = ROUNDINGS if widths.round_to is None else (widths.round_to,)
     floors = [f"--min-channels {widths.min_channels}", f"--round-to {' or '.join(map(str, roundings))}"]
     floors += [f"--{name.replace('_', '-')}" for name in ("min_keep", "overrides", "ignore") if getattr(widths, name)]
-    plan, found = search.choose(Cutter(model, plan_at, roundings, " and ".join(floors), latency))
+    plan, found = search.choose(CandidateFactory(model, plan_at, roundings, " and ".join(floors), latency))
     return PlannedCut(graph, plan, found)
 
 

@@ -6,23 +6,36 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import slim
-from deploy import (
-    Decoded,
-    WithNms,
-    export_onnx,
-    export_openvino,
-    export_torchscript,
-    prove_same_detections,
-)
+from deploy import Decoded, WithNms, export_network, prove_same_detections
 from models import NmsSettings, activation_name
-from slim import SlimError
 
 from .network import Network
 
 SUFFIX_OF: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".torchscript"}
+
+
+def metadata_of(network: Network, sides_px: tuple[int, int] | None = None) -> dict[str, str]:
+    """What a deployed detector says of itself, as YOLOv5's exports (names as a Python literal, the largest stride) and more.
+
+    ``macs`` are those of an image of ``sides_px`` (height, width), which stand in ``imgsz``; else of a small one.
+    """
+    model = network.model
+    sides_px = sides_px or (2 * max(model.stride_px),) * 2
+    cost = slim.cost(model, torch.zeros(1, 3, *sides_px))
+    return {
+        "names": repr(dict(enumerate(network.names))),
+        "stride": str(max(model.stride_px)),
+        "strides": json.dumps(list(model.stride_px)),
+        "anchors_px": json.dumps(model.anchors_px.tolist()),
+        "imgsz": json.dumps(list(sides_px)),
+        "activation": activation_name(model),
+        "macs": str(cost.macs),
+        "params": str(cost.params),
+    }
 
 
 def write_file(
@@ -34,37 +47,28 @@ def write_file(
     uint8_input: bool = False,
     nms: NmsSettings | None = None,
 ) -> float:
-    """A detector as a file of the kind that ``out``'s suffix names; its relative difference from torch on ``images``.
+    """Write a detector as a file of the kind that ``out``'s suffix names; its relative difference from torch on ``images``.
 
     ``images`` [B, 3, H, W] are real ones, 0..1 in steps of 1/255; without ``dynamic`` the file takes their shape alone.
-    The output is [B, N, 5 + classes] as in YOLOv5's exports, with ``nms`` [B, D, 6] of box, score and class. The metadata
-    are those of YOLOv5's exports (names as a Python literal, the largest stride) and more.
+    The output is [B, N, 5 + classes] as in YOLOv5's exports, with ``nms`` [B, D, 6] of box, score and class.
     """
-    model = network.model
-    cost = slim.cost(model, images[:1])
-    metadata = {
-        "names": repr(dict(enumerate(network.names))),
-        "stride": str(max(model.stride_px)),
-        "strides": json.dumps(list(model.stride_px)),
-        "anchors_px": json.dumps(model.anchors_px.tolist()),
-        "imgsz": json.dumps(list(images.shape[2:])),
-        "batch": str(len(images)),
-        "dynamic": json.dumps(dynamic),
-        "nms": json.dumps(nms and {"conf": nms.conf, "iou": nms.iou, "max_detections": nms.max_det}),
-        "activation": activation_name(model),
-        "macs": str(cost.macs),
-        "params": str(cost.params),
-    }
-    detector: nn.Module = Decoded(model)
-    common: dict[str, Any] = {"uint8_input": uint8_input, "metadata": metadata}
+    detector: nn.Module = Decoded(network.model)
+    proof: dict[str, Any] = {}
     if nms:
         detector = WithNms(detector, nms.conf, nms.iou, nms.max_det)
-        common["prove"] = prove_same_detections
-    if out.suffix == ".torchscript":
-        if dynamic:
-            raise SlimError("--dynamic: TorchScript files take one size; leave it out, or --include onnx or openvino")
-        return export_torchscript(detector, out, images, **common)
-    write = export_onnx if out.suffix == ".onnx" else export_openvino
-    return write(
-        detector, out, images, stride_px=max(model.stride_px), dynamic=dynamic, free_batch=nms is None, **common
+        proof["prove"] = prove_same_detections
+    return export_network(
+        detector,
+        out,
+        images,
+        dynamic_stride_px=max(network.model.stride_px) if dynamic else None,
+        free_batch=nms is None,
+        uint8_input=uint8_input,
+        metadata={
+            **metadata_of(network, (images.shape[2], images.shape[3])),
+            "batch": str(len(images)),
+            "dynamic": json.dumps(dynamic),
+            "nms": json.dumps(nms and {"conf": nms.conf, "iou": nms.iou, "max_detections": nms.max_det}),
+        },
+        **proof,
     )

@@ -26,9 +26,9 @@ from ..detector import Detector, open_detector
 from ..flags import DetectFlags
 from ..network import choose_device
 from .detection_files import DetectionFiles
-from .pictures import ImagePicture, Picture, VideoPicture, planes_of, read_pictures
-from .pipeline import StageTimes, Work, run_overlapped
-from .sources import Source, find_sources
+from .pictures import ImagePicture, Picture, planes_of, read_pictures
+from .pipeline import StageTimes, run_overlapped
+from .sources import MediaSource, find_sources
 from .writer import VideoWriter, write_image
 
 _SIDE_PX = 640
@@ -61,7 +61,7 @@ def canvas_of(img: Sequence[int], detector: Detector) -> Canvas:
     return Canvas(sides, detector.stride_px if fixed is None and len(img) < 2 else None)
 
 
-def pictures_at_once(flags: DetectFlags, sources: list[Source], device: torch.device) -> int:
+def pictures_at_once(flags: DetectFlags, sources: list[MediaSource], device: torch.device) -> int:
     """How many are in inference side by side.
 
     Of a source that does not wait the newest picture counts, which all cores together finish first.
@@ -75,19 +75,18 @@ def pictures_at_once(flags: DetectFlags, sources: list[Source], device: torch.de
 
 
 @dataclass
-class Detection:
-    """A run: the stages of `engine.Work`, and what they share. One thread each reads, writes."""
+class DetectJob:
+    """A run over all sources: the stages of ``pipeline.Stages``, and what they share."""
 
     flags: DetectFlags
-    sources: list[Source]
+    sources: list[MediaSource]
     detector: Detector
     folder: Path
     files: DetectionFiles
     problems: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
-    frames_known: int | None = None
     video: VideoWriter | None = None
-    video_of: Source | None = None
+    video_of: MediaSource | None = None
 
     def __post_init__(self) -> None:
         self.canvas = canvas_of(self.flags.img, self.detector)
@@ -117,28 +116,32 @@ class Detection:
             raise DataError(f"nothing to look at in {len(self.sources)} sources; the first: {reason}")
 
     def prepare(self, picture: Picture) -> tuple[Tensor, Letterbox]:
+        """The picture as the network takes it."""
         return picture.letterboxed(self.canvas)
 
     def infer(self, prepared: tuple[Tensor, Letterbox]) -> Tensor:
+        """The network's output."""
         return self.detector(prepared[0][None])
 
     def interpret(self, picture: Picture, prepared: tuple[Tensor, Letterbox], output: Tensor) -> list[list[float]]:
         """Rows of x1, y1, x2, y2 in the picture's pixels, score, class."""
+        nms = self.flags.nms
         with torch.inference_mode():  # a tenth cheaper
             (found,) = self.detector.detections(
                 output,
-                conf=self.flags.nms.conf,
-                iou=self.flags.nms.iou,
-                max_detections=self.flags.nms.max_det,
+                conf=nms.conf,
+                iou=nms.iou,
+                max_detections=nms.max_det,
                 classes=self.classes,
                 class_agnostic=self.flags.agnostic_nms,
             )
-            return torch.cat([prepared[1].to_original(found[:, :4]), found[:, 4:]], 1).tolist()
+            rows: list[list[float]] = torch.cat([prepared[1].to_original(found[:, :4]), found[:, 4:]], 1).tolist()
+            return rows
 
     def write(self, picture: Picture, rows: list[list[float]]) -> None:
+        """Keep what was found, and the picture with it."""
         source = picture.source
-        frame = None if source.is_image else picture.number
-        self.files.add(source.where, source.name, frame, rows, picture.size_hw)
+        self.files.add(source.where, source.name, None if source.is_image else picture.number, rows, picture.size_hw)
         if self.flags.nosave:
             return
         if isinstance(picture, ImagePicture):
@@ -149,16 +152,12 @@ class Detection:
             return
         frame_out = picture.upright()
         self.painters["yuv"].draw(planes_of(frame_out), rows)
-        self._writer_of(picture).write(frame_out)
-
-    def _writer_of(self, picture: VideoPicture) -> VideoWriter:
-        if self.video is None or self.video_of is not picture.source:
+        if self.video is None or self.video_of is not source:
             self.close()
-            out = self.folder / f"{picture.source.name}.mp4"
-            self.video = VideoWriter(out, picture.size_hw, picture.info, self.flags.vid_stride)
-            self.video_of = picture.source
+            out = self.folder / f"{source.name}.mp4"
+            self.video, self.video_of = VideoWriter(out, picture.size_hw, picture.info, self.flags.vid_stride), source
             self.outputs.append(str(out))
-        return self.video
+        self.video.write(frame_out)
 
     def close(self) -> None:
         """Finish the video that is being written."""
@@ -167,53 +166,47 @@ class Detection:
             video.close()
 
     def run(self, timing: StageTimes) -> None:
-        """All pictures; ``timing`` is filled whatever happens."""
+        """Take all pictures through the stages; ``timing`` is filled whatever happens."""
         pictures = self.read()
         first = next(pictures)
         image, _ = self.prepare(first)
         for _ in range(_WARM_UP * timing.at_once):
             self.detector(image[None])
-        work = Work(again(first, pictures), self.prepare, self.infer, self.interpret, self.write)
-        with (
-            contextlib.closing(self),
-            tqdm(total=self._total(first), unit=" frames", desc=first.source.name[-30:]) as bar,
-        ):
+
+        def with_first() -> Iterator[Picture]:
+            yield first
+            yield from pictures
+
+        total = tqdm(total=self._total(first), unit=" frames", desc=first.source.name[-30:])
+        with contextlib.closing(self), total as bar:
 
             def show() -> None:
                 bar.set_postfix_str(f"{self.files.detections} detections", refresh=False)
                 bar.update(timing.items - bar.n)
 
             videos = all(source.kind == "video" for source in self.sources)
-            run_overlapped(work, timing, burst=_BURST if videos else 1, on_progress=show)
+            run_overlapped(with_first(), self, timing, burst=_BURST if videos else 1, on_progress=show)
 
     def _total(self, first: Picture) -> int | None:
-        if len(self.sources) > 1:
-            return len(self.sources) if all(source.is_image for source in self.sources) else None
-        if isinstance(first, ImagePicture):
-            return 1
+        if all(source.is_image for source in self.sources):
+            return len(self.sources)
+        if len(self.sources) > 1 or isinstance(first, ImagePicture):
+            return None
         return -(-first.info.frames // self.flags.vid_stride) or None
 
 
-def again(first: Picture, others: Iterator[Picture]) -> Iterator[Picture]:
-    """All pictures, of which the first was taken already; closes the others."""
-    with contextlib.closing(others):  # type: ignore[type-var]
-        yield first
-        yield from others
-
-
 def detect(flags: DetectFlags) -> Path:
-    """The run folder, filled."""
+    """Detect in all sources; returns the run folder, filled."""
     sources = find_sources(flags.source)
     device = choose_device(flags.device)
-    at_once = pictures_at_once(flags, sources, device)
-    timing = StageTimes(at_once)
+    timing = StageTimes(pictures_at_once(flags, sources, device))
     with contextlib.ExitStack() as stack:
         detector = stack.enter_context(
             open_detector(
                 flags.weights,
                 flags.runtime.engine,
                 num_cores=flags.runtime.num_cores,
-                at_once=at_once,
+                at_once=timing.at_once,
                 precision=flags.runtime.precision,
                 device=device,
             )
@@ -223,38 +216,36 @@ def detect(flags: DetectFlags) -> Path:
         canvas_of(flags.img, detector), chosen_classes(flags.classes, detector.names, flags.weights)
         run = RunFolder.create(flags.run.project, flags.run.name)
         run.write_config(flat(flags), "detect.py")
-        files = stack.enter_context(
-            DetectionFiles(
-                run.path, detector.names, text=flags.save_txt, scores=flags.save_conf, as_json=flags.save_json
-            )
+        files = DetectionFiles(
+            run.path, detector.names, text=flags.save_txt, scores=flags.save_conf, as_json=flags.save_json
         )
-        detection = Detection(flags, sources, detector, run.path, files)
+        job = DetectJob(flags, sources, detector, run.path, stack.enter_context(files))
         try:
-            detection.run(timing)
+            job.run(timing)
         finally:
-            report(run.path, detection, timing)
+            report(run.path, job, timing)
     return run.path
 
 
-def report(folder: Path, detection: Detection, timing: StageTimes) -> None:
+def report(folder: Path, job: DetectJob, timing: StageTimes) -> None:
     """Print where the time went, and write it to detect.json."""
-    detector, cores = detection.detector, threads_of(detection.flags.runtime.num_cores)
+    detector, cores = job.detector, threads_of(job.flags.runtime.num_cores)
     summary = {
         "weights": detector.weights,
         "engine": detector.engine,
         "precision": detector.precision,
         "threads": cores,
         **timing.summary(),
-        "detections": detection.files.detections,
-        "outputs": detection.outputs,
-        "problems": detection.problems,
+        "detections": job.files.detections,
+        "outputs": job.outputs,
+        "problems": job.problems,
     }
     slim.write_text_atomically(folder / "detect.json", json.dumps(summary, indent=1))
     if not timing.items:
         return
     print(
         f"{detector.engine}, {detector.precision}, {timing.at_once} frames at once on {cores} CPU threads: "
-        f"{timing.items} frames, {detection.files.detections} detections"
+        f"{timing.items} frames, {job.files.detections} detections"
     )
     milliseconds = timing.milliseconds()
     print("| ms of a frame | " + " | ".join(milliseconds) + " |\n| --- |" + " --- |" * len(milliseconds))

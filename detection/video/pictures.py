@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,7 +24,10 @@ from data.errors import DataError
 from data.images import FILL, Canvas, read_image
 from data.letterbox import Letterbox
 
-from .sources import Source
+from .sources import MediaSource
+
+if TYPE_CHECKING:
+    import av
 
 Plane = NDArray[np.uint8]
 OPEN_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 10.0
@@ -38,7 +40,7 @@ _LATE = 0.02
 class ImagePicture:
     """A decoded image file."""
 
-    def __init__(self, source: Source, pixels: Tensor) -> None:
+    def __init__(self, source: MediaSource, pixels: Tensor) -> None:
         self.source, self.number, self.pixels = source, 0, pixels
 
     @property
@@ -58,7 +60,9 @@ class ImagePicture:
 class VideoPicture:
     """A decoded frame of a video; ``number`` counts the source's frames from 0."""
 
-    def __init__(self, source: Source, number: int, frame: av.VideoFrame, quarter_turns: int, info: VideoInfo) -> None:
+    def __init__(
+        self, source: MediaSource, number: int, frame: av.VideoFrame, quarter_turns: int, info: VideoInfo
+    ) -> None:
         self.source, self.number, self.quarter_turns, self.info = source, number, quarter_turns, info
         self.frame = frame
 
@@ -72,7 +76,7 @@ class VideoPicture:
         geometry, (height, width), input_hw = canvas.place(self.size_hw)
         across, down = (height, width) if self.quarter_turns % 2 else (width, height)
         shrinks = across <= self.frame.width and down <= self.frame.height
-        method = Interpolation.AREA if shrinks else Interpolation.BILINEAR
+        method = "AREA" if shrinks else "BILINEAR"
         # Planes, so that nothing is left to transpose.
         small = self.frame.reformat(across, down, "gbrp", interpolation=method, threads=1)
         image = np.full((3, *input_hw), FILL, dtype=np.uint8)
@@ -83,6 +87,8 @@ class VideoPicture:
 
     def upright(self) -> av.VideoFrame:
         """The frame as a video file takes it, in memory of its own: upright, of 8 bits, luma and chroma apart."""
+        import av
+
         format_name = drawable_format(self.size_hw)
         frame = self.frame
         if frame.format.name != format_name:
@@ -105,7 +111,7 @@ def planes_of(frame: av.VideoFrame) -> tuple[Plane, ...]:
     """The planes [H, W] of a frame of 8 bits a value, which share its memory."""
     found = []
     for plane in frame.planes:
-        rows = np.frombuffer(plane, dtype=np.uint8)[: plane.height * plane.line_size]
+        rows = np.frombuffer(memoryview(plane), dtype=np.uint8)[: plane.height * plane.line_size]
         found.append(rows.reshape(plane.height, plane.line_size)[:, : plane.width])
     return tuple(found)
 
@@ -126,7 +132,7 @@ class VideoInfo:
     """How luma and chroma stand for colours: the attributes of a codec that say so."""
 
 
-def read_pictures(source: Source, vid_stride: int = 1) -> Iterator[Picture]:
+def read_pictures(source: MediaSource, vid_stride: int = 1) -> Iterator[Picture]:
     """An image, or every ``vid_stride``-th frame of a video; of a source that does not wait, always the newest.
 
     DataError where it cannot be opened or read; and at the end of a video that ends early or was damaged on the way, when all
@@ -147,8 +153,10 @@ def read_pictures(source: Source, vid_stride: int = 1) -> Iterator[Picture]:
         reading.check_end()
 
 
-def _open(source: Source) -> Any:
+def _open(source: MediaSource) -> Any:
     """The container."""
+    import av
+
     options: dict[str, Any] = {}
     if source.kind == "camera":
         options = {"format": "v4l2"}
@@ -171,7 +179,7 @@ def _open(source: Source) -> Any:
 class _Reading:
     """A video's frames, and what went wrong on the way."""
 
-    def __init__(self, source: Source, container: Any) -> None:
+    def __init__(self, source: MediaSource, container: Any) -> None:
         self.source, self.container = source, container
         self.stream = container.streams.video[0]
         self.stream.thread_type = "SLICE"  # threads by frames would cost memory and CPU that the network needs
@@ -217,6 +225,8 @@ class _Reading:
             )
 
     def _frames(self) -> Iterator[av.VideoFrame]:
+        import av
+
         packets = self.container.demux(self.stream)
         while True:
             try:
@@ -229,8 +239,10 @@ class _Reading:
                 return
             yield from self._decoded(packet)
 
-    def _decoded(self, packet: av.Packet | None) -> Iterator[av.VideoFrame]:
+    def _decoded(self, packet: Any) -> Iterator[av.VideoFrame]:
         """The frames that a packet completes; None for those that the decoder still holds."""
+        import av
+
         try:
             frames = self.stream.decode(packet)
         except av.FFmpegError as error:
@@ -251,6 +263,8 @@ class _Reading:
 
     def _stated_s(self) -> float | None:
         """How long the pictures last, where the file says so. The whole file's length may be that of its sound."""
+        import av
+
         if self.stream.duration:
             return float(self.stream.duration * self.stream.time_base)
         if self.container.duration and not self.container.streams.audio:
@@ -260,51 +274,32 @@ class _Reading:
 
 def _newest(pictures: Iterator[VideoPicture]) -> Iterator[VideoPicture]:
     """The newest of pictures that come by themselves: who is slower than the source misses some, and does not lag."""
-    latest = _Latest()
+    came: SimpleQueue[VideoPicture | BaseException | None] = SimpleQueue()
+    closed = threading.Event()
 
     def follow() -> None:
         try:
             for picture in pictures:
-                if latest.closed:
+                if closed.is_set():
                     return
-                latest.put(picture)
-            latest.end(None)
+                came.put(picture)
+            came.put(None)
         except BaseException as error:  # it is raised where it is waited for
-            latest.end(error)
+            came.put(error)
 
     thread = threading.Thread(target=follow, name="newest picture", daemon=True)
     thread.start()
     try:
-        yield from iter(latest.take, None)
+        while True:
+            waiting = [came.get()]
+            while not came.empty():
+                waiting.append(came.get())
+            yield from [picture for picture in waiting if isinstance(picture, VideoPicture)][-1:]
+            last = waiting[-1]
+            if isinstance(last, BaseException):
+                raise last
+            if last is None:
+                return
     finally:
-        latest.closed = True
+        closed.set()
         thread.join(timeout=2)
-
-
-class _Latest:
-    """A place for one picture; the next one takes it over."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.picture: VideoPicture | None = None
-        self.error: BaseException | None = None
-        self.ended = self.closed = False
-
-    def put(self, picture: VideoPicture) -> None:
-        with self.changed:
-            self.picture = picture
-            self.changed.notify()
-
-    def end(self, error: BaseException | None) -> None:
-        with self.changed:
-            self.ended, self.error = True, error
-            self.changed.notify()
-
-    def take(self) -> VideoPicture | None:
-        """The newest picture that was not taken yet; None at the end."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.picture is not None or self.ended)
-            picture, self.picture = self.picture, None
-        if picture is None and self.error is not None:
-            raise self.error
-        return picture

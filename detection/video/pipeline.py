@@ -6,10 +6,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from engine.interruption import Interruption
 from slim import SlimError
@@ -22,20 +23,24 @@ _LEAVE_READER_S = 3.0
 """How long a reader may take to notice the end: one that waits for a camera is left behind."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is done with each item, in the order of ``STAGES``.
+class Stages(Protocol):
+    """What is done with each item, in the order of ``STAGES`` after reading.
 
-    ``read`` gives the items; ``prepare(item)`` what the network takes; ``infer(prepared)`` its output;
-    ``interpret(item, prepared, output)`` what is found; ``write(item, found)`` keeps it. The first two run in one thread,
-    inference in ``at_once`` threads, the last two in another one; all see the items in order, but for inference.
+    ``prepare`` runs in the thread that reads, inference in ``at_once`` threads, the last two in the caller's; all see the
+    items in order, but for inference.
     """
 
-    read: Iterator[Any]
-    prepare: Callable[[Any], Any]
-    infer: Callable[[Any], Any]
-    interpret: Callable[[Any, Any, Any], Any]
-    write: Callable[[Any, Any], None]
+    def prepare(self, item: Any, /) -> Any:
+        """What the network takes of an item."""
+
+    def infer(self, prepared: Any, /) -> Any:
+        """The network's output."""
+
+    def interpret(self, item: Any, prepared: Any, output: Any, /) -> Any:
+        """What is found."""
+
+    def write(self, item: Any, found: Any, /) -> None:
+        """Keep what is found."""
 
 
 @dataclass
@@ -47,6 +52,15 @@ class StageTimes:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     items: int = 0
     wall_s: float = 0.0
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time until the block ends to a stage."""
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += perf_counter() - started
 
     @property
     def fps(self) -> float:
@@ -77,43 +91,47 @@ class StageTimes:
 
 
 def run_overlapped(
-    work: Work, timing: StageTimes, *, burst: int = 1, on_progress: Callable[[], None] = lambda: None
+    items: Iterator[Any],
+    stages: Stages,
+    timing: StageTimes,
+    *,
+    burst: int = 1,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """All items through all stages; at most ``timing.at_once + 3 * burst`` are on their way at any moment.
+    """Take all items through all stages; at most ``timing.at_once + 3 * burst`` are on their way at any moment.
 
     ``burst`` items are read in a row, and written in a row: with short stages on few cores that saves a quarter of their time,
     whose code and data the network would otherwise drive out of the caches between any two items.
 
     An error in any stage ends all of them once what stood before it in line is written, and is raised. Ctrl-C (or SIGTERM)
     ends the reading; what was read is still written, and KeyboardInterrupt raised. ``timing`` is filled, in either case,
-    and ``on_progress`` called now and then, in this thread.
+    and ``on_progress`` called now and then.
     """
-    at_once = timing.at_once
-    if at_once < 1 or burst < 1:
-        raise SlimError(f"{at_once} at once, bursts of {burst}: expected at least 1")
-    with Interruption() as interruption, ThreadPoolExecutor(at_once, "inference") as pool:
-        line = _Line(work, pool, timing, burst)
-        started, switch_s = perf_counter(), sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_S)
-        line.reader.start()
-        line.writer.start()
+    if timing.at_once < 1 or burst < 1:
+        raise SlimError(f"{timing.at_once} at once, bursts of {burst}: expected at least 1")
+    started, switch_s = perf_counter(), sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
+    with Interruption() as interruption, ThreadPoolExecutor(timing.at_once, "inference") as pool:
+        reader = _Reader(items, stages, pool, timing, burst)
+        reader.start()
         try:
-            while line.writer.is_alive():
-                line.writer.join(_LOOK_S)
-                on_progress()
-                if interruption.wanted:
-                    line.stop()
-                    line.reader.join(_LEAVE_READER_S)
-                    line.queue.put(None)
-                    line.writer.join()
+            while entries := _next_burst(reader, burst, interruption, on_progress):
+                wait([future for _, _, future in entries])
+                for item, prepared, future in entries:
+                    output = future.result()
+                    with timing.timed("post-process"):
+                        found = stages.interpret(item, prepared, output)
+                    with timing.timed("write"):
+                        stages.write(item, found)
+                    timing.items += 1
+                    reader.room.release()
         finally:
-            line.stop()
-            line.reader.join(_LEAVE_READER_S)
+            reader.stop()
             timing.wall_s = perf_counter() - started
             sys.setswitchinterval(switch_s)
-        on_progress()
-    if line.error is not None:
-        raise line.error
+            on_progress()
+    if reader.error is not None:
+        raise reader.error
     if interruption.wanted:
         raise KeyboardInterrupt
 
@@ -122,44 +140,69 @@ _Entry = tuple[Any, Any, Future[Any]]
 """An item, what the network takes of it, and its output to come."""
 
 
-class _Line:
-    """The threads and what they share."""
+def _next_burst(
+    reader: _Reader, burst: int, interruption: Interruption, on_progress: Callable[[], None]
+) -> list[_Entry]:
+    """The next entries; fewer at the end, then none."""
+    entries: list[_Entry] = []
+    while len(entries) < burst:
+        if interruption.wanted:
+            reader.stop()
+        try:
+            entry = reader.queue.get(timeout=_LOOK_S)
+        except Empty:
+            on_progress()
+            continue
+        if entry is None:
+            reader.queue.put(None)
+            break
+        entries.append(entry)
+    on_progress()
+    return entries
 
-    def __init__(self, work: Work, pool: ThreadPoolExecutor, timing: StageTimes, burst: int) -> None:
-        self.work, self.pool, self.timing, self.burst = work, pool, timing, burst
+
+class _Reader(threading.Thread):
+    """Reads and prepares items, and hands them to inference; None in the queue is the end."""
+
+    def __init__(
+        self, items: Iterator[Any], stages: Stages, pool: ThreadPoolExecutor, timing: StageTimes, burst: int
+    ) -> None:
+        super().__init__(name="reader", daemon=True)
+        self.items, self.stages, self.pool, self.timing, self.burst = items, stages, pool, timing, burst
         self.queue: SimpleQueue[_Entry | None] = SimpleQueue()
         self.room = threading.Semaphore(timing.at_once + 3 * burst)
         self.stopped = threading.Event()
-        self.ended = False
         self.error: BaseException | None = None
-        self.inference_lock = threading.Lock()
-        self.reader = threading.Thread(target=self._read_all, name="reader", daemon=True)
-        self.writer = threading.Thread(target=self._write_all, name="writer", daemon=True)
+        self.lock = threading.Lock()
 
     def stop(self) -> None:
-        self.stopped.set()
+        """End the reading; a reader that waits for a camera is left behind."""
+        if not self.stopped.is_set():
+            self.stopped.set()
+            self.join(_LEAVE_READER_S)
+            self.queue.put(None)
 
-    def _read_all(self) -> None:
+    def run(self) -> None:
         try:
             while self._has_room():
                 for _ in range(self.burst):
-                    with self._timed("read"):
-                        item = next(self.work.read, None)
+                    with self.timing.timed("read"):
+                        item = next(self.items, None)
                     if item is None or self.stopped.is_set():
                         return
-                    with self._timed("pre-process"):
-                        prepared = self.work.prepare(item)
+                    with self.timing.timed("pre-process"):
+                        prepared = self.stages.prepare(item)
                     self.queue.put((item, prepared, self.pool.submit(self._infer, prepared)))
-        except BaseException as error:  # raised in the main thread, when all before it is written
-            self._fail(error)
+        except BaseException as error:  # raised in the caller's thread, when all before it is written
+            self.error = error
         finally:
             self.queue.put(None)
-            close = getattr(self.work.read, "close", None)  # of a generator: here, where it runs
+            close = getattr(self.items, "close", None)  # of a generator: here, where it runs
             if close is not None:
                 close()
 
     def _has_room(self) -> bool:
-        """For a burst, as soon as there is."""
+        """Wait for room for a burst."""
         missing = self.burst
         while missing and not self.stopped.is_set():
             missing -= self.room.acquire(timeout=_LOOK_S)
@@ -167,51 +210,7 @@ class _Line:
 
     def _infer(self, prepared: Any) -> Any:
         started = perf_counter()
-        output = self.work.infer(prepared)
-        with self.inference_lock:
+        output = self.stages.infer(prepared)
+        with self.lock:
             self.timing.seconds["inference"] += perf_counter() - started
         return output
-
-    def _write_all(self) -> None:
-        try:
-            while burst := self._next_burst():
-                wait([future for _, _, future in burst])
-                for item, prepared, future in burst:
-                    output = future.result()
-                    with self._timed("post-process"):
-                        found = self.work.interpret(item, prepared, output)
-                    with self._timed("write"):
-                        self.work.write(item, found)
-                    self.timing.items += 1
-                    self.room.release()
-        except BaseException as error:
-            self._fail(error)
-
-    def _next_burst(self) -> list[_Entry]:
-        """The next entries; fewer at the end, then none."""
-        entries: list[_Entry] = []
-        while not self.ended and len(entries) < self.burst:
-            entry = self.queue.get()
-            self.ended = entry is None
-            entries += [] if entry is None else [entry]
-        return entries
-
-    def _fail(self, error: BaseException) -> None:
-        if self.error is None:
-            self.error = error
-
-    def _timed(self, stage: str) -> _Timed:
-        return _Timed(self.timing.seconds, stage)
-
-
-class _Timed:
-    """Adds the time until the block ends to its stage."""
-
-    def __init__(self, seconds: dict[str, float], stage: str) -> None:
-        self.seconds, self.stage = seconds, stage
-
-    def __enter__(self) -> None:
-        self.started = perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.stage] += perf_counter() - self.started

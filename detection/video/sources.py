@@ -17,7 +17,7 @@ _EXPECTED = "expected an image, a video, a folder or glob of them, the number of
 
 
 @dataclass(frozen=True)
-class Source:
+class MediaSource:
     """An image or a video to look at."""
 
     where: str
@@ -31,7 +31,7 @@ class Source:
         return self.kind == "image"
 
 
-def find_sources(given: Sequence[str]) -> list[Source]:
+def find_sources(given: Sequence[str]) -> list[MediaSource]:
     """What the words of a command line name, in their order, a folder's and a glob's files sorted by name.
 
     A number or ``/dev/video...`` is a camera, what holds ``://`` a stream. DataError where a word names nothing.
@@ -49,7 +49,7 @@ def find_sources(given: Sequence[str]) -> list[Source]:
     return [_renamed(source, taken) for source in found]
 
 
-def _renamed(source: Source, taken: set[str]) -> Source:
+def _renamed(source: MediaSource, taken: set[str]) -> MediaSource:
     name, number = source.name, 2
     while name in taken:
         name, number = f"{source.name}-{number}", number + 1
@@ -57,14 +57,14 @@ def _renamed(source: Source, taken: set[str]) -> Source:
     return replace(source, name=name)
 
 
-def _named(word: str) -> list[Source]:
+def _named(word: str) -> list[MediaSource]:
     path = Path(word)
     if word.isdecimal() or word.startswith("/dev/video"):
         device = f"/dev/video{word}" if word.isdecimal() else word
-        return [Source(device, "camera", Path(device).name)]
+        return [MediaSource(device, "camera", Path(device).name)]
     if "://" in word:
         last = Path(word.split("://", 1)[1].split("?", 1)[0].rstrip("/"))
-        return [Source(word, "stream", last.stem.replace(":", "-") or "stream")]
+        return [MediaSource(word, "stream", last.stem.replace(":", "-") or "stream")]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if _is_known(file))
         if not files:
@@ -84,5 +84,5 @@ def _is_known(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and path.is_file()
 
 
-def _of_file(path: Path) -> Source:
-    return Source(str(path), "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video", path.stem)
+def _of_file(path: Path) -> MediaSource:
+    return MediaSource(str(path), "image" if path.suffix.lower() in IMAGE_SUFFIXES else "video", path.stem)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import av
 from PIL import Image
 from torch import Tensor
 
 from data.errors import DataError
 
 from .pictures import VideoInfo, drawable_format
+
+if TYPE_CHECKING:
+    import av
 
 _CODECS = (
     ("libx264", {"preset": "ultrafast", "qp": "22"}),
@@ -24,15 +25,15 @@ _CODECS = (
 quantiser for all, since to choose them costs a quarter more."""
 _SECONDS_TO_LOSE = 2
 """Of a video whose writer was killed: as often it is made playable up to there."""
-_QUALITY = {".jpg": 95, ".jpeg": 95, ".webp": 90}
+_QUALITY = {".webp": 90}
+"""Of 100, where it is not 95; formats without loss do not look at it."""
 
 
 def write_image(pixels: Tensor, path: Path) -> None:
     """uint8 [3, H, W] as a file of the kind that the suffix names; DataError if it cannot be written."""
-    quality = _QUALITY.get(path.suffix.lower())
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     try:
-        picture.save(path, **({"quality": quality} if quality else {}))
+        picture.save(path, quality=_QUALITY.get(path.suffix.lower(), 95))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); free disk space") from error
 
@@ -45,14 +46,16 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path, size_hw: tuple[int, int], info: VideoInfo, vid_stride: int = 1) -> None:
+        import av
+
         self.path, self.size_hw, self.frames = path, size_hw, 0
         self.format = drawable_format(size_hw)
         codec, settings = next((codec, settings) for codec, settings in _CODECS if codec in av.codecs_available)
         rate = info.rate / vid_stride
         # A fragment at each key frame, put together to a plain MP4 at the end.
         options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
-        self.container: Any = av.open(str(path), "w", format="mp4", container_options=options)
-        self.stream = self.container.add_stream(codec, rate=rate)
+        self.container = av.open(str(path), "w", format="mp4", container_options=options)
+        self.stream = cast(Any, self.container.add_stream(codec, rate=rate))
         self.stream.height, self.stream.width = size_hw
         self.stream.pix_fmt = self.format
         self.stream.options = settings
@@ -62,17 +65,9 @@ class VideoWriter:
         context.time_base = info.time_base if info.time_base > 0 else 1 / rate
         for name, value in info.colour:
             setattr(context, name, value)
-        self.step = max(1, round(1 / rate / context.time_base))
+        self.step = int(max(1, round(1 / rate / context.time_base)))
         self.first: int | None = None
         self.last = -self.step
-
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def write(self, frame: av.VideoFrame) -> None:
         """A frame of the format and with the time base of the video; DataError if the disk does not take it."""
@@ -99,7 +94,7 @@ class VideoWriter:
         """Its own time after the first one's; a step after the last one's where it has none or goes back."""
         if frame.pts is None:
             return self.last + self.step
-        own = frame.pts
+        own = int(frame.pts)
         if frame.time_base and frame.time_base != self.stream.codec_context.time_base:
             own = round(Fraction(own) * frame.time_base / self.stream.codec_context.time_base)
         if self.first is None:
@@ -107,6 +102,8 @@ class VideoWriter:
         return own - self.first if own - self.first > self.last else self.last + self.step
 
     def _mux(self, frame: av.VideoFrame | None) -> None:
+        import av
+
         try:
             for packet in self.stream.encode(frame):
                 self.container.mux(packet)

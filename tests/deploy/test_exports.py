@@ -15,9 +15,7 @@ import slim
 from deploy import (
     OnnxNetwork,
     WithNms,
-    export_onnx,
-    export_openvino,
-    export_torchscript,
+    export_network,
     onnx_file,
     open_exported,
     openvino_file,
@@ -55,8 +53,8 @@ def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of the same network in both formats that leave sizes free."""
     folder = tmp_path_factory.mktemp("dynamic")
     images = torch.rand(1, 3, 8, 8)
-    for export, name in ((export_onnx, "net.onnx"), (export_openvino, "net.xml")):
-        assert export(gated_network(), folder / name, images, stride_px=2, dynamic=True, metadata=META) < 1e-4
+    for name in ("net.onnx", "net.xml"):
+        assert export_network(gated_network(), folder / name, images, dynamic_stride_px=2, metadata=META) < 1e-4
     return folder
 
 
@@ -90,7 +88,7 @@ def test_gates_and_batch_norms_are_gone_and_operators_carry_their_modules_names(
 
 
 def test_metadata_travel_in_every_format(dynamic: Path, tmp_path: Path) -> None:
-    export_torchscript(gated_network(), tmp_path / "net.torchscript", torch.rand(1, 3, 8, 8), metadata=META)
+    export_network(gated_network(), tmp_path / "net.torchscript", torch.rand(1, 3, 8, 8), metadata=META)
     for path in (dynamic / "net.onnx", dynamic / "net.xml", tmp_path / "net.torchscript"):
         assert open_exported(path).metadata.items() >= META.items(), path
 
@@ -99,12 +97,8 @@ def test_metadata_travel_in_every_format(dynamic: Path, tmp_path: Path) -> None:
 def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of the same network in every format, for two images of 8 x 12 pixels in bytes."""
     folder = tmp_path_factory.mktemp("fixed")
-    for export, name in (
-        (export_onnx, "net.onnx"),
-        (export_openvino, "net.xml"),
-        (export_torchscript, "net.torchscript"),
-    ):
-        assert export(gated_network(), folder / name, pixels(2), uint8_input=True) < 1e-4
+    for name in ("net.onnx", "net.xml", "net.torchscript"):
+        assert export_network(gated_network(), folder / name, pixels(2), uint8_input=True) < 1e-4
     return folder
 
 
@@ -168,7 +162,7 @@ def test_a_suppression_inside_of_the_graph_is_that_of_the_scripts(iou: float, tm
     network = WithNms(Boxes(), conf=0.3, iou=iou, max_detections=30)
     wanted = non_max_suppression(Boxes()(images), 0.3, iou, max_detections=30)
     assert min(len(rows) for rows in wanted) > 5
-    export_onnx(network, tmp_path / "net.onnx", images, prove=prove_same_detections)
+    export_network(network, tmp_path / "net.onnx", images, prove=prove_same_detections)
     for found in (network(images), OnnxNetwork(tmp_path / "net.onnx")(images)):
         assert found.shape == (3, 30, 6)
         for rows, right in zip(found, wanted, strict=True):
@@ -219,7 +213,7 @@ class Given(nn.Module):
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = gated_network().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    export_onnx(model, tmp_path / "net.onnx", torch.rand(2, 3, 8, 8))
+    export_network(model, tmp_path / "net.onnx", torch.rand(2, 3, 8, 8))
     assert model.training and len(list(slim.gate_vectors(model))) == 2
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -238,7 +232,7 @@ def test_a_file_that_differs_from_torch_does_not_appear(tmp_path: Path, monkeypa
     monkeypatch.setattr(onnx_file, "_converted", wrong)
     (tmp_path / "net.onnx").write_text("the one before")
     with pytest.raises(SlimError, match=r"differs from torch by .* nothing was written"):
-        export_onnx(gated_network(), tmp_path / "net.onnx", torch.rand(1, 3, 8, 8))
+        export_network(gated_network(), tmp_path / "net.onnx", torch.rand(1, 3, 8, 8))
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
     assert (tmp_path / "net.onnx").read_text() == "the one before"
 

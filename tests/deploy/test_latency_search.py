@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy import Trial, search_latency
+from deploy import MeasuredCut, search_latency
 from deploy.latency_search import NARROW
 
 LEAST = {8: 0.05, 16: 0.2}
@@ -21,13 +21,13 @@ class Machine:
     def __init__(self, latency: Callable[[float, int], float], step: float = 0.0) -> None:
         self.latency, self.step = latency, step
         self.asked: list[tuple[float, int]] = []
-        self.trials: list[Trial] = []
+        self.trials: list[MeasuredCut] = []
 
-    def __call__(self, share: float, round_to: int) -> Trial:
+    def __call__(self, share: float, round_to: int) -> MeasuredCut:
         assert LEAST[round_to] <= share <= 1
         keep = share if not self.step else max(LEAST[round_to], share // self.step * self.step)
         self.asked.append((share, round_to))
-        self.trials.append(Trial(round_to, keep, self.latency(keep, round_to), f"{round_to} {keep}"))
+        self.trials.append(MeasuredCut(round_to, keep, self.latency(keep, round_to), f"{round_to} {keep}"))
         return self.trials[-1]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from deploy import export_openvino
+from deploy import export_network
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOSED_IN_ORDER = """
@@ -27,7 +27,7 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_a_signal_after_the_networks_are_closed(tmp_path: Path) -> None:
-    export_openvino(nn.Conv2d(3, 4, 3), tmp_path / "net.xml", torch.rand(1, 3, 8, 8))
+    export_network(nn.Conv2d(3, 4, 3), tmp_path / "net.xml", torch.rand(1, 3, 8, 8))
     done = subprocess.run(
         [sys.executable, "-c", CLOSED_IN_ORDER, str(tmp_path / "net.xml")],
         cwd=ROOT,

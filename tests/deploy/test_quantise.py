@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploy import OnnxQuantiser, OpenVinoQuantiser, Quantiser, export_onnx, export_openvino, open_exported, quantise
-from deploy.accuracy import noisiest
+from deploy import OnnxQuantiser, OpenVinoQuantiser, Quantiser, export_network, noisiest_blocks, open_exported, quantise
 from deploy.openvino_file import read_openvino
 from deploy.quantise_onnx import Statistics, activation_ranges, correct_biases
 from slim import SlimError
@@ -40,9 +39,9 @@ def pixels(count: int) -> list[Tensor]:
 def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("floats")
     images = torch.stack(pixels(1))
-    export_onnx(network(), folder / "net.onnx", images, metadata={"names": "{}"})
-    export_openvino(network(), folder / "net.xml", images, metadata={"names": "{}"})
-    export_onnx(network(), folder / "bytes.onnx", images, uint8_input=True)
+    export_network(network(), folder / "net.onnx", images, metadata={"names": "{}"})
+    export_network(network(), folder / "net.xml", images, metadata={"names": "{}"})
+    export_network(network(), folder / "bytes.onnx", images, uint8_input=True)
     return folder
 
 
@@ -105,7 +104,7 @@ def test_bytes_enter_an_int8_network_as_they_are(floats: Path, tmp_path: Path) -
 
 def test_a_relu_network_is_quantised_too(tmp_path: Path) -> None:
     images = torch.stack(pixels(1))
-    export_onnx(network(nn.ReLU), tmp_path / "net.onnx", images)
+    export_network(network(nn.ReLU), tmp_path / "net.onnx", images)
     quantise(OnnxQuantiser(tmp_path / "net.onnx", pixels(8)), tmp_path / "made.onnx", ["4"])
     assert on_integers(tmp_path / "made.onnx") == {"0", "2"}
 
@@ -126,7 +125,7 @@ def test_what_cannot_be_quantised_is_told(kind: type[Quantiser], name: str, floa
 def test_a_bound_of_accuracy_keeps_the_noisiest_blocks_in_float(floats: Path, tmp_path: Path) -> None:
     """AP as three measurements give it: of the float file, of all in INT8, of INT8 with one block in float."""
     quantiser, made = OnnxQuantiser(floats / "net.onnx", pixels(8)), tmp_path / "net.onnx"
-    order = noisiest(quantiser, quantiser.operators.within(["4"]))
+    order = noisiest_blocks(quantiser, quantiser.operators.within(["4"]))
     assert sorted(order) == ["0", "2"]
     values = iter([0.5, 0.4, 0.495])
     result = quantise(quantiser, made, ["4"], lambda exported: next(values), 0.01)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from detection.benchmark_table import Row, as_csv, machine_text, markdown, short_names, write
+from detection.benchmark_table import BenchmarkRow, as_csv, machine_text, markdown, short_names, write
 
-FIRST = Row(
+FIRST = BenchmarkRow(
     "runs/dense/weights/last.pt", "dense/last", "torch", "float32", "416", 1, 2, 20.0, 19.0, 22.5, 50.0, 1.0, 0.5761,
     0.88, 7_120_000, 517_100_000, 1_768_000, "SiLU", 30,
 )  # fmt: skip
-SECOND = Row(
+SECOND = BenchmarkRow(
     "slim.xml", "slim", "openvino", "int8", "416", 1, 2, 2.0, 1.9, 2.25, 500.0, 10.0, None, None, 700_000, None, None, "",
     30,
 )  # fmt: skip
@@ -38,7 +38,7 @@ def test_names_are_as_short_as_they_can_be(paths: list[str], names: list[str]) -
 
 def test_a_table_for_a_document() -> None:
     assert markdown([FIRST, SECOND], "A CPU") == (
-        "A CPU; 416 pixels; CPU threads: 2; batch size 1; medians of 30 runs, in turns.\n\n"
+        "A CPU; 416 pixels; CPU threads: 2; batch size 1; medians of 30 runs, interleaved.\n\n"
         "| network | engine | precision | ms | 10 to 90 % | FPS | times faster | AP | MB | M MACs | M parameters | activation |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
         "| dense/last | torch | float32 | 20.00 | 19.00 to 22.50 | 50.0 | 1.00 | 0.5761 | 7.12 | 517.1 | 1.768 | SiLU |\n"

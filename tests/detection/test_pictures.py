@@ -14,7 +14,7 @@ from PIL import Image
 from data import DataError
 from data.images import Canvas, letterbox, read_image, resize
 from detection.video.pictures import ImagePicture, VideoPicture, planes_of, read_pictures
-from detection.video.sources import Source, find_sources
+from detection.video.sources import MediaSource, find_sources
 from tests.data.file_server import serve
 from tests.data.videos import SIZE_HW, cut_short, decoded, short_video
 
@@ -191,7 +191,7 @@ def test_of_a_source_that_does_not_wait_the_newest_counts(tmp_path: Path) -> Non
         serve({"live.ts": live.read_bytes()}, length=False, ranges=False) as server,
         pytest.raises(DataError, match=r"live\.ts: it broke off after 40 frames \(Input/output error\)"),
     ):
-        for picture in read_pictures(Source(f"{server.url}/live.ts", "stream", "live")):
+        for picture in read_pictures(MediaSource(f"{server.url}/live.ts", "stream", "live")):
             numbers.append(picture.number)
             time.sleep(0.5)
     assert len(numbers) < 10 and numbers == sorted(set(numbers)) and numbers[-1] == 39
@@ -211,7 +211,7 @@ def test_sources_by_kind_and_order(tmp_path: Path) -> None:
     ]
     assert [Path(s.where).name for s in find_sources([f"{tmp_path}/**/*.jpg"])] == ["b.jpg", "d.jpg"]
     assert [s.kind for s in find_sources([str(tmp_path / "a.png"), "rtsp://user@host/door?x=1"])] == ["image", "stream"]
-    assert find_sources(["0"]) == [Source("/dev/video0", "camera", "video0")]
+    assert find_sources(["0"]) == [MediaSource("/dev/video0", "camera", "video0")]
     assert find_sources(["rtsp://host:554/door"])[0].name == "door"
     assert len(find_sources([str(tmp_path / "a.png")] * 2)) == 1
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from detection.video.pipeline import STAGES, StageTimes, Work, run_overlapped
+from detection.video.pipeline import STAGES, StageTimes, run_overlapped
 from slim import SlimError
 
 
 class Recorded:
-    """Work on numbers: tenfold, plus one. A stage may be given something to do at an item."""
+    """Stages on numbers: tenfold, plus one. A stage may be given something to do at an item."""
 
     def __init__(self, count: int, **at: Any) -> None:
         self.count, self.at = count, at
@@ -55,23 +55,23 @@ class Recorded:
         self.written.append((item, found))
         self.open -= 1
 
-    def work(self) -> Work:
-        def interpret(item: int, prepared: int, output: int) -> int:
-            self.do("interpret", item)
-            assert prepared == item
-            return output + 1
+    def prepare(self, item: int) -> int:
+        self.do("prepare", item)
+        return item
 
-        def prepare(item: int) -> int:
-            self.do("prepare", item)
-            return item
+    def interpret(self, item: int, prepared: int, output: int) -> int:
+        self.do("interpret", item)
+        assert prepared == item
+        return output + 1
 
-        return Work(self.read(), prepare, self.infer, interpret, self.write)
+    def run(self, timing: StageTimes, **more: Any) -> None:
+        run_overlapped(self.read(), self, timing, **more)
 
 
 @pytest.mark.parametrize(("at_once", "burst"), [(1, 1), (1, 3), (3, 2), (2, 7)])
 def test_all_items_in_order_and_few_at_a_time(at_once: int, burst: int) -> None:
     recorded, timing, told = Recorded(40), StageTimes(at_once), []
-    run_overlapped(recorded.work(), timing, burst=burst, on_progress=lambda: told.append(timing.items))
+    recorded.run(timing, burst=burst, on_progress=lambda: told.append(timing.items))
     assert recorded.written == [(item, 10 * item + 1) for item in range(40)]
     assert recorded.most_open <= at_once + 3 * burst and recorded.most_inferring == at_once
     assert told[-1] == timing.items == 40 and recorded.closed
@@ -79,7 +79,7 @@ def test_all_items_in_order_and_few_at_a_time(at_once: int, burst: int) -> None:
 
 def test_the_time_of_each_stage() -> None:
     timing = StageTimes(2)
-    run_overlapped(Recorded(30).work(), timing)
+    Recorded(30).run(timing)
     summary = timing.summary()
     assert tuple(summary["milliseconds"]) == STAGES and summary["milliseconds"]["inference"] >= 2
     assert summary["fps"] == pytest.approx(30 / timing.wall_s)
@@ -97,7 +97,7 @@ def test_an_error_anywhere_ends_all_after_what_came_before_it(stage: str, burst:
     recorded = Recorded(1000, **{stage: (7, fail)})
     before = threading.active_count()
     with pytest.raises(SlimError, match=f"{stage} failed"):
-        run_overlapped(recorded.work(), StageTimes(2), burst=burst)
+        recorded.run(StageTimes(2), burst=burst)
     assert [item for item, _ in recorded.written] == list(range(7))
     assert threading.active_count() == before and recorded.closed
 
@@ -107,7 +107,7 @@ def test_ctrl_c_writes_what_was_read(burst: int) -> None:
     recorded = Recorded(100_000, write=(9, lambda: os.kill(os.getpid(), signal.SIGINT)))
     timing, before = StageTimes(2), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        run_overlapped(recorded.work(), timing, burst=burst)
+        recorded.run(timing, burst=burst)
     assert 10 <= timing.items == len(recorded.written) < 1000 and recorded.open <= 1
     assert [item for item, _ in recorded.written] == list(range(timing.items))
     assert signal.getsignal(signal.SIGINT) is before and timing.fps > 0
@@ -119,11 +119,11 @@ def test_a_reader_that_waits_for_ever_does_not_hold_up_the_end(monkeypatch: pyte
     recorded = Recorded(10, read=(5, never.wait))
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        run_overlapped(recorded.work(), StageTimes())
+        recorded.run(StageTimes())
     assert [item for item, _ in recorded.written] == list(range(5))
     never.set()
 
 
 def test_nothing_at_once_is_refused() -> None:
     with pytest.raises(SlimError, match="0 at once"):
-        run_overlapped(Recorded(1).work(), StageTimes(0))
+        Recorded(1).run(StageTimes(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_fewer_frames_last_as_long(tmp_path: Path) -> None:
 
 
 def test_odd_sizes_and_times_that_go_back(tmp_path: Path) -> None:
-    with VideoWriter(tmp_path / "odd.mp4", (33, 47), INFO) as writer:
+    with contextlib.closing(VideoWriter(tmp_path / "odd.mp4", (33, 47), INFO)) as writer:
         for pts in (512, 1024, None, 100, 9000):
             writer.write(frame_of((33, 47), pts))
         writer.write(frame_of((66, 94), 9512))

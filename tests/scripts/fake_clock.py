@@ -10,8 +10,7 @@ from torch import nn
 
 import slim
 from detection import latency as latency
-from detection.comparison import Comparison
-from detection.timing import Timing
+from detection.timing import Comparison, Timing
 
 
 @dataclass
@@ -26,7 +25,7 @@ class FakeClock:
     alone: int = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def alone(measurer: latency.Measurer) -> Timing:
+        def time_dense(measurer: latency.Measurer) -> Timing:
             self.alone += 1
             return self.times(1.0)
 
@@ -38,7 +37,7 @@ class FakeClock:
             self.measured.append(macs)
             return Comparison(self.times(1.0), self.times(ratio), ratio, 0.001)
 
-        monkeypatch.setattr(latency.Measurer, "alone", alone)
+        monkeypatch.setattr(latency.Measurer, "time_dense", time_dense)
         monkeypatch.setattr(latency.Measurer, "against_dense", against_dense)
 
     def times(self, ratio: float) -> Timing:

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from detection import benchmark as benchmark
+from detection.detector import open_detector
 from tests.scripts.runs import Runner
 from tests.scripts.test_failures import fails, other_classes
 
@@ -132,7 +133,7 @@ def test_an_interruption_leaves_what_was_measured(
     exported: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds: list[bool] = []
-    original = benchmark.Turns.round
+    original = benchmark.InterleavedTimer.round
 
     def stopped(self: Any, counts: bool = True) -> None:
         if len(rounds) == 2:
@@ -140,7 +141,7 @@ def test_an_interruption_leaves_what_was_measured(
         rounds.append(counts)
         original(self, counts)
 
-    monkeypatch.setattr(benchmark.Turns, "round", stopped)
+    monkeypatch.setattr(benchmark.InterleavedTimer, "round", stopped)
     done = script("benchmark", "--weights", exported / "net.onnx", "--repeats", 9, "--warmup", 1, "--project", tmp_path)
     assert done.code == 130 and done.err.count("interrupted: ") == 1
     with (tmp_path / "exp" / "benchmark.csv").open() as file:
@@ -150,11 +151,9 @@ def test_an_interruption_leaves_what_was_measured(
 
 def test_a_quantised_files_other_layers_are_told(exported: Path) -> None:
     """OpenVINO computes what is not quantised in bfloat16 where it can."""
-    with benchmark.Candidates(lambda sides, count: torch.zeros(count, 3, *sides)) as opened:
-        (one,) = opened.of(benchmark.Wanted([str(exported / "net.xml")], num_cores=(1,), precisions=("float32",)))
-        assert one.precision_text == "float32"
-        network = one.detector.network
-        object.__setattr__(one.detector, "precision", "int8")
-        assert one.precision_text == "int8"
-        network.floating_precision = "bfloat16"  # type: ignore[assignment]
-        assert one.precision_text == "int8 + bfloat16"
+    with open_detector(str(exported / "net.xml"), num_cores=1, precision="float32") as detector:
+        assert detector.precision_text == "float32"
+        detector.network.precision = "int8"
+        assert detector.precision_text == "int8"
+        detector.network.floating_precision = "bfloat16"  # type: ignore[assignment]
+        assert detector.precision_text == "int8 + bfloat16"

@@ -295,7 +295,7 @@ def test_what_does_not_go_together(weights: Path, exported: Path, video: Path, s
         refused("--weights", fixed, "--img", 64),
         "fixed.torchscript: takes images of 96 x 128 pixels, 64 x 64 were asked for",
     )
-    fails(refused("--weights", weights, "--img", 65), "--img 65 x 65: expected multiples of the largest stride, 32")
+    fails(refused("--weights", weights, "--img", 65), "--img 65: expected a multiple of the largest stride, 32")
     fails(refused("--weights", weights, "--img", 64, 64, 64), "--img 64 64 64: expected one side, or height and width")
     fails(refused("--weights", weights, "--classes", "lion"), "--classes lion: ", "knows circle, square")
     fails(refused("--weights", weights, "--classes", 4), "--classes 4: ", "expected one of these names or 0 to 3")

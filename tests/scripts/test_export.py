@@ -17,10 +17,12 @@ from torchvision.ops import box_iou
 
 import export
 from data import DataSettings, DetectionDataset
-from deploy import Decoded, WithNms, prove_same_detections
+from data.images import read_image
+from deploy import Decoded, WithNms, open_exported, prove_same_detections
 from detection.datasets import open_data, real_images
 from detection.detector import open_detector
 from detection.evaluator import AsModel, Evaluator
+from detection.export import out_path
 from detection.network import read_network
 from tests.deploy.test_exports import Given
 from tests.scripts.runs import NAMES, ROOT, Runner
@@ -54,7 +56,7 @@ def test_every_format_equals_torch_and_names_its_classes(exported: Path, small_r
             difference = float((found - wanted).abs().max() / wanted.abs().max())
             assert difference == pytest.approx(row["max_difference"], abs=1e-7) and difference < 1e-4
             assert (detector.names, detector.stride_px) == (list(NAMES), max(network.model.stride_px))
-            assert detector.sides_px == (32, 64) and detector.file_bytes == row["bytes"]
+            assert detector.sides_px == (32, 64) and detector.network.bytes_on_disk == row["bytes"]
             metadata = detector.network.metadata
             assert ast.literal_eval(metadata["names"]) == dict(enumerate(NAMES)) and metadata["imgsz"] == "[32, 64]"
             assert json.loads(metadata["anchors_px"]) == network.model.anchors_px.tolist()
@@ -199,3 +201,45 @@ def test_impossible_quantisations_are_refused(small_weights: Path, tiny: Path, s
         "none",
     )
     assert not list(tmp_path.rglob("*.onnx")) + list(tmp_path.rglob("*.xml"))
+
+
+def test_out_is_taken_at_its_word(small_weights: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+    given = ("export", "--weights", small_weights, "--data", tiny, "--img", 64, "--project", tmp_path / "runs")
+    int8 = ("--int8", "--calibration-images", 2)
+    done = script(*given, *int8, "--out", tmp_path / "slim.onnx")
+    assert done.code == 0, done.err
+    assert [path.name for path in tmp_path.glob("*.*")] == ["slim.onnx"]
+    assert open_exported(tmp_path / "slim.onnx").precision == "int8"
+    assert out_path("slim-0.3", "onnx", several=False) == Path("slim-0.3.onnx")
+    both = [out_path("a/slim.onnx", kind, several=True) for kind in ("onnx", "openvino")]
+    assert both == [Path("a/slim.onnx"), Path("a/slim.xml")]
+    fails(
+        script(*given, "--out", tmp_path / "slim.xml"), "slim.xml: --include onnx writes .onnx files; give that suffix"
+    )
+
+
+def test_one_image_is_decoded_for_the_proof(
+    small_weights: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Path] = []
+
+    def counted(path: Path) -> Tensor:
+        decoded.append(path)
+        return read_image(path)
+
+    monkeypatch.setattr("data.dataset.read_image", counted)
+    done = script(
+        "export",
+        "--weights",
+        small_weights,
+        "--data",
+        tiny,
+        "--img",
+        64,
+        "--project",
+        tmp_path,
+        "--include",
+        "torchscript",
+    )
+    assert done.code == 0, done.err
+    assert len(decoded) == 1

@@ -144,7 +144,7 @@ def test_the_engines_run_what_is_exported(small_cfg: Path) -> None:
     for engine in ("torch", "onnxruntime", "openvino"):
         flags = LatencySettings(latency_share=0.5, engine=engine, num_cores=threads + 1, latency_precision="float32")
         measurer = latency.Measurer(flags, network, images)
-        output = measurer.dense_run()()
+        output = measurer.dense_run()
         assert isinstance(output, torch.Tensor) and (output - wanted).abs().max() <= 1e-3 * wanted.abs().max()
         assert measurer.setting() == {
             "engine": engine,
@@ -164,7 +164,7 @@ def test_int8_networks_for_timing(sparse_run: Path, small_cfg: Path) -> None:
     for engine in ("openvino", "onnxruntime"):
         flags = LatencySettings(latency_share=0.5, latency_int8=True, engine=engine, num_cores=1)
         measurer = latency.Measurer(flags, network, images)
-        output = measurer.dense_run()()
+        output = measurer.dense_run()
         assert isinstance(output, torch.Tensor) and output.shape[0] == 1 and output.shape[2] == 7
         assert measurer.setting()["precision"] == "int8"
 

@@ -1,4 +1,4 @@
-"""quantisation.py: calibration images as evaluation sees them, one ranking for all formats, suppression behind INT8."""
+"""quantise.py: calibration images as evaluation sees them, one ranking for all formats, suppression behind INT8."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from data import DataSettings, DetectionDataset
 from data.sampling import Draw
 from deploy import Decoded, WithNms, open_exported, parts_of, prove_same_detections
+from detection import quantise
 from detection.datasets import open_data
 from detection.network import Network, read_network
-from detection.quantise import Calibrated, calibrate, noisiest_blocks, training_images, write_quantised
+from detection.quantise import Int8Writer, calibration_images, measure_on
 from detection.write_file import write_file
 from models import NmsSettings
 from tests.deploy.test_quantise import on_integers
@@ -30,29 +31,36 @@ def network(small_run: Path) -> Network:
 
 @pytest.fixture(scope="module")
 def images(tiny: Path) -> list[Tensor]:
-    return training_images(open_data(DataSettings(data=str(tiny))), (32, 64), 6, 0)
+    return calibration_images(open_data(DataSettings(data=str(tiny))), (32, 64), 6, 0)
 
 
 class Writer:
-    """Writes the float file, each kind once, and counts."""
+    """Writes the float file in place of ``write_file``, each kind once, and counts."""
 
-    def __init__(self, network: Network, images: list[Tensor], folder: Path) -> None:
-        self.network, self.images, self.folder = network, images, folder
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.asked: list[str] = []
 
-    def __call__(self, path: Path, with_nms: bool) -> float:
+    def __call__(self, network: Network, path: Path, images: Tensor, *, nms: NmsSettings | None = None) -> float:
         self.asked.append(path.suffix)
-        known = self.folder / f"{with_nms}{path.suffix}"
+        known = self.folder / f"{nms is not None}{path.suffix}"
         if not known.exists():
-            write_file(self.network, known, self.images[0][None], nms=NMS if with_nms else None)
+            write_file(network, known, images, nms=nms)
         for source, copied in zip(parts_of(known), parts_of(path), strict=True):
             shutil.copy(source, copied)
         return 1e-6
 
 
 @pytest.fixture(scope="module")
-def write(network: Network, images: list[Tensor], tmp_path_factory: pytest.TempPathFactory) -> Writer:
-    return Writer(network, images, tmp_path_factory.mktemp("floats"))
+def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("floats")
+
+
+@pytest.fixture
+def write(floats: Path, monkeypatch: pytest.MonkeyPatch) -> Writer:
+    writer = Writer(floats)
+    monkeypatch.setattr(quantise, "write_file", writer)
+    return writer
 
 
 def test_calibration_images_are_shuffled_training_images_letterboxed(tiny: Path, images: list[Tensor]) -> None:
@@ -61,35 +69,35 @@ def test_calibration_images_are_shuffled_training_images_letterboxed(tiny: Path,
     known = [dataset[Draw(i, (32, 64))].image.float() / 255 for i in range(len(dataset))]
     places = [next(i for i, one in enumerate(known) if torch.equal(one, image)) for image in images]
     assert len(set(places)) == 6 and places != sorted(places)
-    other = training_images(config, (32, 64), 6, 1)
+    other = calibration_images(config, (32, 64), 6, 1)
     assert not all(torch.equal(a, b) for a, b in zip(images, other, strict=True))
-    assert len(training_images(config, (64, 64), 99, 0)) == 16
+    assert len(calibration_images(config, (64, 64), 99, 0)) == 16
 
 
 def test_ap_is_measured_at_any_size_and_not_with_other_classes(tiny: Path, network: Network) -> None:
     config = open_data(DataSettings(data=str(tiny)))
-    known = calibrate(network, config, (32, 64), 2, 0, "w.pt", "tiny.yaml")
-    assert known.measure is not None
+    measure, _ = measure_on(network, config, (32, 64), "w.pt", "tiny.yaml")
+    assert measure is not None
     detector, seen = Decoded(network.model.eval()), set()
     detector.register_forward_pre_hook(lambda module, given: seen.add(tuple(given[0].shape)))
-    assert 0 <= known.measure(detector) < 1 and seen == {(1, 3, 32, 64)}
-    other = calibrate(network, config.single(), (32, 64), 2, 0, "w.pt", "tiny.yaml")
-    assert other.measure is None and "w.pt: detects 4 classes, tiny.yaml has 1" in other.not_measured
+    assert 0 <= measure(detector) < 1 and seen == {(1, 3, 32, 64)}
+    other, why = measure_on(network, config.single(), (32, 64), "w.pt", "tiny.yaml")
+    assert other is None and "w.pt: detects 4 classes, tiny.yaml has 1" in why
 
 
 @pytest.mark.long
 def test_the_first_of_a_ranking_stays_float_in_every_format(
     write: Writer, network: Network, images: list[Tensor], tmp_path: Path
 ) -> None:
-    write.asked.clear()
-    order = noisiest_blocks(write, images, [HEAD])
+    order = Int8Writer(network, images, [HEAD]).ranking
     assert write.asked == [".onnx"] and len(order) == len(set(order)) == 12
     paths = {block: {path for path in on_all(network) if f"{path}.".startswith(f"{block}.")} for block in order}
     for suffix in (".onnx", ".xml"):
         values = iter([0.5, 0.4, 0.499])
-        calibrated = Calibrated(images, lambda exported, values=values: next(values))
+        writer = Int8Writer(network, images, [HEAD], 0.01, lambda exported, values=values: next(values))
+        writer.__dict__["ranking"] = order[::-1]
         out = tmp_path / f"int8{suffix}"
-        _, found = write_quantised(write, out, calibrated, [HEAD], max_drop=0.01, rank=lambda: order[::-1])
+        _, found = writer.write(out)
         assert found.kept == (order[-1],) and found.ap == 0.499
         quantised = on_integers(out)
         assert quantised == on_all(network) - paths[order[-1]]
@@ -104,12 +112,12 @@ def on_all(network: Network) -> set[str]:
 
 
 def test_the_suppression_stands_behind_the_same_int8_network(
-    write: Writer, images: list[Tensor], tmp_path: Path
+    write: Writer, network: Network, images: list[Tensor], tmp_path: Path
 ) -> None:
-    calibrated = Calibrated(images, None, "nothing is labelled")
+    writer = Int8Writer(network, images, [HEAD], not_measured="nothing is labelled")
     decoded, final = tmp_path / "decoded.onnx", tmp_path / "final.onnx"
-    write_quantised(write, decoded, calibrated, [HEAD])
-    write_quantised(write, final, calibrated, [HEAD], has_nms=True)
+    writer.write(decoded)
+    writer.write(final, NMS)
     given = images[0][None]
     wanted = WithNms(open_exported(decoded), NMS.conf, NMS.iou, NMS.max_det)
     found = open_exported(final)
@@ -117,8 +125,6 @@ def test_the_suppression_stands_behind_the_same_int8_network(
     assert prove_same_detections(wanted, found, given) < 1e-4
 
 
-def test_a_bound_without_labels_is_refused(write: Writer, images: list[Tensor], tmp_path: Path) -> None:
-    calibrated = Calibrated(images, None, "the val split has no labels")
+def test_a_bound_without_labels_is_refused(network: Network, images: list[Tensor]) -> None:
     with pytest.raises(ValueError, match=r"--max-drop 0.01: AP cannot be measured, since the val split has no labels"):
-        write_quantised(write, tmp_path / "int8.onnx", calibrated, [HEAD], max_drop=0.01)
-    assert not list(tmp_path.iterdir())
+        Int8Writer(network, images, [HEAD], 0.01, not_measured="the val split has no labels")

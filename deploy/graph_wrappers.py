@@ -1,4 +1,4 @@
-"""What stands before and behind a network inside of an exported graph, so that its user need not write it."""
+"""Pre- and post-processing inside the graph of an exported network, so that its user need not write it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
 WRAPPED = "network"
-"""The name of the network inside of each of these."""
+"""The attribute by which each of these holds the network."""
 
 CANDIDATES = 10
 """So many times the number of detections enter the suppression."""
@@ -58,12 +58,12 @@ class WithNms(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         decoded: Tensor = self.network(images)
-        return torch.stack([self.final(predictions) for predictions in decoded.unbind(0)])
+        return torch.stack([self.suppress(predictions) for predictions in decoded.unbind(0)])
 
     def candidates(self, predictions: Tensor) -> Tensor:
-        """[N, 5 + classes] -> [K, 6], the best first: x1, y1, x2, y2, score, class. Below ``conf`` the score is 0.
+        """Boxes that enter the suppression, [N, 5 + classes] -> [K, 6], the best first: x1, y1, x2, y2, score, class.
 
-        They are scored 0 and not left out, since a graph has no sizes that depend on the image.
+        Scores below ``conf`` become 0, since a graph has no sizes that depend on the image.
         """
         count = CANDIDATES * self.max_detections
         predictions = torch.cat([predictions, predictions.new_zeros(count, predictions.shape[1])])
@@ -73,8 +73,8 @@ class WithNms(nn.Module):
         best, places = scores.topk(count)
         return torch.cat([boxes[places], best[:, None], classes[places, None].to(best.dtype)], 1)
 
-    def final(self, predictions: Tensor) -> Tensor:
-        """[N, 5 + classes] -> [max_detections, 6]."""
+    def suppress(self, predictions: Tensor) -> Tensor:
+        """Detections of one image, [N, 5 + classes] -> [max_detections, 6]."""
         rows = self.candidates(predictions)
         # Boxes of different classes are moved apart: torchvision's batched_nms counts classes, which no graph can.
         apart = rows[:, :4] + rows[:, 5:] * (rows[:, :4].abs().max() * 2 + 1)
