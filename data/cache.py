@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
 import tempfile
@@ -19,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -71,43 +71,46 @@ class MemoryCache:
 
 
 class DiskCache:
-    """Images of a data set by index, one file each in ``folder``; told to be current by a digest of the image file's content."""
+    """Images of a data set by index, one file each in ``folder``: 16 bytes of digest of the image file's content, by which it
+    is told to be current, 4 bytes of checksum of the pixels, and the pixels."""
 
-    def __init__(self, folder: Path, files: Sequence[Path], base: Path) -> None:
-        self._folder, self._files, self._base = folder, tuple(files), base
-        self._digests: dict[int, str] = {}
+    def __init__(self, folder: Path, files: Sequence[Path], sizes_hw: Sequence[tuple[int, int]], base: Path) -> None:
+        self._folder, self._files, self._sizes_hw, self._base = folder, tuple(files), tuple(sizes_hw), base
+        self._digests: dict[int, bytes] = {}
         self._can_write = True
 
     def get(self, index: int) -> Tensor | None:
         """uint8 [3, h, w]; None if it was not put yet, or is damaged or of another content of the image's file."""
-        path = self._path(index)
+        path, size = self._path(index), (*self._sizes_hw[index], 3)
         try:
-            with path.open("rb") as file, np.load(file) as found:  # a zip file, whose checksums are verified
-                pixels, digest = found["pixels"], str(found["digest"])
+            content = np.fromfile(path, np.uint8)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            logger.warning("%s: damaged (%s): made anew", path, error)
+        mark, pixels = content[:20].tobytes(), content[20:]
+        if mark[16:] != zlib.crc32(pixels.data).to_bytes(4):
+            logger.warning("%s: damaged: made anew", path)
             return None
-        return torch.from_numpy(pixels).permute(2, 0, 1) if digest == self._digest(index) else None
+        is_current = mark[:16] == self._digest(index) and pixels.size == math.prod(size)
+        return torch.from_numpy(pixels.reshape(size)).permute(2, 0, 1) if is_current else None
 
     def put(self, index: int, image: Tensor) -> None:
         if not self._can_write:
             return
+        pixels = image.permute(1, 2, 0).numpy().tobytes()
         try:
             self._folder.mkdir(exist_ok=True)
             with _replacing(self._path(index)) as temporary:
-                np.savez(temporary, pixels=image.permute(1, 2, 0).numpy(), digest=np.array(self._digest(index)))
+                temporary.write_bytes(self._digest(index) + zlib.crc32(pixels).to_bytes(4) + pixels)
         except OSError as error:
             self._can_write = False
             logger.warning("%s: no further images are cached on disk (%s)", self._folder, error.strerror or error)
 
     def _path(self, index: int) -> Path:
-        return self._folder / f"{_digest_of(_key_of(self._files[index], self._base).encode())}.npz"
+        return self._folder / f"{_digest_of(_key_of(self._files[index], self._base).encode())}.pixels"
 
-    def _digest(self, index: int) -> str:
+    def _digest(self, index: int) -> bytes:
         if index not in self._digests:
-            self._digests[index] = _digest_of(read_bytes(self._files[index]))
+            self._digests[index] = bytes.fromhex(_digest_of(read_bytes(self._files[index])))
         return self._digests[index]
 
 

@@ -243,10 +243,10 @@ class DetectionDataset(Dataset[Sample]):
     def _make_cache(self, cache: Cache, folder: Path | None) -> MemoryCache | DiskCache | None:
         if cache == "none":
             return None
+        sizes_hw = [self._resized_hw(index) for index in range(len(self))]
         if folder is not None:
             how = "evaluated" if self.augment is None else "trained"
-            return DiskCache(folder / f"{how}-{self.image_size_px}", self.files, self._base)
-        sizes_hw = [self._resized_hw(index) for index in range(len(self))]
+            return DiskCache(folder / f"{how}-{self.image_size_px}", self.files, sizes_hw, self._base)
         need, free = self._holders * sum(3 * height * width for height, width in sizes_hw), available_bytes()
         if free is None or need <= free / 2:
             return MemoryCache(sizes_hw)

@@ -81,7 +81,10 @@ def download_data(file: str | Path, data_root: str | Path | None = None, say: Ca
         with FileLock(folder.with_name(f"{folder.name}.download.lock")):
             _download(content, file, archives, folder, data_root, say)
     except OSError as error:
-        raise DataError(f"{error.filename or folder}: {error.strerror or error}; choose another --data-root") from error
+        raise DataError(
+            f"{error.filename or folder}: {error.strerror or error}; what came so far is kept: free some space and run again, or "
+            "choose another --data-root"
+        ) from error
     return folder
 
 

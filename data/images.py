@@ -135,9 +135,11 @@ class Canvas:
         return *_centred(original_hw, ratio, input_hw), input_hw
 
     def letterbox(self, image: Tensor) -> tuple[Tensor, Letterbox]:
-        """uint8 [3, H, W] -> uint8 [3, height, width] on grey, and its geometry."""
-        geometry, resized_hw, input_hw = self.place((image.shape[1], image.shape[2]))
-        return _on_grey(image, geometry, resized_hw, input_hw), geometry
+        """uint8 [3, H, W] -> uint8 [3, height, width] on grey as in the evaluation, and its geometry."""
+        geometry, (height, width), input_hw = self.place((image.shape[1], image.shape[2]))
+        canvas, top, left = grey(*input_hw), geometry.top_px, geometry.left_px
+        canvas[:, top : top + height, left : left + width] = resize(image, (height, width))
+        return canvas, geometry
 
 
 def _centred(
@@ -188,12 +190,4 @@ def letterbox(image: Tensor, image_size_px: int) -> tuple[Tensor, Letterbox]:
     >>> square.shape, geometry.ratio_x, (geometry.left_px, geometry.top_px)
     (torch.Size([3, 40, 40]), 0.6666666666666666, (0, 10))
     """
-    geometry, resized_hw = letterbox_of((image.shape[1], image.shape[2]), image_size_px)
-    return _on_grey(image, geometry, resized_hw, (image_size_px, image_size_px)), geometry
-
-
-def _on_grey(image: Tensor, geometry: Letterbox, resized_hw: tuple[int, int], canvas_hw: tuple[int, int]) -> Tensor:
-    (height, width), top, left = resized_hw, geometry.top_px, geometry.left_px
-    canvas = grey(*canvas_hw)
-    canvas[:, top : top + height, left : left + width] = resize(image, (height, width))
-    return canvas
+    return Canvas((image_size_px, image_size_px)).letterbox(image)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
-import logging
 import lzma
 import os
 import re
@@ -18,13 +16,10 @@ import urllib.request
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from tqdm import tqdm
 
 from .errors import DataError
-
-logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 30.0
 ATTEMPTS = 6
@@ -48,7 +43,7 @@ _DAMAGED = (
 def fetch(url: str, target: Path, sha256: str = "", size: int | None = None) -> str:
     """Download ``url`` to ``target`` and return its SHA-256; a file that is there already is verified and kept.
 
-    Until the digest is right the bytes lie in ``target.part``, with the server's mark of their version in ``target.part.json``.
+    Until the digest is right the bytes lie in ``target.part``, with the server's mark of their version in ``target.version``.
     An interruption of any kind leaves these two; the next call asks for the missing bytes alone (HTTP's Range with
     If-Range, RFC 9110), and starts afresh where the server knows no ranges or holds another file by now.
 
@@ -59,26 +54,46 @@ def fetch(url: str, target: Path, sha256: str = "", size: int | None = None) -> 
         size: in bytes, where known.
 
     Raises:
-        DataError: the address answers otherwise, digest or size are wrong, or the disk is full.
+        DataError: the address answers otherwise, or digest or size are wrong.
+        OSError: the file cannot be written; what came so far is kept.
     """
     if target.is_file() and sha256 in ("", digest := sha256_of(target)):
         return digest
-    part = target.with_name(f"{target.name}.part")
-    for last in (False, True):
-        resumed = _length(part) > 0
-        _receive(url, part, sha256, size)
-        digest = sha256_of(part)
-        if sha256 in ("", digest):
+    part, version_file = (target.with_name(f"{target.name}.{suffix}") for suffix in ("part", "version"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failures, most = 0, 0
+    while True:
+        try:
+            _connect(url, part, version_file, sha256, size)
             break
-        _discard(part)
-        if last or not resumed:
-            raise DataError(
-                f"{url}: expected SHA-256 {sha256}, found {digest}; what came is discarded and nothing else is touched; try "
-                "again, or correct the description if the publisher replaced the file"
+        except _BROKEN as error:
+            code = error.code if isinstance(error, urllib.error.HTTPError) else None
+            cause = getattr(error, "reason", error)
+            reason = (
+                f"the server answers {code} ({cause})" if code else f"no connection ({cause or type(cause).__name__})"
             )
-        logger.warning("%s: the resumed file has a wrong digest and is fetched anew", url)
+            is_final = isinstance(cause, ssl.SSLCertVerificationError) or "unknown url type" in str(cause)
+            if is_final or code not in (None, *_TRY_AGAIN):
+                raise DataError(f"{url}: {reason}; correct the address in the description") from error
+            failures = 1 if _length(part) > most else failures + 1
+            most = max(most, _length(part))
+            if failures >= ATTEMPTS:
+                kept = (
+                    f"; {readable(_length(part))} are kept: run again to go on"
+                    if _length(part)
+                    else "; run again later"
+                )
+                raise DataError(f"{url}: {reason}, {failures} times in a row{kept}") from error
+        time.sleep(min(PAUSE_S * 2 ** (failures - 1), 30.0))
+    digest = sha256_of(part)
+    version_file.unlink(missing_ok=True)
+    if sha256 not in ("", digest):
+        part.unlink()
+        raise DataError(
+            f"{url}: expected SHA-256 {sha256}, found {digest}; what came is discarded and nothing else is touched; try "
+            "again, or correct the description if the publisher replaced the file"
+        )
     os.replace(part, target)
-    _discard(part)
     return digest
 
 
@@ -110,123 +125,57 @@ def _length(part: Path) -> int:
     return part.stat().st_size if part.is_file() else 0
 
 
-def _note_path(part: Path) -> Path:
-    return part.with_name(f"{part.name}.json")
-
-
-def _discard(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _note_path(part).unlink(missing_ok=True)
-
-
-def _receive(url: str, part: Path, sha256: str, size: int | None) -> None:
-    """All bytes of the file into ``part``, over as many connections as it takes."""
-    failures, most = 0, _length(part)
-    while True:
-        try:
-            return _connect(url, part, sha256, size)
-        except _BROKEN as error:
-            code = error.code if isinstance(error, urllib.error.HTTPError) else None
-            cause = getattr(error, "reason", error)
-            reason = (
-                f"the server answers {code} ({cause})" if code else f"no connection ({cause or type(cause).__name__})"
-            )
-            is_final = isinstance(cause, ssl.SSLCertVerificationError) or "unknown url type" in str(cause)
-            if is_final or code not in (None, *_TRY_AGAIN):
-                raise DataError(f"{url}: {reason}; correct the address in the description") from error
-            failures = 1 if _length(part) > most else failures + 1
-            most = max(most, _length(part))
-            if failures >= ATTEMPTS:
-                kept = (
-                    f"; {readable(_length(part))} are kept: run again to go on"
-                    if _length(part)
-                    else "; run again later"
-                )
-                raise DataError(f"{url}: {reason}, {failures} times in a row{kept}") from error
-        time.sleep(min(PAUSE_S * 2 ** (failures - 1), 30.0))
-
-
-def _connect(url: str, part: Path, sha256: str, size: int | None) -> None:
+def _connect(url: str, part: Path, version_file: Path, sha256: str, size: int | None) -> None:
     """One request; returns when the file is whole."""
-    start, note = _length(part), _read_note(part, url)
-    if not (note and (note["version"] or sha256)):
-        start = 0  # nobody could tell whether the bytes belong to the same file
+    known = version_file.read_text(encoding="utf-8") if version_file.is_file() else ""
+    start = _length(part) if known or sha256 else 0  # else nobody could tell whether the bytes belong to the same file
     headers = {"User-Agent": "slim-data/1", "Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-        if note["version"]:
-            headers["If-Range"] = note["version"]
+    headers |= {"Range": f"bytes={start}-"} if start else {}
+    headers |= {"If-Range": known} if start and known else {}
+    changed = ConnectionError("the file changed while it was fetched")
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and start:
-            if start == note["total"]:
-                return
-            _discard(part)
-            raise ConnectionError("the file changed while it was fetched") from error
-        raise
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not start:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{start}":
+            return
+        part.unlink()
+        raise changed from error
     with response:
         if url.startswith("https:") and not response.url.startswith("https:"):
             raise DataError(f"{url}: leads to {response.url}, which is not encrypted; correct the address")
         etag, length = response.headers.get("ETag", ""), response.headers.get("Content-Length", "")
         version = (etag if not etag.startswith("W/") else "") or response.headers.get("Last-Modified", "")
+        total = int(length) + start if length.isdigit() else size
         if response.status == http.client.PARTIAL_CONTENT:
-            ranged = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-            if not ranged or int(ranged[1]) != start or (version and note["version"] not in ("", version)):
-                _discard(part)
-                raise ConnectionError("the file changed while it was fetched")
-            total: int | None = int(ranged[2])
+            is_next = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+            if not is_next or (version and known not in ("", version)):
+                part.unlink()
+                raise changed
         else:
             start, total = 0, int(length) if length.isdigit() else size
-            if size not in (None, total):
-                raise DataError(
-                    f"{url}: holds {total} bytes, expected {size}; the publisher replaced the file: correct the description"
-                )
-        _save(response, part, start, total, {"url": url, "version": version, "total": total})
-
-
-def _read_note(part: Path, url: str) -> dict[str, Any]:
-    try:
-        note = json.loads(_note_path(part).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return note if isinstance(note, dict) and note.get("url") == url else {}
-
-
-def _save(response: Any, part: Path, start: int, total: int | None, note: dict[str, Any]) -> None:
-    """Append the response to ``part``, of which the first ``start`` bytes count."""
-    try:
+        if size not in (None, total):
+            raise DataError(
+                f"{url}: holds {total} bytes, expected {size}; the publisher replaced the file: correct the description"
+            )
         if not start:
-            _discard(part)
-            part.parent.mkdir(parents=True, exist_ok=True)
-            part.touch()
-            _note_path(part).write_text(json.dumps(note), encoding="utf-8")
+            part.unlink(missing_ok=True)
+            version_file.write_text(version, encoding="utf-8")
         check_space(part.parent, (total or start) - start, part.name)
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem)
         # Without a buffer: whatever ends the process, the bytes are there to go on from.
-        file = part.open("ab", buffering=0)
-    except OSError as error:
-        raise _unwritable(part, error) from error
-    with file, tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as progress:
-        while chunk := response.read(1 << 18):
-            try:
+        with part.open("ab", buffering=0) as file, bar as progress:
+            while chunk := response.read(1 << 18):
                 rest = memoryview(chunk)
                 while rest:
                     rest = rest[file.write(rest) :]
-            except OSError as error:
-                raise _unwritable(part, error) from error
-            progress.update(len(chunk))
-    received = _length(part)
-    if total is not None and received != total:
+                progress.update(len(chunk))
+    if total is not None and (received := _length(part)) != total:
         if received > total:
-            _discard(part)
+            part.unlink()
         raise ConnectionError(f"the connection ended at byte {received} of {total}")
-
-
-def _unwritable(part: Path, error: OSError) -> DataError:
-    return DataError(
-        f"{part}: cannot be written ({error.strerror}); what came so far is kept: free some space and run again"
-    )
 
 
 def unpack(archive: Path, target: Path) -> int:

@@ -93,7 +93,7 @@ def image_file(config: DataConfig, number: int) -> Path:
 
 
 def cached_files(config: DataConfig, kind: str = "evaluated") -> list[Path]:
-    return sorted((config.path / FOLDER / f"{kind}-{SIZE}").glob("*.npz"))
+    return sorted((config.path / FOLDER / f"{kind}-{SIZE}").glob("*.pixels"))
 
 
 @pytest.mark.parametrize("cache", ["none", "ram", "disk"])
@@ -246,7 +246,7 @@ def test_other_names_and_sizes_are_other_caches(rectangles: DataConfig, monkeypa
         same(large, plain)
 
 
-@pytest.mark.parametrize("suffix", ["npz", "json"])
+@pytest.mark.parametrize("suffix", ["pixels", "json"])
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "garbled", "removed"])
 def test_damage_costs_time_and_a_line(
     rectangles: DataConfig, caplog: pytest.LogCaptureFixture, suffix: str, damage: str
@@ -260,7 +260,7 @@ def test_damage_costs_time_and_a_line(
     else:
         middle = len(content) // 2
         # One bit, and in a record one that leaves it valid JSON.
-        at = middle if suffix == "npz" else next(i for i in range(middle, len(content)) if chr(content[i]).isdigit())
+        at = middle if suffix == "pixels" else next(i for i in range(middle, len(content)) if chr(content[i]).isdigit())
         garbled = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
         file.write_bytes({"truncated": content[:middle], "emptied": b"", "garbled": garbled}[damage])
     same(open_set(rectangles), plain)
@@ -286,15 +286,14 @@ def test_a_writer_that_is_interrupted_leaves_what_was_there(
     dataset = open_set(rectangles)
     _ = dataset[0], dataset[1]
     before = cached_files(rectangles)
-    real = np.savez
+    real = Path.write_bytes
 
-    def interrupted(path: Path, **arrays: Any) -> None:
-        real(path, **arrays)
-        path.write_bytes(path.read_bytes()[:50])
+    def interrupted(path: Path, content: bytes) -> int:
+        real(path, content[:50])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(data.cache.np, "savez", interrupted)
+        patched.setattr(Path, "write_bytes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _ = dataset[2]
     assert sorted(before[0].parent.iterdir()) == before and len(before) == 2
@@ -310,7 +309,7 @@ def test_a_folder_that_cannot_be_written(
     (rectangles.path / FOLDER).touch()
     plain = open_set(rectangles, "none")
     same(open_set(rectangles), plain)
-    assert len(list((tmp_path / "user" / "slim").rglob("*.npz"))) == 6 and not caplog.records
+    assert len(list((tmp_path / "user" / "slim").rglob("*.pixels"))) == 6 and not caplog.records
     shutil.rmtree(tmp_path / "user")
     (tmp_path / "user").touch()
     dataset = open_set(rectangles)
@@ -325,8 +324,8 @@ def test_a_full_disk_means_no_more_cache_and_one_line(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.cache.np, "savez", full)
     dataset = open_set(rectangles)
+    monkeypatch.setattr(Path, "write_bytes", full)
     same(dataset, open_set(rectangles, "none"))
     assert [record.getMessage() for record in caplog.records] == [
         f"{rectangles.path / FOLDER / f'evaluated-{SIZE}'}: no further images are cached on disk (No space left on device)"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import data.download
 import data.transfer
 from data import DataError, load_data_config
 from data.download import download_data, main
@@ -165,8 +166,6 @@ def test_an_interruption_between_archives_costs_none_of_them_twice(tmp_path: Pat
 
 
 def test_killed_after_the_transfer_or_amid_moving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import data.download
-
     held, root, move = two_archives(tmp_path), tmp_path / "root", data.download._move
 
     def half(source: Path, target: Path) -> None:
@@ -239,6 +238,17 @@ def test_room_for_archives_and_content_is_checked_first(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"the download needs 200000000\.00 GB, the disk has"):
             download_data(file, tmp_path / "root")
         assert server.asked == []
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.download, "fetch", full)
+    with pytest.raises(
+        DataError, match=r"root/set: No space left on device; what came so far is kept: free some space"
+    ):
+        download_data(describe(tmp_path, [{"url": "http://localhost/a.zip"}]), tmp_path / "root")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
