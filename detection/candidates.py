@@ -17,7 +17,7 @@ DENSE_ROUND = 0
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that the loop has made and judged; a row of pareto.csv.
+    """A network that the loop has made and evaluated; a row of pareto.csv.
 
     Round 0 is the dense network; attempt 0 is the network after the final fine-tuning. `keep_macs` and `macs` are a share
     of the dense network's and a count; `ms` are milliseconds an image, by the ratio to the dense network in whose turns it

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class Loop:
         run.write_config(flat(flags), "iterate.py")
         self.target = LoopTarget(flags, self.dense, measurer, self.journal)
 
+    @cached_property
     def baseline(self) -> dict[str, Any]:
         """What the dense network reaches: the measure of every candidate."""
 
@@ -124,13 +126,13 @@ class Loop:
         self.journal.phase(name, act)
         return RunFolder(self.journal.folder / name).last
 
-    def round(self, number: int, start: Accepted, baseline: Mapping[str, Any]) -> Accepted | None:
+    def round(self, number: int, start: Accepted) -> Accepted | None:
         """One round from the network accepted last; None where no cut was accepted."""
         flags = self.flags
         sparse = sparse_flags(flags, start.weights)
         trained = self.train(f"round{number}-sparse", sparse, start.carried)
-        reached, whole = self.target.size(start.macs, start.latency), self.target.size(baseline["macs"], 1.0)
-        target = round_target(reached, self.target.final(baseline), flags.rounds - number + 1)
+        reached, whole = self.target.size(start.macs, start.latency), self.target.size(self.baseline["macs"], 1.0)
+        target = round_target(reached, self.target.final(self.baseline), flags.rounds - number + 1)
         for attempt in range(1, flags.attempts + 1):
             name = f"round{number}-try{attempt}"
             print(
@@ -141,7 +143,7 @@ class Loop:
             if flags.recovery_epochs:
                 recovery = finetune_flags(flags, weights, flags.recovery_epochs)
                 weights = self.train(f"{name}-recovery", recovery, weights)
-            candidate = self.evaluate(f"{name}-evaluation", weights, baseline, number, attempt)
+            candidate = self.evaluate(f"{name}-evaluation", weights, number, attempt)
             if candidate.accepted:
                 return Accepted(weights, candidate.macs, latency, (*start.plans, plan), weights)
             target = smaller_cut(reached, target)
@@ -185,19 +187,17 @@ class Loop:
         self.journal.phase(name, act)
         return self.journal.folder / name / "pruned.pt"
 
-    def evaluate(
-        self, name: str, weights: Path, baseline: Mapping[str, Any], round_number: int, attempt: int
-    ) -> Candidate:
+    def evaluate(self, name: str, weights: Path, round_number: int, attempt: int) -> Candidate:
         """AP and milliseconds of a candidate, and whether it is accepted."""
 
         def act(work: Path) -> dict[str, Any]:
             model = read_network(weights).model
             evaluation = self.evaluator(model)
-            accepted, reason = check_drop(evaluation.ap, evaluation.per_class, baseline, self.flags.max_drop)
+            accepted, reason = check_drop(evaluation.ap, evaluation.per_class, self.baseline, self.flags.max_drop)
             times = self.target.milliseconds(model)
             return {**self.figures(model, evaluation), "ms": times, "accepted": accepted, "reason": reason}
 
-        found = self.journal.phase(name, act)
+        found, baseline = self.journal.phase(name, act), self.baseline
         if not self.candidates:
             self.candidates.append(make_candidate(baseline, baseline, 0, 0, found["ms"]["dense"], "baseline"))
         # Each was measured in turn with the dense network: the ratio is what one machine says twice.
@@ -293,11 +293,11 @@ def is_empty(run: Path) -> bool:
 
 def run_loop(loop: Loop) -> Path:
     """All phases in order; finished ones give what they found."""
-    flags, baseline = loop.flags, loop.baseline()
+    flags, baseline = loop.flags, loop.baseline
     print(f"dense: AP {baseline['ap']:.4f}, {baseline['macs'] / 1e6:.1f} M MACs")
     best = Accepted(Path(flags.weights), baseline["macs"])
     for number in range(1, flags.rounds + 1):
-        following = loop.round(number, best, baseline)
+        following = loop.round(number, best)
         if following is None:
             print(
                 f"round {number}: no cut was accepted; the loop stops at {best.macs / baseline['macs']:.1%} of the MACs"
@@ -316,24 +316,19 @@ def run_loop(loop: Loop) -> Path:
         tuned = loop.train("finetune", finetune_flags(flags, tuned, flags.finetune_epochs), best.carried)
     folded = loop.fold(tuned)
     exported = loop.export(folded)
-    final = loop.evaluate("evaluation", folded, baseline, len(best.plans), 0)
-    return conclude(loop, [folded, *exported], best.plans, final, baseline)
+    loop.evaluate("evaluation", folded, len(best.plans), 0)
+    return conclude(loop, [folded, *exported], best.plans)
 
 
-def conclude(
-    loop: Loop,
-    networks: Sequence[Path],
-    plans: Sequence[slim.Plan],
-    final: Candidate,
-    baseline: Mapping[str, Any],
-) -> Path:
+def conclude(loop: Loop, networks: Sequence[Path], plans: Sequence[slim.Plan]) -> Path:
     """What the loop leaves, made anew from the journal each time; returns the slim network's checkpoint."""
+    baseline, dense, final = loop.baseline, loop.candidates[0], loop.candidates[-1]
     out = save_networks(loop.run, networks, plans)
     write_tensorboard(loop.run, loop.journal, loop.candidates, baseline)
-    found, dense_ms = loop.journal.result("evaluation"), loop.candidates[0].ms
+    found = loop.journal.result("evaluation")
     assert found is not None
-    dense = {"baseline": {**baseline, "ms": dense_ms}, "baseline_ap": baseline["ap"]}
-    metrics = {**found, "ms": final.ms, **dense, **loop.target.metrics(baseline, dense_ms, final.ms)}
+    before = {"baseline": {**baseline, "ms": dense.ms}, "baseline_ap": baseline["ap"]}
+    metrics = {**found, "ms": final.ms, **before, **loop.target.metrics(baseline, dense.ms, final.ms)}
     models = {"dense": loop.dense.model, "slim": read_network(out).model}
     write_reports(loop.run, metrics, models, loop.val_set, len(plans))
     print(candidate_table(loop.candidates))

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +60,7 @@ class SlimmingFlags(ScriptFlags):
     train: Annotated[tuple[str, ...], "further flags of every training, as name=value"] = SHAPES
     sparse: Annotated[tuple[str, ...], "further flags of the sparse training"] = L1_STEP
     finetune: Annotated[tuple[str, ...], "further flags of the fine-tuning after a cut"] = ()
-    teacher: Annotated[bool, "fine-tune each cut a second time, taught by the dense baseline"] = False
+    teacher: Annotated[bool, "fine-tune each cut a second time, with the dense baseline as its teacher"] = False
     resume: Annotated[bool, "continue --name: steps that are finished are not run again"] = False
     test: Annotated[bool, "also evaluate on the test split (nothing is chosen by it)"] = False
     in_turn: Annotated[bool, "baseline and slim branch in turn; else both at once on half of the cores each"] = False
@@ -90,14 +90,6 @@ class Row:
 
 ROWS = COMPARISON_FILE
 """The table as data, in the comparison's run folder."""
-
-
-@dataclass(frozen=True)
-class Findings:
-    """A branch's rows, and the weights that are timed by the row that they belong to."""
-
-    rows: list[Row]
-    weights: dict[str, Path]
 
 
 @dataclass(frozen=True)
@@ -172,9 +164,20 @@ def metrics_of(folder: Path) -> dict[str, Any]:
     return content
 
 
-def row_of(step: str, folder: Path, test_ap: float | None) -> Row:
-    found = metrics_of(folder)
-    return Row(step, found["ap"], found["ap50"], test_ap, found["macs"], found["params"], folder.name)
+@dataclass
+class Findings:
+    """A branch's rows, and the weights that are timed by the row that they belong to."""
+
+    rows: list[Row] = field(default_factory=list)
+    weights: dict[str, Path] = field(default_factory=dict)
+
+    def add(self, work: Branch, step: str, folder: Path, file: str = "last.pt") -> Path:
+        """The row of a run folder's network, with its AP on the test split; returns its weights."""
+        weights, found = folder / "weights" / file, metrics_of(folder)
+        test_ap = work.test_ap(weights, folder.name)
+        self.rows.append(Row(step, found["ap"], found["ap50"], test_ap, found["macs"], found["params"], folder.name))
+        self.weights[step] = weights
+        return weights
 
 
 def execute(command: list[str], environment: dict[str, str], log: Path | None, stop: threading.Event) -> int:
@@ -194,46 +197,37 @@ def execute(command: list[str], environment: dict[str, str], log: Path | None, s
 
 def dense_branch(work: Branch) -> Findings:
     """The baseline."""
-    dense = work.training("finetune", "dense", work.flags.dense_epochs, work.flags.weights, ())
-    last = dense / "weights" / "last.pt"
-    return Findings([row_of("dense", dense, work.test_ap(last, "dense"))], {"dense": last})
+    found = Findings()
+    found.add(work, "dense", work.training("finetune", "dense", work.flags.dense_epochs, work.flags.weights, ()))
+    return found
 
 
 def slim_branch(work: Branch) -> Findings:
     """Sparse training, then for each target a cut and its fine-tuning."""
-    flags = work.flags
+    flags, found = work.flags, Findings()
     sparse = work.training("train_sparse", "sparse", flags.sparse_epochs, flags.weights, flags.sparse)
-    last = Path("weights") / "last.pt"
-    rows = [row_of("sparse, not cut", sparse, work.test_ap(sparse / last, "sparse"))]
-    weights = {"sparse, not cut": sparse / last}
+    trained = found.add(work, "sparse, not cut", sparse)
     for macs in flags.macs:
-        label = f"{macs:.0%}"
-        target = ["--weights", str(sparse / last), "--img", str(flags.img), "--macs", str(macs)]
+        target = ["--weights", str(trained), "--img", str(flags.img), "--macs", str(macs)]
         cut = work.script("prune", f"cut-{macs:g}", *target, *work.data)
-        found = metrics_of(cut)
-        full = found["before"]
-        costs = (full["macs"], full["params"])
-        rows.append(Row(f"masked to {label}", found["masked_ap"], found["masked_ap50"], None, *costs, cut.name))
-        pruned = cut / "weights" / "pruned.pt"
-        rows.append(row_of(f"cut to {label}", cut, work.test_ap(pruned, f"cut-{macs:g}")))
+        metrics = metrics_of(cut)
+        masked, full = (metrics["masked_ap"], metrics["masked_ap50"], None), metrics["before"]
+        found.rows.append(Row(f"masked to {macs:.0%}", *masked, full["macs"], full["params"], cut.name))
+        pruned = found.add(work, f"cut to {macs:.0%}", cut, "pruned.pt")
         tuned = work.training("finetune", f"finetune-{macs:g}", flags.finetune_epochs, str(pruned), flags.finetune)
-        rows.append(row_of(f"fine-tuned at {label}", tuned, work.test_ap(tuned / last, f"finetune-{macs:g}")))
-        weights |= {f"cut to {label}": pruned, f"fine-tuned at {label}": tuned / last}
-    return Findings(rows, weights)
+        found.add(work, f"fine-tuned at {macs:.0%}", tuned)
+    return found
 
 
-def taught(work: Branch) -> Findings:
+def finetune_with_teacher(work: Branch) -> Findings:
     """Fine-tuning of each cut with the dense baseline as its teacher."""
-    rows, weights = [], {}
-    teacher = work.run.path / "dense" / "weights" / "last.pt"
+    found, epochs = Findings(), work.flags.finetune_epochs
+    further = [*work.flags.finetune, f"teacher={work.run.path / 'dense' / 'weights' / 'last.pt'}"]
     for macs in work.flags.macs:
         pruned = work.run.path / f"cut-{macs:g}" / "weights" / "pruned.pt"
-        folder, step = f"taught-{macs:g}", f"fine-tuned at {macs:.0%}, with teacher"
-        further = [*work.flags.finetune, f"teacher={teacher}"]
-        tuned = work.training("finetune", folder, work.flags.finetune_epochs, str(pruned), further)
-        weights[step] = tuned / "weights" / "last.pt"
-        rows.append(row_of(step, tuned, work.test_ap(weights[step], folder)))
-    return Findings(rows, weights)
+        tuned = work.training("finetune", f"taught-{macs:g}", epochs, str(pruned), further)
+        found.add(work, f"fine-tuned at {macs:.0%}, with teacher", tuned)
+    return found
 
 
 def at_once(branches: list[Callable[[], Findings]], stop: threading.Event) -> list[Findings]:
@@ -262,7 +256,7 @@ def compare(flags: SlimmingFlags) -> list[Row]:
     dense, slimmed = [branch() for branch in branches] if flags.in_turn else at_once(branches, stop)
     rows, timed = [*dense.rows, *slimmed.rows], {**dense.weights, **slimmed.weights}
     if flags.teacher:
-        last = taught(work)
+        last = finetune_with_teacher(work)
         rows, timed = [*rows, *last.rows], {**timed, **last.weights}
     bench = work.script("benchmark", "benchmark", "--weights", *map(str, timed.values()), "--img", str(flags.img))
     step, smallest = list(timed.items())[-1]
