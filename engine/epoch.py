@@ -72,10 +72,9 @@ def train_one_epoch(state: TrainState, loss_fn: LossFunction, batches: Loader, e
             optimizer.zero_grad(set_to_none=True)
             with _explain_out_of_memory(batch, where, world):
                 images = network_input(batch.images, epoch.device, channels_last=epoch.config.channels_last)
-                targets = batch.targets.to(epoch.device, non_blocking=True)
                 with torch.autocast(epoch.device.type, state.dtype, enabled=half):
                     outputs = forward(images)
-                    loss, parts = loss_fn(in_float32(outputs), targets, images)
+                    loss, parts = loss_fn(in_float32(outputs), batch.targets, images)
                 # The mean of gradients over ranks, times their number, is the gradient of the sum of losses.
                 scaler.scale(loss * world.size).backward()  # type: ignore[no-untyped-call]
             if not epoch.config.sync_bn:

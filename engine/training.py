@@ -72,7 +72,8 @@ def fit(
         model: gives raw outputs in training mode. Parameters that require no gradient are frozen, and with those of a norm
             its statistics (see `freeze`)
         loss_fn: `loss_fn(outputs, targets, images)` gives the scalar to minimise and its detached scalar parts by name, from
-            FP32 outputs and the images as the network saw them, under the autocast of the forward pass
+            FP32 outputs and the images as the network saw them, under the autocast of the forward pass; targets are on
+            the loader's device
         train_loader: batches (see `Batch`); `set_epoch` of its data set and sampler is called before each epoch
         config: how long and how to train
         run: folder that gets rows, scalars, histograms and weights
