@@ -16,8 +16,7 @@ image and run with the same threads. What goes into the seconds, where there is 
 - torch-pruning is shown the head's raw maps instead of the decoded boxes, which spares it a part of the graph; slim
   traces the whole network.
 
-On a machine that does other work too, believe the CPU seconds, with --num-cores 1: threads that wait for each other burn
-CPU as well. The MACs in the table are slim.cost's for both. The search goes by torch-pruning's own count, as its users' would.
+The MACs in the table are slim.cost's for both. The search goes by torch-pruning's own count, as its users' would.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ import copy
 import gc
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
+from time import perf_counter
 from typing import Annotated, Any
 
 import torch
@@ -44,6 +43,7 @@ from deploy import threads_of
 from detection.benchmark_table import processor_name
 from detection.command import run_script
 from slim import SlimError
+from tracking.report.markdown import table
 
 YAMLS = Path(models.__file__).parent
 ROUND_TO = 8
@@ -82,49 +82,8 @@ class Subject:
     raw_maps: Callable[[Any], Any] | None = None
 
 
-@dataclass(frozen=True)
-class ToolRun:
-    """One run of one tool: seconds, CPU seconds, the pruned model, how many times it was pruned on the way."""
-
-    seconds: float
-    cpu_s: float
-    model: nn.Module
-    prunings: int = 1
-
-
-def timed(act: Callable[[], tuple[nn.Module, int]]) -> ToolRun:
-    """Run what gives a pruned model and the number of its prunings."""
-    wall, cpu = perf_counter(), process_time()
-    model, prunings = act()
-    return ToolRun(perf_counter() - wall, process_time() - cpu, model, prunings)
-
-
-@dataclass(frozen=True)
-class ToolSpeed:
-    """A tool on a network: medians of ``runs`` runs and the share of the MACs left, or why it failed."""
-
-    network: str
-    tool: str
-    seconds: float = math.nan
-    cpu_s: float = math.nan
-    runs: int = 0
-    prunings: int = 0
-    macs: float = math.nan
-    failure: str = ""
-
-    def line(self, ours: ToolSpeed) -> str:
-        """The row as Markdown; ``ours`` is slim's row on the same network."""
-        if self.failure:
-            cells = ["fails: " + self.failure.replace("|", "\\|"), *[""] * 6]
-        else:
-            cells = [f"{self.seconds:.3f}", f"{self.seconds / ours.seconds:.2f}"]
-            cells += [f"{self.cpu_s:.3f}", f"{self.cpu_s / ours.cpu_s:.2f}"]
-            cells += [str(self.runs), str(self.prunings), f"{self.macs:.1%}"]
-        return "| " + " | ".join([self.network, self.tool, *cells]) + " |"
-
-
-TITLES = ("network", "tool", "s", "/ slim's", "CPU s", "/ slim's", "runs", "prunings", "MACs left")
-HEAD = "| " + " | ".join(TITLES) + " |\n|" + " --- |" * len(TITLES)
+Pruned = tuple[nn.Module, int]
+"""A pruned network, and how many times it was pruned on the way."""
 
 
 def build(name: str, img: int, seed: int) -> Subject:
@@ -151,22 +110,18 @@ def torch_pruning() -> Any:
     return module
 
 
-def slim_cut(network: Subject, *, channels: float | None = None, macs: float | None = None) -> ToolRun:
+def slim_cut(network: Subject, *, channels: float | None = None, macs: float | None = None) -> Pruned:
     """Cut by slim to a share of the channels or of the MACs."""
-
-    def act() -> tuple[nn.Module, int]:
-        graph = slim.trace(network.model, network.image)
-        scores = slim.score(network.model, graph, "l1")
-        plan = slim.make_plan(graph, scores, channels=channels, macs=macs, round_to=ROUND_TO, min_channels=ROUND_TO)
-        return slim.apply_plan(network.model, plan), 1
-
-    return timed(act)
+    graph = slim.trace(network.model, network.image)
+    scores = slim.score(network.model, graph, "l1")
+    plan = slim.make_plan(graph, scores, channels=channels, macs=macs, round_to=ROUND_TO, min_channels=ROUND_TO)
+    return slim.apply_plan(network.model, plan), 1
 
 
-def pruner_of(network: Subject, model: nn.Module, ratio: float) -> Any:
-    """torch-pruning's pruner; it traces as it is made. In place."""
+def torch_pruning_cut(network: Subject, model: nn.Module, ratio: float = 1 - KEEP) -> Pruned:
+    """Cut ``model``, a copy of the network's, by torch-pruning, which takes away this share of the channels; in place."""
     tp = torch_pruning()
-    return tp.pruner.BasePruner(
+    tp.pruner.BasePruner(
         model,
         (network.image,),
         importance=tp.importance.MagnitudeImportance(p=1),
@@ -175,114 +130,82 @@ def pruner_of(network: Subject, model: nn.Module, ratio: float) -> Any:
         round_to=ROUND_TO,
         ignored_layers=[model.get_submodule(path) for path in network.head],
         output_transform=network.raw_maps,
-    )
+    ).step()
+    return model, 1
 
 
-def torch_pruning_cut(network: Subject) -> ToolRun:
-    """Cut by torch-pruning to half of the channels, on a copy that is not counted."""
-    model = copy.deepcopy(network.model)
+def search_on_copies(network: Subject) -> Pruned:
+    """Cut by torch-pruning to half of the MACs: prune new copies until one is near enough; SlimError when none is.
 
-    def act() -> tuple[nn.Module, int]:
-        pruner_of(network, model, 1 - KEEP).step()
-        return model, 1
-
-    return timed(act)
-
-
-def search_on_copies(network: Subject) -> ToolRun:
-    """Cut by torch-pruning to half of the MACs: prune new copies until one is near enough."""
-
-    def act() -> tuple[nn.Module, int]:
-        dense = count(network, network.model)
-        made: list[nn.Module] = []
-
-        def kept_at(ratio: float) -> float:
-            made[:] = [copy.deepcopy(network.model)]
-            pruner_of(network, made[0], ratio).step()
-            return count(network, made[0]) / dense
-
-        tries = false_position(kept_at)
-        return made[0], tries
-
-    return timed(act)
-
-
-def count(network: Subject, model: nn.Module) -> int:
-    """MACs as torch-pruning counts them: norms, activations and pools too."""
-    return int(torch_pruning().utils.count_ops_and_params(model, (network.image,))[0])
-
-
-def false_position(kept_at: Callable[[float], float]) -> int:
-    """Calls with pruning ratios until one keeps ``KEEP``; returns the number of calls. SlimError when none is found.
-
-    MACs go with the square of the channels that are kept, so the root of what is kept is nearly a line, and a chord of it
-    soon meets the target. The first ratio is what torch-pruning's own documentation advises: 0.29 for half.
+    By false position: MACs go with the square of the channels that are kept, so the root of what is kept is nearly a line,
+    and a chord of it soon meets the target. The first ratio is what torch-pruning's own documentation advises: 0.29.
     """
-    goal = math.sqrt(KEEP)
+
+    def count(model: nn.Module) -> int:  # norms, activations and pools too
+        return int(torch_pruning().utils.count_ops_and_params(model, (network.image,))[0])
+
+    goal, dense, kept = math.sqrt(KEEP), count(network.model), 1.0
     low, high = (0.0, 1.0), (1.0, 0.0)
-    kept = 1.0
     for tries in range(1, MAX_TRIES + 1):
         ratio = low[0] + (high[0] - low[0]) * (low[1] - goal) / (low[1] - high[1])
-        kept = kept_at(ratio)
+        model, _ = torch_pruning_cut(network, copy.deepcopy(network.model), ratio)
+        kept = count(model) / dense
         if abs(kept - KEEP) <= TOLERANCE:
-            return tries
+            return model, tries
         point = (ratio, math.sqrt(kept))
         low, high = (point, high) if kept > KEEP else (low, point)
     raise SlimError(f"{kept:.4f} of the MACs left after {MAX_TRIES} prunings, aimed at {KEEP}")
 
 
-def interleaved(network: Subject, jobs: Mapping[str, Callable[[], ToolRun]], repeats: int) -> list[ToolSpeed]:
-    """A row a job. The jobs take turns, and in every other turn the last begins; a job that fails is not run again."""
-    done: dict[str, list[ToolRun]] = {tool: [] for tool in jobs}
+def compare(network: Subject, job: str, repeats: int) -> list[list[str]]:
+    """A row of cells for slim and one for torch-pruning, which take turns; a tool that fails says why in its row."""
+    seconds: dict[str, list[float]] = {"slim": [], "torch-pruning": []}
+    last: dict[str, tuple[float, int]] = {}
     failures: dict[str, str] = {}
-    for turn in range(-1, repeats):  # the first does not count
-        for tool in list(jobs) if turn % 2 == 0 else list(jobs)[::-1]:
+    dense = slim.cost(network.model, network.image).macs
+    for turn in range(repeats + 1):  # the first does not count
+        for tool in sorted(seconds, reverse=bool(turn % 2)):
             if tool in failures:
                 continue
+            spare = copy.deepcopy(network.model)
+            act = JOBS[job][tool]
             gc.collect()
+            started = perf_counter()
             try:
-                run = jobs[tool]()
+                model, prunings = act(network, spare)
+                took = perf_counter() - started
+                last[tool] = slim.cost(model, network.image).macs / dense, prunings
             except Exception as error:
-                failures[tool] = first_line(error)
+                failures[tool] = (str(error).strip() or repr(error)).splitlines()[0]
                 continue
-            if turn >= 0:
-                done[tool].append(run)
-    dense = slim.cost(network.model, network.image).macs
-    return [summary(network, tool, done[tool], dense, failures.get(tool, "")) for tool in jobs]
+            if turn:
+                seconds[tool].append(took)
+    rows = []
+    for tool, times in seconds.items():
+        if tool in failures:
+            rows.append([network.name, tool, f"fails: {failures[tool]}", "", "", ""])
+            continue
+        against = f"{median(times) / median(seconds['slim']):.2f}" if "slim" not in failures else ""
+        macs, prunings = last[tool]
+        rows.append([network.name, tool, f"{median(times):.3f}", against, str(prunings), f"{macs:.1%}"])
+    return rows
 
 
-def summary(network: Subject, tool: str, runs: list[ToolRun], dense: int, failure: str) -> ToolSpeed:
-    """The row of one job; running the pruned network is part of it."""
-    if not failure:
-        try:
-            macs = slim.cost(runs[-1].model, network.image).macs / dense
-        except Exception as error:
-            failure = f"the pruned network does not run: {first_line(error)}"
-    if failure:
-        return ToolSpeed(network.name, tool, failure=failure)
-    seconds, cpu_s = median(run.seconds for run in runs), median(run.cpu_s for run in runs)
-    return ToolSpeed(network.name, tool, seconds, cpu_s, len(runs), runs[-1].prunings, macs)
-
-
-def first_line(error: Exception) -> str:
-    """What a table has room for."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def compare_cuts(network: Subject, repeats: int) -> list[ToolSpeed]:
-    """Job 1: rows of slim and of torch-pruning."""
-    jobs = {"slim": lambda: slim_cut(network, channels=KEEP), "torch-pruning": lambda: torch_pruning_cut(network)}
-    return interleaved(network, jobs, repeats)
-
-
-def compare_searches(network: Subject, repeats: int) -> list[ToolSpeed]:
-    """Job 2: rows of slim and of torch-pruning."""
-    jobs = {"slim": lambda: slim_cut(network, macs=KEEP), "torch-pruning": lambda: search_on_copies(network)}
-    return interleaved(network, jobs, repeats)
+JOBS: dict[str, dict[str, Callable[[Subject, nn.Module], Pruned]]] = {
+    "Half of the channels, once": {
+        "slim": lambda network, spare: slim_cut(network, channels=KEEP),
+        "torch-pruning": torch_pruning_cut,
+    },
+    f"Half of the MACs, to within {TOLERANCE:.0%}": {
+        "slim": lambda network, spare: slim_cut(network, macs=KEEP),
+        "torch-pruning": lambda network, spare: search_on_copies(network),
+    },
+}
+"""What each tool does with a network; a spare copy of the network lies ready, for the one that cuts in place."""
 
 
 def main(flags: SlimSpeedFlags) -> None:
-    """Print both tables, each network's rows as soon as they are there."""
+    """Print both tables."""
     torch_pruning()
     if flags.num_cores:
         torch.set_num_threads(flags.num_cores)
@@ -292,15 +215,9 @@ def main(flags: SlimSpeedFlags) -> None:
         f"{torch.get_num_threads()} threads\none {flags.img}x{flags.img} image, random weights (seed {flags.seed}), "
         f"medians of {flags.repeats} interleaved runs"
     )
-    for title, compare in {
-        "Half of the channels, once": compare_cuts,
-        f"Half of the MACs, to within {TOLERANCE:.0%}": compare_searches,
-    }.items():
-        print(f"\n{title}:\n\n{HEAD}")
-        for network in networks:
-            rows = compare(network, flags.repeats)
-            for row in rows:
-                print(row.line(rows[0]), flush=True)
+    for job in JOBS:
+        rows = [row for network in networks for row in compare(network, job, flags.repeats)]
+        print(f"\n{job}:\n\n{table(['network', 'tool', 's', '/ slim', 'prunings', 'MACs left'], rows)}", flush=True)
 
 
 def cli(argv: list[str] | None = None) -> int:
