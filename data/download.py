@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import filecmp
 import hashlib
+import http.client
 import json
 import os
 import re
 import shutil
 import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,12 +23,18 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
+from tqdm import tqdm
 
 from .config import data_folder, described_entries, is_there, read_description
 from .errors import DataError
-from .transfer import check_space, fetch, unpack
 
-_KEYS = ("url", "sha256", "size", "unpacked", "from", "into", "voc")
+TIMEOUT_S = 30.0
+ATTEMPTS = 6
+"""How many attempts in a row may bring no new byte."""
+PAUSE_S = 1.0
+"""Before the second attempt; doubled for each further one."""
+
+_DEFAULTS: dict[str, Any] = {"url": None, "sha256": "", "size": 0, "unpacked": 0, "from": ".", "into": ".", "voc": {}}
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Archive:
 
     @property
     def file_name(self) -> str:
-        """Of the archive on our disk; two addresses never share one."""
+        """The archive's name on our disk; two addresses never share one."""
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", unquote(urlsplit(self.url).path.rpartition("/")[2])).lstrip(".")
         return f"{hashlib.sha256(self.url.encode()).hexdigest()[:8]}-{plain}"
 
@@ -72,7 +84,7 @@ def download_data(file: str | Path, data_root: str | Path | None = None, say: Ca
     """
     file = Path(file)
     content = read_description(file)
-    archives = described_archives(content, file)
+    archives = _described_archives(content, file)
     folder = data_folder(content, file, data_root)
     if folder.is_symlink():
         folder = folder.resolve()  # what is moved must lie on one disk
@@ -88,23 +100,21 @@ def download_data(file: str | Path, data_root: str | Path | None = None, say: Ca
     return folder
 
 
-def described_archives(content: Mapping[str, Any], file: Path) -> tuple[Archive, ...]:
+def _described_archives(content: Mapping[str, Any], file: Path) -> list[Archive]:
     """What ``download`` describes; DataError naming the key that cannot be followed. A script is refused."""
     described = content.get("download")
     if not described:
         raise DataError(
             f"{file}: has no download key, so --download has nowhere to fetch from; put the data there by hand"
         )
-    if isinstance(described, str):
-        if not _is_address(described.strip()):
-            raise DataError(
-                f"{file}: download is a script ({described.strip().splitlines()[0][:60]!r}), and scripts are never run; "
-                "expected an http(s) address or a list of archives with url, sha256, size and into"
-            )
-        return (Archive(described.strip(), origin=None),)
+    if isinstance(described, str) and _is_address(described.strip()):
+        return [Archive(described.strip(), origin=None)]
     if not isinstance(described, list):
-        raise DataError(f"{file}: download is {described!r}, expected an http(s) address or a list of archives")
-    archives = tuple(_described(entry, f"{file}: download[{i}]") for i, entry in enumerate(described))
+        found = repr(described)
+        if isinstance(described, str):
+            found = f"a script ({described.strip().splitlines()[0][:60]!r}), and scripts are never run"
+        raise DataError(f"{file}: download is {found}; expected an http(s) address or a list of archives")
+    archives = [_described(entry, f"{file}: download[{i}]") for i, entry in enumerate(described)]
     urls = [archive.url for archive in archives]
     if len(set(urls)) < len(urls):
         raise DataError(f"{file}: download names {max(urls, key=urls.count)} twice; leave one out")
@@ -112,51 +122,35 @@ def described_archives(content: Mapping[str, Any], file: Path) -> tuple[Archive,
 
 
 def _described(entry: Any, where: str) -> Archive:
-    if not isinstance(entry, dict) or not set(entry) <= set(_KEYS):
-        raise DataError(f"{where} is {entry!r}, expected a mapping of {', '.join(_KEYS)}")
-    given: dict[str, Any] = {
-        "url": None,
-        "sha256": "",
-        "size": 0,
-        "unpacked": 0,
-        "from": ".",
-        "into": ".",
-        "voc": {},
-    } | entry
-    is_mapping = isinstance(given["voc"], dict)
-    paths = [("from", given["from"]), ("into", given["into"])]
-    paths += [("voc", part) for pair in given["voc"].items() for part in pair] if is_mapping else []
+    if not isinstance(entry, dict) or not set(entry) <= set(_DEFAULTS):
+        raise DataError(f"{where} is {entry!r}, expected a mapping of {', '.join(_DEFAULTS)}")
+    given = _DEFAULTS | entry
+    lists = given["voc"].items() if isinstance(given["voc"], dict) else ()
+    paths = [("from", given["from"]), ("into", given["into"]), *(("voc", part) for pair in lists for part in pair)]
     checks = [
         ("url", given["url"], _is_address(given["url"]), "an http(s) address"),
-        (
-            "sha256",
-            given["sha256"],
-            _matches(r"([0-9a-fA-F]{64})?", given["sha256"]),
-            "64 hexadecimal digits in quotes",
-        ),
+        ("sha256", given["sha256"], _is_digest(given["sha256"]), "64 hexadecimal digits in quotes"),
         *((key, given[key], type(given[key]) is int, "a whole number of bytes") for key in ("size", "unpacked")),
-        ("voc", given["voc"], is_mapping, "a mapping of folders to VOC lists, such as {train: train}"),
+        ("voc", given["voc"], isinstance(given["voc"], dict), "a mapping of folders to VOC lists"),
         *((key, path, _is_inside(path), "a relative path without ..") for key, path in paths),
     ]
     for key, value, is_right, expected in checks:
         if not is_right:
             raise DataError(f"{where}: {key} is {value!r}, expected {expected}")
-    numbers = given["size"], given["unpacked"]
-    return Archive(
-        given["url"], given["sha256"].lower(), *numbers, given["from"], given["into"], tuple(given["voc"].items())
-    )
+    url, sha256, size, unpacked, origin, into, _ = given.values()
+    return Archive(url, sha256.lower(), size, unpacked, origin, into, tuple(lists))
 
 
 def _is_inside(path: Any) -> bool:
     return isinstance(path, str) and not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts
 
 
-def _matches(pattern: str, value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+def _is_digest(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch("([0-9a-fA-F]{64})?", text) is not None
 
 
 def _is_address(text: Any) -> bool:
-    return _matches(r"https?://[^\s/]\S*", text)
+    return isinstance(text, str) and re.fullmatch(r"https?://[^\s/]\S*", text) is not None
 
 
 def _download(
@@ -176,7 +170,7 @@ def _download(
     work = folder.with_name(f"{folder.name}.download")
     work.mkdir(exist_ok=True)
     needed = sum(archive.size + (archive.unpacked or archive.size) for archive in missing)
-    check_space(work, needed - sum(f.stat().st_size for f in work.iterdir() if f.is_file()), "the download")
+    _check_space(work, needed - sum(f.stat().st_size for f in work.iterdir() if f.is_file()), "the download")
     for archive in missing:
         pinned = record.get(archive.url, {}).get("sha256", "")
         _write_record(record_path, record | {archive.url: {"sha256": pinned, "made": []}})
@@ -188,7 +182,7 @@ def _download(
         if not (archive.sha256 or pinned):
             say(f"{archive.url}: no digest is published; pinned in {record_path}: sha256 {digest}")
         count, made = _place(archive, work, folder, described_entries(content, file))
-        record = {**record, archive.url: {"sha256": digest, "made": made}}
+        record[archive.url] = {"sha256": digest, "made": made}
         _write_record(record_path, record)
         (work / archive.file_name).unlink()
         say(f"{archive.url}: {count} files in {folder / archive.into}")
@@ -200,19 +194,27 @@ def _place(archive: Archive, work: Path, folder: Path, entries: Sequence[str]) -
     temporary = work / "unpacking"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        count = unpack(work / archive.file_name, temporary)
+        unpack(work / archive.file_name, temporary)
         inner, target = _inner(archive, temporary, entries), folder / archive.into
         if archive.voc:
             inner = _voc_splits(archive, inner, temporary / "splits")
-            count = sum(path.is_file() for path in inner.rglob("*"))
-        conflict = _conflict(inner, target)
-        if conflict:
-            raise DataError(f"{conflict}: is there already and differs from what {archive.url} holds; move it away")
-        made = [child.relative_to(inner) for child in sorted(inner.glob("*/*" if archive.voc else "*"))]
-        _move(inner, target)
+        files = sorted(path.relative_to(inner) for path in inner.rglob("*") if not path.is_dir())
+        for path in files:
+            if os.path.lexists(target / path) and not filecmp.cmp(inner / path, target / path, shallow=False):
+                raise DataError(
+                    f"{target / path}: is there already and differs from what {archive.url} holds; move it away"
+                )
+        _move(files, inner, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return count, [str(PurePosixPath(archive.into) / path.as_posix()) for path in made]
+    tops = dict.fromkeys(PurePosixPath(archive.into, *path.parts[: 2 if archive.voc else 1]) for path in files)
+    return len(files), [str(path) for path in tops]
+
+
+def _move(files: Sequence[Path], source: Path, target: Path) -> None:
+    for path in files:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / path, target / path)
 
 
 def _inner(archive: Archive, temporary: Path, entries: Sequence[str]) -> Path:
@@ -247,27 +249,6 @@ def _voc_splits(archive: Archive, devkit: Path, arranged: Path) -> Path:
     return arranged
 
 
-def _conflict(source: Path, target: Path) -> Path | None:
-    """The first file of the target that would be overwritten by another."""
-    if not target.exists():
-        return None
-    if source.is_dir() and target.is_dir():
-        found = (_conflict(child, target / child.name) for child in sorted(source.iterdir()))
-        return next((conflict for conflict in found if conflict), None)
-    same = source.is_file() and target.is_file() and filecmp.cmp(source, target, shallow=False)
-    return None if same else target
-
-
-def _move(source: Path, target: Path) -> None:
-    """Into a target without conflicts; a folder that is new there takes one rename."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source, target)
-    elif source.is_dir():
-        for child in sorted(source.iterdir()):
-            _move(child, target / child.name)
-
-
 def _read_record(path: Path) -> dict[str, dict[str, Any]]:
     """Which archives are in the data set: {url: its digest and the paths that it made}."""
     try:
@@ -289,6 +270,147 @@ def _is_unpacked(archive: Archive, record: Mapping[str, Any], folder: Path) -> b
     known = record.get(archive.url, {})
     is_right = archive.sha256 in ("", known.get("sha256"))
     return is_right and bool(known.get("made")) and all((folder / path).exists() for path in known["made"])
+
+
+def fetch(url: str, target: Path, sha256: str = "", size: int | None = None) -> str:
+    """Download ``url`` to ``target`` and return its SHA-256; a file that is there already is verified and kept.
+
+    Until the digest is right the bytes lie in ``target.part``, with the server's mark of their version in ``target.version``.
+    An interruption of any kind leaves these two; the next call asks for the missing bytes alone (HTTP's Range with
+    If-Range, RFC 9110), and starts afresh where the server knows no ranges or holds another file by now.
+
+    Args:
+        url: an http(s) address.
+        target: where the file goes.
+        sha256: 64 lower-case hexadecimal digits, where known.
+        size: in bytes, where known.
+
+    Raises:
+        DataError: the address answers otherwise, or digest or size are wrong.
+        OSError: the file cannot be written; what came so far is kept.
+    """
+    if target.is_file() and sha256 in ("", digest := _sha256(target)):
+        return digest
+    part, version_file = (target.with_name(f"{target.name}.{suffix}") for suffix in ("part", "version"))
+    failures, most = 0, 0
+    while True:
+        try:
+            _request(url, part, version_file, sha256, size)
+            break
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            code, cause = getattr(error, "code", None), getattr(error, "reason", error)
+            reason = f"the server answers {code}" if code else "no connection"
+            if code and code < 500 and code not in (408, 429):
+                raise DataError(f"{url}: {reason} ({cause}); correct the address in the description") from error
+            failures = 1 if _length(part) > most else failures + 1
+            most = max(most, _length(part))
+            if failures >= ATTEMPTS:
+                kept = f"; {tqdm.format_sizeof(_length(part), 'B')} are kept" if _length(part) else ""
+                raise DataError(
+                    f"{url}: {reason} ({cause or type(cause).__name__}), {failures} times in a row{kept}; run again later"
+                ) from error
+        time.sleep(min(PAUSE_S * 2 ** (failures - 1), 30.0))
+    digest = _sha256(part)
+    version_file.unlink(missing_ok=True)
+    if sha256 not in ("", digest):
+        part.unlink()
+        raise DataError(
+            f"{url}: expected SHA-256 {sha256}, found {digest}; what came is discarded and nothing else is touched; try "
+            "again, or correct the description if the publisher replaced the file"
+        )
+    os.replace(part, target)
+    return digest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_space(folder: Path, needed: int, what: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        sizes = f"needs {tqdm.format_sizeof(needed, 'B')}, the disk has {tqdm.format_sizeof(free, 'B')} free"
+        raise DataError(f"{folder}: {what} {sizes}; free some or choose another --data-root")
+
+
+def _length(part: Path) -> int:
+    return part.stat().st_size if part.is_file() else 0
+
+
+def _request(url: str, part: Path, version_file: Path, sha256: str, size: int | None) -> None:
+    """One request; returns when the file is whole."""
+    known = version_file.read_text(encoding="utf-8") if version_file.is_file() else ""
+    start = _length(part) if known or sha256 else 0  # else nobody could tell whether the bytes belong to the same file
+    headers = {"User-Agent": "slim-data/1", "Accept-Encoding": "identity"}
+    headers |= {"Range": f"bytes={start}-"} if start else {}
+    headers |= {"If-Range": known} if start and known else {}
+    changed = ConnectionError("the file changed while it was fetched")
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not start:
+            raise
+        part.unlink()
+        raise changed from error
+    with response:
+        if url.startswith("https:") and not response.url.startswith("https:"):
+            raise DataError(f"{url}: leads to {response.url}, which is not encrypted; correct the address")
+        etag, length = response.headers.get("ETag", ""), response.headers.get("Content-Length", "")
+        version = (etag if not etag.startswith("W/") else "") or response.headers.get("Last-Modified", "")
+        if response.status != http.client.PARTIAL_CONTENT:
+            start = 0
+        elif version and known not in ("", version):
+            part.unlink()
+            raise changed
+        total = int(length) + start if length.isdigit() else size
+        if size not in (None, total):
+            raise DataError(
+                f"{url}: holds {total} bytes, expected {size}; the publisher replaced the file: correct the description"
+            )
+        _check_space(part.parent, (total or start) - start, part.name)
+        version_file.write_text(version if not start else known, encoding="utf-8")
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem)
+        # Without a buffer: whatever ends the process, the bytes are there to go on from.
+        with part.open("ab" if start else "wb", buffering=0) as file, bar as progress:
+            while chunk := response.read(1 << 18):
+                rest = memoryview(chunk)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                progress.update(len(chunk))
+    if total is not None and (received := _length(part)) != total:
+        raise ConnectionError(f"the connection ended at byte {received} of {total}")
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """Unpack a zip or tar (plain, gz, bz2, xz), told by its content, into the new folder ``target``.
+
+    Nothing is written outside of it: tarfile's filter ``data`` refuses what leads out, links and devices among it, and zipfile
+    takes such names as if they were inside. What macOS packs by the way is removed again.
+
+    Raises:
+        DataError: the archive is of no known kind, damaged or refused; nothing of it is kept then.
+    """
+    try:
+        target.mkdir(parents=True)
+        if tarfile.is_tarfile(archive):  # first, since any file that ends in a zip passes for one
+            with tarfile.open(archive) as tar:
+                tar.extractall(target, filter="data")
+        elif zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                opened.extractall(target)
+        else:
+            with archive.open("rb") as file:
+                raise ValueError(f"neither a zip nor a tar; it starts with {file.read(40)!r}: correct the address")
+        for junk in [*target.rglob("__MACOSX"), *target.rglob(".DS_Store")]:
+            shutil.rmtree(junk) if junk.is_dir() else junk.unlink()
+    except Exception as error:  # a damaged archive can fail in any way
+        shutil.rmtree(target, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{archive}: cannot be unpacked ({reason}); nothing of it is kept; free some space, or download it again"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

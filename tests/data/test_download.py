@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 import data.download
-import data.transfer
 from data import DataError, load_data_config
 from data.download import download_data, main
 from tests.data.file_server import serve
@@ -22,7 +21,7 @@ from tests.data.test_archives import tarred, zipped
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     for name, value in {"TIMEOUT_S": 5, "ATTEMPTS": 2, "PAUSE_S": 0.001}.items():
-        monkeypatch.setattr(data.transfer, name, value)
+        monkeypatch.setattr(data.download, name, value)
     monkeypatch.delenv("SLIM_DATA_ROOT", raising=False)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -168,8 +167,8 @@ def test_an_interruption_between_archives_costs_none_of_them_twice(tmp_path: Pat
 def test_killed_after_the_transfer_or_amid_moving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, root, move = two_archives(tmp_path), tmp_path / "root", data.download._move
 
-    def half(source: Path, target: Path) -> None:
-        move(source / "train", target / "train")
+    def half(files: list[Path], source: Path, target: Path) -> None:
+        move(files[:1], source, target)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data.download, "_move", half)
@@ -198,7 +197,7 @@ URL = "http://localhost/a.zip"
         ("ftp://localhost/a.zip", "scripts are never run; expected an http(s) address"),
         ("file:///etc/passwd", "expected an http(s) address"),
         (None, "has no download key"),
-        (3, "download is 3, expected an http(s) address or a list"),
+        (3, "download is 3; expected an http(s) address or a list"),
         ([URL], f"download[0] is '{URL}', expected a mapping of url, sha256"),
         ([{"url": URL, "md5": "x"}], "expected a mapping of url, sha256"),
         ([{"url": "a.zip"}], "download[0]: url is 'a.zip', expected an http(s) address"),
@@ -235,7 +234,7 @@ def test_yolov5s_paths_beside_its_checkout(tmp_path: Path) -> None:
 def test_room_for_archives_and_content_is_checked_first(tmp_path: Path) -> None:
     with serve({}) as server:
         file = describe(tmp_path, [{"url": f"{server.url}/a.zip", "size": 10**17}])
-        with pytest.raises(DataError, match=r"the download needs 200000000\.00 GB, the disk has"):
+        with pytest.raises(DataError, match=r"the download needs 200PB, the disk has"):
             download_data(file, tmp_path / "root")
         assert server.asked == []
 
