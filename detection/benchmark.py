@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import slim
 from data import DetectionDataset
 from deploy import (
     ENGINES,
@@ -33,7 +30,7 @@ from engine import Evaluation
 from slim import SlimError
 from tracking import RunFolder
 
-from .benchmark_table import BenchmarkRow, machine_text, markdown, short_names, write
+from .benchmark_table import Row, machine_text, markdown, short_names, write
 from .command import flat
 from .datasets import open_data, so_many_images
 from .detector import Detector, is_exported, open_detector
@@ -171,7 +168,7 @@ class BenchmarkData:
             self.evaluations[setup.ap_key] = setup.detector.evaluate(evaluator)
 
 
-def benchmark(flags: BenchmarkFlags) -> list[BenchmarkRow]:
+def benchmark(flags: BenchmarkFlags) -> list[Row]:
     """Measure and print a row for each combination; fills the run folder, when interrupted with what is measured by then."""
     if not flags.weights:
         raise SlimError("--weights: none given; name one or more checkpoints or exported files")
@@ -180,7 +177,7 @@ def benchmark(flags: BenchmarkFlags) -> list[BenchmarkRow]:
     for cores in flags.num_cores:
         threads_of(cores)
     rounds, data, names = rounds_for(flags.repeats, flags.warmup), BenchmarkData(flags), short_names(flags.weights)
-    rows: list[BenchmarkRow] = []
+    rows: list[Row] = []
     with torch_threads(), ExitStack() as stack:
         setups = open_setups(flags, data.images, stack)
         if data.config is not None:
@@ -198,7 +195,7 @@ def benchmark(flags: BenchmarkFlags) -> list[BenchmarkRow]:
                 for one in tqdm(setups, desc="AP", leave=False):
                     data.evaluate(one)
             if flags.profile:
-                slim.write_text_atomically(run.path / "profile.csv", profiles(setups, names))
+                print_profiles(setups, names)
             finished = True
         finally:
             if all(timing.runs_ms for timing in timer.timings().values()):
@@ -210,43 +207,44 @@ def benchmark(flags: BenchmarkFlags) -> list[BenchmarkRow]:
 
 def rows_of(
     timer: InterleavedTimer[Setup], names: dict[str, str], evaluations: dict[tuple[object, ...], Evaluation]
-) -> list[BenchmarkRow]:
-    """The table of all setups."""
-    rows: list[BenchmarkRow] = []
+) -> list[Row]:
+    """The table of all setups.
+
+    ``milliseconds`` (median), ``p10_ms`` and ``p90_ms`` are of an image, ``fps`` is images in a second, ``speed_up`` the
+    first row's median over this one's. ``bytes`` are those of the file that runs. None and "" stand for unknown.
+    """
+    rows: list[Row] = []
     for one, timing in timer.timings().items():
         detector, count, found = one.detector, len(one.images), evaluations.get(one.ap_key)
         median_ms = timing.median_ms / count
         rows.append(
-            BenchmarkRow(
-                weights=detector.weights,
-                network=names[detector.weights],
-                engine=detector.engine,
-                precision=detector.precision_text,
-                img=str(img_of(one.sides_px)),
-                batch_size=count,
-                num_cores=one.num_cores,
-                milliseconds=median_ms,
-                p10_ms=timing.percentile_ms(10) / count,
-                p90_ms=timing.percentile_ms(90) / count,
-                fps=1000 / median_ms,
-                speed_up=rows[0].milliseconds / median_ms if rows else 1.0,
-                ap=found.ap if found else None,
-                ap50=found.ap50 if found else None,
-                bytes=detector.network.bytes_on_disk,
-                macs=detector.macs(one.sides_px),
-                params=detector.params,
-                activation=detector.activation,
-                runs=len(timing.runs_ms),
-            )
+            {
+                "weights": detector.weights,
+                "network": names[detector.weights],
+                "engine": detector.engine,
+                "precision": detector.precision_text,
+                "img": str(img_of(one.sides_px)),
+                "batch_size": count,
+                "num_cores": one.num_cores,
+                "milliseconds": median_ms,
+                "p10_ms": timing.percentile_ms(10) / count,
+                "p90_ms": timing.percentile_ms(90) / count,
+                "fps": 1000 / median_ms,
+                "speed_up": rows[0]["milliseconds"] / median_ms if rows else 1.0,
+                "ap": found.ap if found else None,
+                "ap50": found.ap50 if found else None,
+                "bytes": detector.network.bytes_on_disk,
+                "macs": detector.macs(one.sides_px),
+                "params": detector.params,
+                "activation": detector.activation,
+                "runs": len(timing.runs_ms),
+            }
         )
     return rows
 
 
-def profiles(setups: Sequence[Setup], names: dict[str, str]) -> str:
-    """The operators of each setup by its engine's own clock, printed as tables; as CSV, an operator a line."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["candidate", "name", "kind", "precision", "milliseconds", "share"])
+def print_profiles(setups: Sequence[Setup], names: dict[str, str]) -> None:
+    """Print the operators of each setup by its engine's own clock."""
     for one in setups:
         one.set_threads()
         title = (
@@ -255,8 +253,3 @@ def profiles(setups: Sequence[Setup], names: dict[str, str]) -> str:
         )
         layers = profile(one.detector.network, one.images)
         print(f"\n{title}: the engine's own time, medians\n\n{profile_text(layers)}")
-        total = sum(layer.milliseconds for layer in layers) or 1.0
-        for layer in layers:
-            ms = layer.milliseconds
-            writer.writerow([title, layer.name, layer.kind, layer.precision, ms, ms / total])
-    return text.getvalue()

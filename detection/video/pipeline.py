@@ -109,13 +109,66 @@ def run_overlapped(
     """
     if timing.at_once < 1 or burst < 1:
         raise SlimError(f"{timing.at_once} at once, bursts of {burst}: expected at least 1")
+    queue: SimpleQueue[list[_Entry] | BaseException | None] = SimpleQueue()  # bursts; an error or None is the end
+    room, stopped, lock = threading.Semaphore(2 + -(-timing.at_once // burst)), threading.Event(), threading.Lock()
+
+    def infer(prepared: Any) -> Any:
+        began = perf_counter()
+        output = stages.infer(prepared)
+        with lock:
+            timing.seconds["inference"] += perf_counter() - began
+        return output
+
+    def read() -> None:
+        entries: list[_Entry] = []
+        end: BaseException | None = None
+        try:
+            while True:
+                if not entries:
+                    room.acquire()
+                if stopped.is_set():
+                    break
+                with timing.timed("read"):
+                    item = next(items, None)
+                if item is None or stopped.is_set():
+                    break
+                with timing.timed("pre-process"):
+                    prepared = stages.prepare(item)
+                entries.append((item, prepared, pool.submit(infer, prepared)))
+                if len(entries) == burst:
+                    queue.put(entries)
+                    entries = []
+        except BaseException as error:  # raised in the caller's thread, when all before it is written
+            end = error
+        finally:
+            queue.put(entries)
+            queue.put(end)
+            if close := getattr(items, "close", None):  # of a generator: here, where it runs
+                close()
+
+    def stop() -> None:
+        if not stopped.is_set():
+            stopped.set()
+            room.release()
+            reader.join(_LEAVE_READER_S)
+            queue.put(None)
+
     started, switch_s = perf_counter(), sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)
+    reader = threading.Thread(target=read, name="reader", daemon=True)
     with Interruption() as interruption, ThreadPoolExecutor(timing.at_once, "inference") as pool:
-        reader = _Reader(items, stages, pool, timing, burst)
         reader.start()
         try:
-            while entries := _next_burst(reader, burst, interruption, on_progress):
+            while True:
+                on_progress()
+                if interruption.wanted:
+                    stop()
+                try:
+                    entries = queue.get(timeout=_LOOK_S)
+                except Empty:
+                    continue
+                if not isinstance(entries, list):
+                    break
                 wait([future for _, _, future in entries])
                 for item, prepared, future in entries:
                     output = future.result()
@@ -124,93 +177,17 @@ def run_overlapped(
                     with timing.timed("write"):
                         stages.write(item, found)
                     timing.items += 1
-                    reader.room.release()
+                room.release()
         finally:
-            reader.stop()
+            stop()
             timing.wall_s = perf_counter() - started
             sys.setswitchinterval(switch_s)
             on_progress()
-    if reader.error is not None:
-        raise reader.error
+    if entries is not None:
+        raise entries
     if interruption.wanted:
         raise KeyboardInterrupt
 
 
 _Entry = tuple[Any, Any, Future[Any]]
 """An item, what the network takes of it, and its output to come."""
-
-
-def _next_burst(
-    reader: _Reader, burst: int, interruption: Interruption, on_progress: Callable[[], None]
-) -> list[_Entry]:
-    """The next entries; fewer at the end, then none."""
-    entries: list[_Entry] = []
-    while len(entries) < burst:
-        if interruption.wanted:
-            reader.stop()
-        try:
-            entry = reader.queue.get(timeout=_LOOK_S)
-        except Empty:
-            on_progress()
-            continue
-        if entry is None:
-            reader.queue.put(None)
-            break
-        entries.append(entry)
-    on_progress()
-    return entries
-
-
-class _Reader(threading.Thread):
-    """Reads and prepares items, and hands them to inference; None in the queue is the end."""
-
-    def __init__(
-        self, items: Iterator[Any], stages: Stages, pool: ThreadPoolExecutor, timing: StageTimes, burst: int
-    ) -> None:
-        super().__init__(name="reader", daemon=True)
-        self.items, self.stages, self.pool, self.timing, self.burst = items, stages, pool, timing, burst
-        self.queue: SimpleQueue[_Entry | None] = SimpleQueue()
-        self.room = threading.Semaphore(timing.at_once + 3 * burst)
-        self.stopped = threading.Event()
-        self.error: BaseException | None = None
-        self.lock = threading.Lock()
-
-    def stop(self) -> None:
-        """End the reading; a reader that waits for a camera is left behind."""
-        if not self.stopped.is_set():
-            self.stopped.set()
-            self.join(_LEAVE_READER_S)
-            self.queue.put(None)
-
-    def run(self) -> None:
-        try:
-            while self._has_room():
-                for _ in range(self.burst):
-                    with self.timing.timed("read"):
-                        item = next(self.items, None)
-                    if item is None or self.stopped.is_set():
-                        return
-                    with self.timing.timed("pre-process"):
-                        prepared = self.stages.prepare(item)
-                    self.queue.put((item, prepared, self.pool.submit(self._infer, prepared)))
-        except BaseException as error:  # raised in the caller's thread, when all before it is written
-            self.error = error
-        finally:
-            self.queue.put(None)
-            close = getattr(self.items, "close", None)  # of a generator: here, where it runs
-            if close is not None:
-                close()
-
-    def _has_room(self) -> bool:
-        """Wait for room for a burst."""
-        missing = self.burst
-        while missing and not self.stopped.is_set():
-            missing -= self.room.acquire(timeout=_LOOK_S)
-        return not missing
-
-    def _infer(self, prepared: Any) -> Any:
-        started = perf_counter()
-        output = self.stages.infer(prepared)
-        with self.lock:
-            self.timing.seconds["inference"] += perf_counter() - started
-        return output
