@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-FIXED = 0.2
-"""What is first taken for the share of a network's latency that does not fall with its MACs."""
 NARROW = 0.02
 """A bracket so narrow, as a share of the MACs, is not divided further."""
 MARGIN = 0.15
@@ -39,35 +37,30 @@ def search_latency(
 ) -> MeasuredCut | None:
     """The candidate with the most MACs whose latency is at most ``target``; None where even the smallest is slower.
 
-    Each rounding in ``least`` is searched between the smallest share of the MACs that it allows, its value there, and the
-    uncut network, whose latency is ``whole``: by the line through the two ends of what is left, where a latency from
-    ``1 - tolerance`` of the target up is near enough. A later rounding is tried from the MACs of the best network so far:
-    it is only of use where it measures faster at them.
+    Each rounding in ``least`` is searched between the smallest share of the MACs that it allows, its value there, which is
+    measured first, and the uncut network, whose latency is ``whole``: by the line through the two ends of what is left,
+    where a latency from ``1 - tolerance`` of the target up is near enough. A later rounding starts from the MACs of the
+    best network so far: it is only of use where it measures faster at them.
     """
     aim = (1 - tolerance / 2) * target
     best: MeasuredCut | None = None
     for round_to, smallest in least.items():
-        if smallest >= 1:
+        low, high, slow = max(smallest, best.keep_macs) if best else smallest, 1.0, whole
+        if low >= 1:
             continue
-        guess = (aim / whole - FIXED) / (1 - FIXED) if best is None else best.keep_macs
-        share, low, high, slow = max(smallest, guess), smallest, 1.0, whole
-        fast: MeasuredCut | None = None
-        for number in range(most_trials):
-            tried, slower = measure(share, round_to), (high, slow)
+        fast = measure(low, round_to)
+        if fast.latency > target:
+            continue
+        for _ in range(most_trials - 1):
+            if fast.latency >= (1 - tolerance) * target or high - low <= NARROW:
+                break
+            slope, margin = (slow - fast.latency) / (high - fast.keep_macs), MARGIN * (high - low)
+            share = min(max(high + (aim - slow) / slope, low + margin), high - margin)
+            tried = measure(share, round_to)
             if tried.latency <= target:
                 fast, low = tried, share
-            elif fast is None and (best is not None or share <= smallest):
-                break
             else:
                 high, slow = tried.keep_macs, tried.latency
-            if fast is not None and (fast.latency >= (1 - tolerance) * target or high - low <= NARROW):
-                break
-            macs, latency = slower if fast is None else (fast.keep_macs, fast.latency)
-            slope = (slow - latency) / (high - macs) if high != macs else 0.0
-            line, margin = high + (aim - slow) / slope if slope > 0 else 0.0, MARGIN * (high - low)
-            share = min(max(line, smallest if fast is None else low + margin), high - margin)
-            if fast is None and (share <= smallest + NARROW or number == most_trials - 2):
-                share = smallest  # else nothing would be known of it
-        if fast is not None and (best is None or fast.keep_macs > best.keep_macs):
+        if best is None or fast.keep_macs > best.keep_macs:
             best = fast
     return best

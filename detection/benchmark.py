@@ -6,9 +6,8 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from tqdm import tqdm
 from data import DetectionDataset
 from deploy import (
     ENGINES,
-    SUFFIX_FOR,
     SUFFIXES,
     Engine,
     RuntimePrecision,
@@ -36,9 +34,8 @@ from .datasets import open_data, so_many_images
 from .detector import Detector, is_exported, open_detector
 from .evaluator import Evaluator
 from .flags import BenchmarkFlags
-from .network import check_classes, check_image_size, img_of, read_network, sides_of
+from .network import check_classes, img_of, sides_of
 from .timing import InterleavedTimer, rounds_for
-from .write_file import write_file
 
 Sides = tuple[int, int]
 DEFAULT_SIDES: Sides = (416, 416)
@@ -77,38 +74,21 @@ def open_setups(flags: BenchmarkFlags, images: Images, stack: ExitStack) -> list
 
     They stay open as long as ``stack``. SlimError for weights of which none of the engines, sizes or precisions can be had.
     """
-    folder = Path(stack.enter_context(TemporaryDirectory()))
-
-    @functools.cache
-    def exported(weights: str, engine: Engine, sides: Sides, batch_size: int) -> Path:
-        network, path = read_network(weights), folder / f"{exported.cache_info().misses}{SUFFIX_FOR[engine]}"
-        for side in sides:
-            check_image_size(network.model, side)
-        write_file(network, path, images(sides, batch_size))
-        return path
-
-    @functools.cache
-    def opened(
-        weights: str, file: Path, engine: Engine | None, precision: RuntimePrecision, num_cores: int
-    ) -> Detector:
-        detector = open_detector(str(file), engine, num_cores=num_cores, precision=precision)
-        return replace(stack.enter_context(detector), weights=weights)
-
     asked = list(dict.fromkeys(sides_of(img) for img in flags.img))
     found: dict[tuple[object, ...], Setup] = {}
     for weights in dict.fromkeys(flags.weights):
         for engine, precision in runtimes_of(weights, flags.engine, flags.precision):
-            of_file = is_exported(weights) or engine in (None, "torch")
-            sizes = asked or [DEFAULT_SIDES]
-            if of_file:
-                own = opened(weights, Path(weights), engine, precision, flags.num_cores[0]).sides_px
-                # Where it takes none of them, the first one's refusal says so.
-                sizes = sizes if own is None else [own if own in asked or not asked else asked[0]]
-            for sides, count, cores in itertools.product(sizes, dict.fromkeys(flags.batch_size), flags.num_cores):
-                file = Path(weights) if of_file else exported(weights, engine or "torch", sides, count)
-                detector = opened(weights, file, engine, precision, cores)
-                detector.check_sides(sides)
-                setup = Setup(detector, detector.network.as_taken(images(sides, count)), cores)
+            combinations = itertools.product(asked or [DEFAULT_SIDES], dict.fromkeys(flags.batch_size), flags.num_cores)
+            for sides, count, cores in combinations:
+                opened = open_detector(
+                    weights, engine, num_cores=cores, precision=precision, images=images(sides, count)
+                )
+                detector = stack.enter_context(opened)
+                # Where a file takes none of the sizes, the first one's refusal says so.
+                own = detector.sides_px
+                taken = own if own and (own in asked or not asked) else sides
+                detector.check_sides(taken)
+                setup = Setup(detector, detector.network.as_taken(images(taken, count)), cores)
                 found.setdefault((setup.ap_key, count, cores), setup)
     return list(found.values())
 

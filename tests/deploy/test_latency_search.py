@@ -31,12 +31,12 @@ class Machine:
         return self.trials[-1]
 
 
-def test_a_line_is_met_at_the_third_trial() -> None:
+def test_a_line_is_met_at_the_second_trial() -> None:
     machine = Machine(lambda keep, _: 0.4 + 0.6 * keep)
     found = search_latency(machine, 0.6, {8: 0.05}, tolerance=0.02)
     assert found is not None and found.latency == pytest.approx(0.594) and found.keep_macs == pytest.approx(0.194 / 0.6)
-    # From the guess that a fifth is fixed: too slow. Then on the line through it and the uncut network.
-    assert machine.asked == [(pytest.approx((0.594 - 0.2) / 0.8), 8), (pytest.approx(0.194 / 0.6), 8)]
+    # The smallest network, then on the line through it and the uncut network.
+    assert machine.asked == [(0.05, 8), (pytest.approx(0.194 / 0.6), 8)]
 
 
 def test_the_rounding_that_measures_faster_keeps_more() -> None:
@@ -68,10 +68,10 @@ def test_a_latency_that_does_not_fall_at_first_ends_at_the_smallest_network() ->
     assert search_latency(Machine(lambda keep, _: 1.0), 0.6, {8: 0.05}, most_trials=3) is None
 
 
-def test_the_last_trial_is_the_smallest_network() -> None:
-    """Here every line points above it, and half of the way is left each time."""
+def test_the_smallest_network_is_taken_where_nothing_larger_is_found() -> None:
+    """Here every line points below it, and a part of the way is left each time."""
     machine = Machine(lambda keep, _: 0.58 + 0.42 * keep**2)
-    found = search_latency(machine, 0.5812, {8: 0.05}, tolerance=0.001, most_trials=4)
+    found = search_latency(machine, 0.58106, {8: 0.05}, tolerance=0.0, most_trials=4)
     assert found is not None and found.keep_macs == 0.05 and len(machine.asked) == 4
 
 
