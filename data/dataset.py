@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +21,10 @@ from torch.utils.data import Dataset
 
 from .annotations import Annotations, Entry, as_rows, check_usable
 from .augment import MIXUP_BETA, Labels, Tile, augmented_scene, colour_and_flip, mix, mosaic_tiles
-from .cache import DiskCache, MemoryCache, available_bytes, find_folder, read_sizes_and_labels
+from .cache import DiskCache, MemoryCache, available_bytes, find_folder
 from .config import DataConfig
 from .errors import DataError
-from .images import IMAGE_SUFFIXES, grey, letterbox_of, read_image, resize
+from .images import IMAGE_SUFFIXES, grey, letterbox_of, read_image, read_size, resize
 from .letterbox import Letterbox
 from .sampling import Draw, weigh_images
 from .settings import Augment, Cache
@@ -62,8 +64,8 @@ class DetectionDataset(Dataset[Sample]):
         seed: of all random choices, at least 0.
         cache: what becomes of images once they are decoded and resized. ``ram``: kept in memory, which loader workers share,
             unless all images would take more than half of what is available. ``disk``: kept in a folder ``.slim-cache``, for
-            later starts too, with sizes and labels (``data/cache.py``); where that cannot be written, as ``ram``. ``none``:
-            decoded whenever they are needed.
+            later starts too (``data/cache.py``); where that cannot be written, as ``ram``. ``none``: decoded whenever they are
+            needed.
         mosaic_epochs: from this epoch on neither mosaic nor mixup is applied; None for always.
         image_weights: shuffled epochs and the other images of a mosaic are drawn with replacement by
             ``sampling.weigh_images``, so that classes occur alike.
@@ -108,7 +110,7 @@ class DetectionDataset(Dataset[Sample]):
             sources = ", ".join(str(source) for source in config.split(split))
             raise DataError(f"split {split!r}: no image in {sources}; known are {', '.join(sorted(IMAGE_SUFFIXES))}")
         folder = find_folder(self._base) if cache == "disk" else None
-        self._open(entries, config, folder)
+        self._open(entries, config)
         self._cache = self._make_cache(cache, folder)
         if self.problems:
             logger.warning("split %r: %d problems, the first: %s", split, len(self.problems), self.problems[0])
@@ -254,12 +256,12 @@ class DetectionDataset(Dataset[Sample]):
         logger.warning(message, self.split, need / 2**30, len(self), free / 2**30)
         return None
 
-    def _open(self, entries: Sequence[Entry], config: DataConfig, folder: Path | None) -> None:
+    def _open(self, entries: Sequence[Entry], config: DataConfig) -> None:
         """Sizes and labels of the entries; those that cannot be used are left out."""
         of_sources = Annotations(as_rows([]), problems=tuple(self.problems))
         names = config.label_names or config.names
-        record_of = [self.split, *config.split(self.split), *names]
-        found = read_sizes_and_labels(entries, folder, self._base, record_of)
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            found = list(pool.map(_read_size_and_labels, entries))
         self.problems += [f"{reason}; the image was left out" for reason in found if isinstance(reason, str)]
         readable = [(e.image, *row) for e, row in zip(entries, found, strict=True) if not isinstance(row, str)]
         self.problems += [problem for _, _, labels in readable for problem in labels.problems]
@@ -278,6 +280,15 @@ class DetectionDataset(Dataset[Sample]):
         self._sizes: list[tuple[int, int]] = [size for _, size, _ in kept]
         self._labels = [labels.rows.astype(np.float32) for _, _, labels in kept]
         self._ignored = [labels.ignored.astype(np.float32) for _, _, labels in kept]
+
+
+def _read_size_and_labels(entry: Entry) -> tuple[tuple[int, int], Annotations] | str:
+    """The (height, width) and annotations of an image, or why its file cannot be read; nothing is decoded."""
+    try:
+        size = read_size(entry.image)
+    except DataError as error:
+        return str(error)
+    return size, entry.read(size)
 
 
 def _to_pixels(labels: NDArray[np.float32], width: float, height: float) -> Labels:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,44 +76,23 @@ class EpochBatches(Sampler[list[Draw]]):
     """Every image on a canvas of this height and width, as large as fits."""
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.seed < 0:
+            raise DataError(f"batch size {self.batch_size}, seed {self.seed}: expected at least 1 and at least 0")
         plain = self.dataset.augment is None
-        checks = [
-            (self.batch_size >= 1, f"batch size {self.batch_size}: expected at least 1"),
-            (
-                0 <= self.rank < self.num_ranks and self.seed >= 0,
-                f"rank {self.rank} of {self.num_ranks}, seed {self.seed}: expected 0 <= rank < ranks and a seed of at least 0",
-            ),
-            (
-                not self.sizes_px or (not plain and min(self.sizes_px) >= 1),
-                f"sizes {list(self.sizes_px)}: expected positive numbers of pixels and a data set with augmentation",
-            ),
-            (
-                self.rect_stride_px is None or (self.rect_stride_px >= 1 and not self.shuffle and plain),
-                f"rectangular batches of stride {self.rect_stride_px}: expected a positive stride, no shuffling and no "
-                "augmentation",
-            ),
-            (
-                self.canvas_hw is None or (min(self.canvas_hw) >= 1 and self.rect_stride_px is None and plain),
-                f"a canvas of {' x '.join(map(str, self.canvas_hw or ()))} pixels: expected positive sides, no rectangular "
-                "batches and no augmentation",
-            ),
-        ]
-        for is_right, message in checks:
-            if not is_right:
-                raise DataError(message)
+        assert 0 <= self.rank < self.num_ranks
+        assert not self.sizes_px or (not plain and min(self.sizes_px) >= 1), "sizes are for augmented samples"
+        if self.rect_stride_px is not None or self.canvas_hw is not None:
+            assert plain and not self.shuffle, "rectangles and canvases are for evaluation"
+            assert self.rect_stride_px is None or (self.rect_stride_px >= 1 and self.canvas_hw is None)
+            assert self.canvas_hw is None or min(self.canvas_hw) >= 1
 
     def __len__(self) -> int:
         share = self._share()
         return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order = self._order().tolist()
-        seen: Counter[int] = Counter()
-        turns = []
-        for index in order:
-            turns.append(seen[index])
-            seen[index] += 1
-        mine = list(zip(order, turns, strict=True))[self.rank :: self.num_ranks]
+        seen: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
+        mine = [(index, next(seen[index])) for index in self._order().tolist()][self.rank :: self.num_ranks]
         for number in range(len(self)):
             members = mine[number * self.batch_size : (number + 1) * self.batch_size]
             canvas_hw = self._canvas(number, [index for index, _ in members])
@@ -186,7 +166,7 @@ def build_loader(
         options: the other fields of ``EpochBatches``, about ranks and sizes.
 
     Raises:
-        DataError: an argument is out of range, or does not go with another.
+        DataError: batch size, seed or workers are out of range.
 
     >>> import tempfile
     >>> from data import DetectionDataset, load_data_config, make_shapes

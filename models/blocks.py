@@ -166,20 +166,18 @@ class C3(nn.Module):
 
 
 class SPP(nn.Module):
-    """Spatial pyramid pooling: max-pools of several sizes side by side (He et al. 2014, arXiv:1406.4729)."""
+    """Spatial pyramid pooling: max-pools of several sizes side by side (He et al. 2014, arXiv:1406.4729).
+
+    ``options`` are Conv's.
+    """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernels: Sequence[int] = (5, 9, 13),
-        *,
-        activation: str = DEFAULT_ACTIVATION,
+        self, in_channels: int, out_channels: int, kernels: Sequence[int] = (5, 9, 13), **options: Any
     ) -> None:
         super().__init__()
         hidden = in_channels // 2
-        self.cv1 = Conv(in_channels, hidden, 1, 1, activation=activation)
-        self.cv2 = Conv(hidden * (len(kernels) + 1), out_channels, 1, 1, activation=activation)
+        self.cv1 = Conv(in_channels, hidden, 1, 1, **options)
+        self.cv2 = Conv(hidden * (len(kernels) + 1), out_channels, 1, 1, **options)
         self.m = nn.ModuleList(nn.MaxPool2d(kernel, 1, kernel // 2) for kernel in kernels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -190,13 +188,11 @@ class SPP(nn.Module):
 class SPPF(nn.Module):
     """SPP with one pool applied three times in a row: equal to kernels 5, 9 and 13 for ``kernel=5``, and faster."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int = 5, *, activation: str = DEFAULT_ACTIVATION
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 5, **options: Any) -> None:
         super().__init__()
         hidden = in_channels // 2
-        self.cv1 = Conv(in_channels, hidden, 1, 1, activation=activation)
-        self.cv2 = Conv(hidden * 4, out_channels, 1, 1, activation=activation)
+        self.cv1 = Conv(in_channels, hidden, 1, 1, **options)
+        self.cv2 = Conv(hidden * 4, out_channels, 1, 1, **options)
         self.m = nn.MaxPool2d(kernel, 1, kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:

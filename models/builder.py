@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
+from . import blocks
 from .activations import DEFAULT_ACTIVATION, make_activation
-from .blocks import (
-    C3,
-    SPP,
-    SPPF,
-    Bottleneck,
-    BottleneckCSP,
-    C3Ghost,
-    Concat,
-    Conv,
-    DWConv,
-    Focus,
-    GhostBottleneck,
-    GhostConv,
-    batch_norm,
-)
 from .description import LayerSpec, check_description, layer_specs
 from .detect import Detect
 from .errors import ModelError
@@ -34,45 +19,31 @@ from .yolo import YOLO
 
 # Blocks whose first argument is a width, scaled by width_multiple, and whose constructor starts (in, out, ...).
 WIDE_BLOCKS: dict[str, Callable[..., nn.Module]] = {
-    "Conv": Conv,
-    "DWConv": DWConv,
-    "Bottleneck": Bottleneck,
-    "BottleneckCSP": BottleneckCSP,
-    "C3": C3,
-    "SPP": SPP,
-    "SPPF": SPPF,
-    "Focus": Focus,
-    "GhostConv": GhostConv,
-    "GhostBottleneck": GhostBottleneck,
-    "C3Ghost": C3Ghost,
-    "Conv2d": nn.Conv2d,
-    "ConvTranspose2d": nn.ConvTranspose2d,
+    block.__name__: block
+    for block in (
+        *(
+            blocks.Conv,
+            blocks.DWConv,
+            blocks.Bottleneck,
+            blocks.BottleneckCSP,
+            blocks.C3,
+            blocks.SPP,
+            blocks.SPPF,
+            blocks.Focus,
+        ),
+        *(blocks.GhostConv, blocks.GhostBottleneck, blocks.C3Ghost, nn.Conv2d, nn.ConvTranspose2d),
+    )
 }
 # Blocks that repeat inside themselves: (in, out, repeats, ...).
 REPEATING_BLOCKS = frozenset({"BottleneckCSP", "C3", "C3Ghost"})
 # Blocks that keep the width and take their arguments as they are.
 PLAIN_BLOCKS: dict[str, Callable[..., nn.Module]] = {
-    "Upsample": nn.Upsample,
-    "MaxPool2d": nn.MaxPool2d,
-    "AvgPool2d": nn.AvgPool2d,
-    "ZeroPad2d": nn.ZeroPad2d,
-    "Identity": nn.Identity,
+    block.__name__: block for block in (nn.Upsample, nn.MaxPool2d, nn.AvgPool2d, nn.ZeroPad2d, nn.Identity)
 }
 KNOWN_BLOCKS = (*WIDE_BLOCKS, *PLAIN_BLOCKS, "BatchNorm2d", "Concat", "Detect")
 
 _WORDS: dict[str, Any] = {"None": None, "True": True, "False": False}
 _DRY_SIDE_PX = 256
-
-
-@dataclass(frozen=True)
-class _Settings:
-    num_classes: int
-    anchors_px: list[list[float]] | int
-    width_multiple: float
-    depth_multiple: float
-    channel_multiple: int
-    activation: str
-    csp_activation: str
 
 
 def build_model(description: Mapping[str, Any], num_classes: int | None = None) -> YOLO:
@@ -92,18 +63,11 @@ def build_model(description: Mapping[str, Any], num_classes: int | None = None) 
     [(1, 3, 8, 8, 8), (1, 3, 4, 4, 8), (1, 3, 2, 2, 8)]
     """
     checked = check_description(description, num_classes)
-    activation = checked.get("activation") or DEFAULT_ACTIVATION
-    settings = _Settings(
-        num_classes=checked["nc"],
-        anchors_px=checked["anchors"],
-        width_multiple=checked.get("width_multiple", 1.0),
-        depth_multiple=checked.get("depth_multiple", 1.0),
-        channel_multiple=checked.get("channel_multiple", 8),
-        activation=activation,
-        csp_activation=checked.get("csp_activation") or activation,
-    )
-    for name in (settings.activation, settings.csp_activation):
-        make_activation(name)
+    settings = {"width_multiple": 1.0, "depth_multiple": 1.0, "channel_multiple": 8, **checked}
+    settings["activation"] = checked.get("activation") or DEFAULT_ACTIVATION
+    settings["csp_activation"] = checked.get("csp_activation") or settings["activation"]
+    for key in ("activation", "csp_activation"):
+        make_activation(settings[key])
     specs = layer_specs(checked)
     if not specs or _short_name(specs[-1]) != "Detect":
         raise ModelError("model description: the last layer of head must be Detect")
@@ -121,7 +85,7 @@ def _short_name(spec: LayerSpec) -> str:
     return spec.block.removeprefix("torch.").removeprefix("nn.")
 
 
-def _build_layer(spec: LayerSpec, in_channels: list[int], settings: _Settings) -> tuple[nn.Module, int]:
+def _build_layer(spec: LayerSpec, in_channels: list[int], settings: Mapping[str, Any]) -> tuple[nn.Module, int]:
     """The layer and the width of its output."""
     name = _short_name(spec)
     if name not in KNOWN_BLOCKS:
@@ -134,10 +98,10 @@ def _build_layer(spec: LayerSpec, in_channels: list[int], settings: _Settings) -
         if name == "Detect":
             return _build_detect(args, in_channels), 0
         if name == "Concat":
-            return Concat(*args), sum(in_channels)
+            return blocks.Concat(*args), sum(in_channels)
         if name == "BatchNorm2d":
-            return batch_norm(in_channels[0]), in_channels[0]
-        repeats = max(round(spec.repeats * settings.depth_multiple), 1) if spec.repeats > 1 else 1
+            return blocks.batch_norm(in_channels[0]), in_channels[0]
+        repeats = max(round(spec.repeats * settings["depth_multiple"]), 1) if spec.repeats > 1 else 1
         if name in PLAIN_BLOCKS:
             return _chain([PLAIN_BLOCKS[name](*args) for _ in range(repeats)]), in_channels[0]
         return _build_wide(name, repeats, args, in_channels[0], settings)
@@ -146,19 +110,19 @@ def _build_layer(spec: LayerSpec, in_channels: list[int], settings: _Settings) -
 
 
 def _build_wide(
-    name: str, repeats: int, args: list[Any], in_channels: int, settings: _Settings
+    name: str, repeats: int, args: list[Any], in_channels: int, settings: Mapping[str, Any]
 ) -> tuple[nn.Module, int]:
     width = args[0]
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         raise ValueError(f"the width is {width!r}, expected a whole number from 1")
-    multiple = settings.channel_multiple
-    out_channels = max(math.ceil(width * settings.width_multiple / multiple) * multiple, multiple)
+    multiple = settings["channel_multiple"]
+    out_channels = max(math.ceil(width * settings["width_multiple"] / multiple) * multiple, multiple)
     rest = args[1:]
     options: dict[str, str] = {}
     if name not in ("Conv2d", "ConvTranspose2d"):
-        options["activation"] = settings.activation
+        options["activation"] = settings["activation"]
     if name == "BottleneckCSP":
-        options["csp_activation"] = settings.csp_activation
+        options["csp_activation"] = settings["csp_activation"]
     block = WIDE_BLOCKS[name]
     if name in REPEATING_BLOCKS:
         return block(in_channels, out_channels, repeats, *rest, **options), out_channels
@@ -166,8 +130,8 @@ def _build_wide(
     return _chain([block(width, out_channels, *rest, **options) for width in inputs]), out_channels
 
 
-def _chain(blocks: list[nn.Module]) -> nn.Module:
-    return blocks[0] if len(blocks) == 1 else nn.Sequential(*blocks)
+def _chain(layers: list[nn.Module]) -> nn.Module:
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
 def _build_detect(args: Sequence[Any], in_channels: list[int]) -> Detect:
@@ -182,12 +146,10 @@ def _build_detect(args: Sequence[Any], in_channels: list[int]) -> Detect:
     return Detect(num_classes, anchors, in_channels)
 
 
-def _resolve(arg: Any, settings: _Settings) -> Any:
+def _resolve(arg: Any, settings: Mapping[str, Any]) -> Any:
     """YOLOv5's YAML writes some values as words; everything else is taken as it stands."""
-    if arg == "nc":
-        return settings.num_classes
-    if arg == "anchors":
-        return settings.anchors_px
+    if arg in ("nc", "anchors"):
+        return settings[arg]
     return _WORDS.get(arg, arg) if isinstance(arg, str) else arg
 
 
@@ -195,7 +157,8 @@ def _measure_strides(model: YOLO, specs: Sequence[LayerSpec], channels: int) -> 
     """Strides of the head's inputs, from one pass over shapes alone (meta tensors: no arithmetic, no memory)."""
     outputs: dict[int, Any] = {-1: torch.empty(1, channels, _DRY_SIDE_PX, _DRY_SIDE_PX, device="meta")}
     for spec, layer in zip(specs, model.model, strict=True):
-        state = {name: tensor.to("meta") for name, tensor in _tensors(layer).items()}
+        held = (*layer.named_parameters(), *layer.named_buffers())
+        state = {name: tensor.to("meta") for name, tensor in held}
         inputs = [outputs[source] for source in spec.sources]
         try:
             with torch.no_grad():
@@ -212,7 +175,3 @@ def _measure_strides(model: YOLO, specs: Sequence[LayerSpec], channels: int) -> 
             raise ModelError(f"{specs[-1]}: a {_DRY_SIDE_PX} px image gives a map of {size}; no stride fits")
         strides.append(_DRY_SIDE_PX // height)
     return tuple(strides)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -22,7 +22,7 @@ import data.sources
 from data import Augment, DataConfig, DataError, DetectionDataset, build_loader, make_shapes
 from data.cache import FOLDER, DiskCache, MemoryCache, find_folder
 from data.dataset import Cache
-from tests.data.scenes import label_line, write_rectangles, write_set
+from tests.data.scenes import write_rectangles, write_set
 
 SIZE = 64
 
@@ -40,7 +40,7 @@ class Counted:
         self.decoded = self.measured = self.parsed = 0
         for module, name, counter in (
             (data.dataset, "read_image", "decoded"),
-            (data.cache, "read_size", "measured"),
+            (data.dataset, "read_size", "measured"),
             (data.sources, "read_labels", "parsed"),
         ):
             monkeypatch.setattr(module, name, self._counting(getattr(module, name), counter))
@@ -72,13 +72,6 @@ def filled(config: DataConfig, cache: Cache = "disk", **extra: Any) -> Detection
     dataset = open_set(config, cache, **extra)
     assert len(list(dataset)) == len(dataset)
     return dataset
-
-
-def settle(config: DataConfig) -> None:
-    """As if all files were older than the clock's doubt."""
-    for path in config.path.rglob("*"):
-        if FOLDER not in path.parts and path.is_file():
-            os.utime(path, ns=(10**18, 10**18))
 
 
 def same(one: DetectionDataset, other: DetectionDataset) -> None:
@@ -113,10 +106,7 @@ def test_a_loader_decodes_what_its_batches_hold(rectangles: DataConfig, counted:
     assert len(next(batches).image_ids) == 2 == counted.take()[0]
 
 
-def test_a_second_start_decodes_nothing(
-    rectangles: DataConfig, counted: Counted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
+def test_a_second_start_decodes_nothing(rectangles: DataConfig, counted: Counted) -> None:
     plain = open_set(rectangles, "none")
     counted.take()
     first = filled(rectangles)
@@ -124,7 +114,7 @@ def test_a_second_start_decodes_nothing(
     same(first, plain)
     counted.take()
     filled(rectangles)
-    assert counted.take() == (0, 0, 0)
+    assert counted.take() == (0, 6, 6)
     assert isinstance(open_set(rectangles)._cache, DiskCache)
     augment = Augment(mosaic=0.5)
     same_samples = zip(
@@ -146,19 +136,7 @@ def test_evaluation_and_training_do_not_share_what_they_shrink_differently(tmp_p
         assert torch.equal(trained, open_set(config, "none", augment=still)[0].image)
 
 
-def test_files_of_this_moment_are_looked_into_until_they_are_old(rectangles: DataConfig, counted: Counted) -> None:
-    """A second edit within one tick of the clock could leave the stamp as it is."""
-    filled(rectangles)
-    counted.take()
-    for _ in range(2):
-        filled(rectangles)
-        assert counted.take() == (0, 6, 6)
-
-
-def test_an_edit_that_the_stamp_hides_is_seen(rectangles: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same size, time and inode: only the content tells, which is asked while the file is new."""
-    monkeypatch.setattr(data.cache, "_stamp", lambda _: [1, 10**18, 10**18, 7])
-    monkeypatch.setattr(data.cache.time, "time_ns", lambda: 10**18 + 10**9)
+def test_an_edit_between_two_starts_is_seen(rectangles: DataConfig) -> None:
     filled(rectangles)
     shutil.copyfile(image_file(rectangles, 1), image_file(rectangles, 0))
     (rectangles.path / "labels" / "train" / "image2.txt").write_text("0 0.5 0.5 0.5 0.5")
@@ -166,10 +144,7 @@ def test_an_edit_that_the_stamp_hides_is_seen(rectangles: DataConfig, monkeypatc
 
 
 @pytest.mark.parametrize("keep_time", [False, True])
-def test_a_changed_image_is_decoded_again(
-    rectangles: DataConfig, counted: Counted, monkeypatch: pytest.MonkeyPatch, keep_time: bool
-) -> None:
-    monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
+def test_a_changed_image_is_decoded_again(rectangles: DataConfig, counted: Counted, keep_time: bool) -> None:
     file = image_file(rectangles, 0)
     with Image.open(file) as image:
         pixels = np.array(image)
@@ -189,25 +164,20 @@ def test_a_changed_image_is_decoded_again(
     assert not torch.equal(before, after[0].image)
 
 
-def test_a_touched_or_moved_set_is_not_decoded_again(
-    rectangles: DataConfig, counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
+def test_a_touched_or_moved_set_is_not_decoded_again(rectangles: DataConfig, counted: Counted, tmp_path: Path) -> None:
     filled(rectangles)
-    settle(rectangles)
+    for path in rectangles.path.rglob("*.png"):
+        os.utime(path, ns=(10**18, 10**18))
     counted.take()
     filled(rectangles)
     assert counted.take() == (0, 6, 6)
-    filled(rectangles)
-    assert counted.take() == (0, 0, 0)
     shutil.copytree(rectangles.path, tmp_path / "moved")
     shutil.rmtree(rectangles.path)
     moved = DataConfig(rectangles.names, train=(tmp_path / "moved" / "images" / "train",), path=tmp_path / "moved")
     assert len(filled(moved)) == 6 and counted.take() == (0, 6, 6)
 
 
-def test_images_that_come_and_go(rectangles: DataConfig, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
+def test_images_that_come_and_go(rectangles: DataConfig, counted: Counted) -> None:
     filled(rectangles)
     counted.take()
     Image.new("RGB", (30, 50), "red").save(image_file(rectangles, 10))
@@ -219,10 +189,7 @@ def test_images_that_come_and_go(rectangles: DataConfig, counted: Counted, monke
     same(again, open_set(rectangles, "none"))
 
 
-def test_a_changed_label_file_is_seen(
-    rectangles: DataConfig, counted: Counted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
+def test_a_changed_label_file_is_seen(rectangles: DataConfig, counted: Counted) -> None:
     file = rectangles.path / "labels" / "train" / "image2.txt"
     text = file.read_text()
     filled(rectangles)
@@ -230,14 +197,13 @@ def test_a_changed_label_file_is_seen(
         file.unlink() if change is None else file.write_text(change)
         counted.take()
         dataset = filled(rectangles)
-        assert counted.take() == (0, 1, 1)
+        assert counted.take() == (0, 6, 6)
         assert dataset[2].targets[:, 0].tolist() == ([] if change is None else [1] if change[0] == "1" else [2])
         same(dataset, open_set(rectangles, "none"))
         assert len(dataset.problems) == (change is not None and change[0] == "9")
 
 
-def test_other_names_and_sizes_are_other_caches(rectangles: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.cache, "_SETTLED_NS", 0)
+def test_other_names_and_sizes_are_other_caches(rectangles: DataConfig) -> None:
     filled(rectangles)
     few = DataConfig(("only", "two"), train=rectangles.train, path=rectangles.path)
     assert len(open_set(few).problems) == 2 and open_set(rectangles).problems == []
@@ -246,26 +212,21 @@ def test_other_names_and_sizes_are_other_caches(rectangles: DataConfig, monkeypa
         same(large, plain)
 
 
-@pytest.mark.parametrize("suffix", ["pixels", "json"])
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "garbled", "removed"])
-def test_damage_costs_time_and_a_line(
-    rectangles: DataConfig, caplog: pytest.LogCaptureFixture, suffix: str, damage: str
-) -> None:
+def test_damage_costs_time_and_a_line(rectangles: DataConfig, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     plain = open_set(rectangles, "none")
     filled(rectangles)
-    file = sorted((rectangles.path / FOLDER).rglob(f"*.{suffix}"))[0]
+    file = sorted((rectangles.path / FOLDER).rglob("*.pixels"))[0]
     content = file.read_bytes()
     if damage == "removed":
         file.unlink()
     else:
         middle = len(content) // 2
-        # One bit, and in a record one that leaves it valid JSON.
-        at = middle if suffix == "pixels" else next(i for i in range(middle, len(content)) if chr(content[i]).isdigit())
-        garbled = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        garbled = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
         file.write_bytes({"truncated": content[:middle], "emptied": b"", "garbled": garbled}[damage])
     same(open_set(rectangles), plain)
     assert len(caplog.records) == (damage != "removed")
-    assert damage == "removed" or f".{suffix}: damaged" in caplog.text
+    assert damage == "removed" or ".pixels: damaged" in caplog.text
     caplog.clear()
     same(open_set(rectangles), plain)
     assert not caplog.records and file.stat().st_size == len(content)
@@ -413,12 +374,3 @@ def test_an_image_that_breaks_during_training_is_named(rectangles: DataConfig, w
     text = str(error.value)
     assert text.startswith(f"{file}: the image cannot be read (") and text.endswith("); restore or remove it")
     assert "\n" not in text
-
-
-def test_cached_labels_by_hand(rectangles: DataConfig) -> None:
-    """Cached labels are those of the file to the last bit."""
-    line = label_line(40, 64, (8, 6, 30, 28))
-    assert (rectangles.path / "labels" / "train" / "image0.txt").read_text() == line
-    first, second = open_set(rectangles)._labels[0], open_set(rectangles)._labels[0]
-    expected = np.array([[float(value) for value in line.split()]], dtype=np.float32)
-    assert np.array_equal(first, second) and np.allclose(first, expected, rtol=0, atol=1e-7)

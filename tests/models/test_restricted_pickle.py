@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 import models
-from models.restricted_pickle import Stub, read_checkpoint
+from models.checkpoint_import import Stub, read_checkpoint
 
 
 def write_program(path, program):
