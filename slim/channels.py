@@ -134,10 +134,10 @@ class ChannelPropagation(Propagation):
         self.loose: set[int] = set()
         self.storages: dict[int, set[int]] = {}
 
-    def again(self, *, muted: bool) -> ChannelPropagation:
-        """A new propagation over the same model, which may have fewer channels now."""
+    def again(self, model: nn.Module, *, muted: bool) -> ChannelPropagation:
+        """A new propagation over a copy of the model that has fewer channels."""
         return ChannelPropagation(
-            self.model, self.rules, allow_inexact=self.allow_inexact, depthwise=frozenset(self.depthwise), muted=muted
+            model, self.rules, allow_inexact=self.allow_inexact, depthwise=frozenset(self.depthwise), muted=muted
         )
 
     # -- labels of tensors --------------------------------------------------------------------------------------
@@ -322,29 +322,3 @@ class ChannelPropagation(Propagation):
             self.module_outputs.setdefault(path, []).append(output)
             if direct or not activates:
                 self.flow.append(("activation" if activates else "layer", path, (), (id(output),)))
-
-
-class Occurrences:
-    """Every occurrence of a label in the records, sorted by the class that it belongs to.
-
-    ``roots`` [labels]: the class of each label. ``record`` and ``index`` [occurrences]: the number of a record, and the
-    position on its axis. ``root``, ``start``, ``count`` [classes]: each class, in the order in which they first occur, and
-    where its occurrences begin and how many they are.
-    """
-
-    def __init__(self, run: ChannelPropagation) -> None:
-        self.roots = run.classes.roots()
-        self.keys: list[tuple[str, int, Role]] = [(r.param, r.axis, r.role) for r in run.records]
-        sizes = torch.tensor([len(r.labels) for r in run.records])
-        labels = torch.cat([r.labels for r in run.records]) if run.records else torch.zeros(0, dtype=torch.int64)
-        numbers = torch.arange(len(sizes)).repeat_interleave(sizes)
-        index = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-        present = labels.nonzero().flatten()
-        classes = self.roots[labels[present]]
-        order = torch.sort(classes, stable=True).indices
-        self.record = numbers[present][order]
-        self.index = index[present][order]
-        found, counts = torch.unique_consecutive(classes[order], return_counts=True)
-        starts = counts.cumsum(0) - counts
-        first = torch.sort(order[starts]).indices
-        self.root, self.start, self.count = found[first], starts[first], counts[first]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from slim.errors import SlimError
 from slim.graph import Member, unique_name
 from slim.plan import GroupPlan, Plan, percent
 
-Axis = tuple[str, int]
-"""A parameter's (or buffer's, or attribute's) name and one of its axes."""
+Place = tuple[str, int, int]
+"""A parameter's (or buffer's, or attribute's) name, one of its axes, and a position there."""
 Channel = tuple[int, int]
 """The number of one of the first plan's groups, and a channel of it."""
 
@@ -40,26 +41,36 @@ def compose(first: Plan, second: Plan) -> Plan:
         >>> slim.compose(first, second).groups[0].keep
         (0, 3)
     """
-    removed = removed_positions(first)
+    removed: dict[tuple[str, int], set[int]] = {}
+    owners: dict[Place, Channel] = {}
+    for number, original in enumerate(first.groups):
+        for param, axis, position in places(original, original.removed):
+            removed.setdefault((param, axis), set()).add(position)
+        owners |= {place: (number, channel) for channel in original.keep for place in places(original, [channel])}
     check_fit(first, second, removed)
-    owners = kept_owners(first)
     gone: set[Channel] = set()
-    taken: dict[Axis, set[int]] = {}
+    taken: set[Place] = set()
     rankings: dict[int, list[GroupPlan]] = {}
     new: list[GroupPlan] = []
     for group in second.groups:
         group = replace(group, members=carried_back(group, removed))
-        originals = original_channels(group, owners)
+        occupied = [places(group, [channel]) for channel in range(group.size)]
+        originals = [{owners[place] for place in found if place in owners} for found in occupied]
         for number in {number for found in originals for number, _ in found}:
             rankings.setdefault(number, []).append(group)
         for channel in group.removed:
             gone |= originals[channel]
-            if originals[channel]:
-                occupy(taken, group.members, [channel], group.size)
+            taken.update(occupied[channel] if originals[channel] else ())
         new_channels = [channel for channel, found in enumerate(originals) if not found]
         if new_channels:
             new.append(part_of(group, new_channels))
-    check_whole(first, gone, taken)
+    whole = {place for number, channel in gone for place in places(first.groups[number], [channel])}
+    for place in [*owners, *sorted(taken)]:
+        if (place in whole) != (place in taken):
+            raise SlimError(
+                f"the second plan does not fit: it removes other positions of {place[0]} (axis {place[1]}) than the channels of "
+                "the first plan that it removes occupy; apply the two plans one after the other"
+            )
     groups = [narrowed(group, n, gone, rankings.get(n, [])) for n, group in enumerate(first.groups)]
     for group in new:
         groups.append(replace(group, name=unique_name(group.name, {g.name for g in groups})))
@@ -72,20 +83,12 @@ def compose(first: Plan, second: Plan) -> Plan:
     )
 
 
-def occupy(positions: dict[Axis, set[int]], members: tuple[Member, ...], channels: list[int], size: int) -> None:
-    """Add what some of a group's channels occupy; changes ``positions``."""
-    for m in members:
-        positions.setdefault((m.param, m.axis), set()).update(m.positions(channels, size))
+def places(group: GroupPlan, channels: Sequence[int]) -> list[Place]:
+    """All that some of a group's channels occupy."""
+    return [(m.param, m.axis, position) for m in group.members for position in m.positions(channels, group.size)]
 
 
-def removed_positions(plan: Plan) -> dict[Axis, set[int]]:
-    positions: dict[Axis, set[int]] = {}
-    for group in plan.groups:
-        occupy(positions, group.members, list(group.removed), group.size)
-    return positions
-
-
-def check_fit(first: Plan, second: Plan, removed: dict[Axis, set[int]]) -> None:
+def check_fit(first: Plan, second: Plan, removed: dict[tuple[str, int], set[int]]) -> None:
     """SlimError when the second plan was not made on the network that the first one leaves."""
     for param, shape in first.shapes.items():
         left = tuple(n - len(removed.get((param, axis), ())) for axis, n in enumerate(shape))
@@ -102,18 +105,7 @@ def check_fit(first: Plan, second: Plan, removed: dict[Axis, set[int]]) -> None:
             )
 
 
-def kept_owners(plan: Plan) -> dict[Axis, dict[int, Channel]]:
-    """Which kept channel of which group occupies each position."""
-    owners: dict[Axis, dict[int, Channel]] = {}
-    for number, group in enumerate(plan.groups):
-        for m in group.members:
-            owned = owners.setdefault((m.param, m.axis), {})
-            for channel in group.keep:
-                owned.update(dict.fromkeys(m.positions([channel], group.size), (number, channel)))
-    return owners
-
-
-def carried_back(group: GroupPlan, removed: dict[Axis, set[int]]) -> tuple[Member, ...]:
+def carried_back(group: GroupPlan, removed: dict[tuple[str, int], set[int]]) -> tuple[Member, ...]:
     """The members of a group of the second plan with the positions that they had before the first one."""
     members = []
     for m in group.members:
@@ -121,31 +113,6 @@ def carried_back(group: GroupPlan, removed: dict[Axis, set[int]]) -> tuple[Membe
         kept = [position for position in range(max(m.index) + 1 + len(gone)) if position not in gone]
         members.append(replace(m, index=tuple(kept[position] for position in m.index)))
     return tuple(members)
-
-
-def original_channels(group: GroupPlan, owners: dict[Axis, dict[int, Channel]]) -> list[set[Channel]]:
-    """For each channel of a group of the second plan, the first plan's channels that occupy some of its positions."""
-    found: list[set[Channel]] = [set() for _ in range(group.size)]
-    for m in group.members:
-        owned = owners.get((m.param, m.axis), {})
-        each = len(m.index) // group.size
-        for n, position in enumerate(m.index):
-            if position in owned:
-                found[n // each].add(owned[position])
-    return found
-
-
-def check_whole(first: Plan, gone: set[Channel], taken: dict[Axis, set[int]]) -> None:
-    """SlimError unless what the second plan takes is exactly all that the channels that go occupy."""
-    whole: dict[Axis, set[int]] = {}
-    for number, channel in gone:
-        occupy(whole, first.groups[number].members, [channel], first.groups[number].size)
-    for param, axis in {**whole, **taken}:
-        if whole.get((param, axis), set()) != taken.get((param, axis), set()):
-            raise SlimError(
-                f"the second plan does not fit: it removes other positions of {param} (axis {axis}) than the channels of the "
-                "first plan that it removes occupy; apply the two plans one after the other"
-            )
 
 
 def narrowed(group: GroupPlan, number: int, gone: set[Channel], rankings: list[GroupPlan]) -> GroupPlan:

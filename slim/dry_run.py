@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slim.channels import ChannelPropagation, Occurrences, Record
+from slim.channels import ChannelPropagation, Record
 from slim.errors import SlimError
 from slim.forward import transparent_gates
 from slim.graph import ChannelGraph, ChannelGroup
+from slim.groups import group_names
 from slim.plan import GroupPlan, Plan
-from slim.surgery import KeptIndices, kept_indices, narrowed
+from slim.surgery import KeptIndices, kept_indices, narrow_twin
 
 Cut = list[tuple[ChannelGroup, int]]
 """Groups to cut, each with the number of channels that it keeps."""
@@ -29,6 +30,8 @@ NOTHING = torch.zeros(1, dtype=torch.int64)
 SIZED_BY_DATA = {"nonzero", "masked_select", "nms", "_unique2", "unique_dim"}
 """Operators whose results are as long as the data make them."""
 OTHER_OPERATORS = "the model runs other operators after a cut: its code depends on the number of channels"
+OTHER_OPERATOR = "is another operator after a cut: the code depends on the number of channels"
+OTHER_NUMBER = "computes with a channel count as a number"
 OTHER_CHANNELS = "meets other channels after a cut: the code holds a channel count or an index as a constant"
 
 
@@ -40,9 +43,11 @@ class Failure:
     suspects: tuple[str, ...] = ()
 
 
-def freeze_what_breaks(graph: ChannelGraph, run: ChannelPropagation, example_inputs: Any) -> ChannelGraph:
+def freeze_what_breaks(
+    graph: ChannelGraph, owners: Tensor, run: ChannelPropagation, example_inputs: Any
+) -> ChannelGraph:
     """The graph with those groups frozen that cannot lose channels, each with the reason."""
-    trial = DryRun(graph, run, example_inputs)
+    trial = DryRun(graph, owners, run, example_inputs)
     broken: dict[str, str] = {}
     while True:
         candidates = [g for g in graph.groups if g.prunable and g.size > 1 and g.name not in broken]
@@ -51,7 +56,7 @@ def freeze_what_breaks(graph: ChannelGraph, run: ChannelPropagation, example_inp
             break
         broken.update(trial.bisect_failures(failure, candidates))
     groups = tuple(replace(g, frozen_reason=broken[g.name]) if g.name in broken else g for g in graph.groups)
-    return replace(graph, groups=groups, dry_run=True)
+    return replace(graph, groups=groups)
 
 
 def cuts_to_try(groups: list[ChannelGroup], thorough: bool) -> Iterator[Cut]:
@@ -85,10 +90,10 @@ def channels_to_try(size: int, width: int, mirrored: bool) -> tuple[int, ...]:
 
 
 class DryRun:
-    """Tries cuts of a traced model; ``run`` is the propagation through the whole model."""
+    """Tries cuts of a traced model; ``run`` is the propagation through the whole model, ``owners`` the groups of its labels."""
 
-    def __init__(self, graph: ChannelGraph, run: ChannelPropagation, example_inputs: Any) -> None:
-        self.graph, self.run, self.example_inputs = graph, run, example_inputs
+    def __init__(self, graph: ChannelGraph, owners: Tensor, run: ChannelPropagation, example_inputs: Any) -> None:
+        self.graph, self.owners, self.run, self.example_inputs = graph, owners, run, example_inputs
         self.roots = run.classes.roots()
 
     def first_failure(self, groups: list[ChannelGroup], thorough: bool) -> Failure | None:
@@ -138,21 +143,19 @@ class DryRun:
 
     def attempt_with(self, keep: KeptIndices, gone: Tensor | None) -> Failure | None:
         """``attempt`` of these channels; labels are followed where it is said which ones go."""
-        model = self.run.model
-        with narrowed(model, keep):
-            again = self.run.again(muted=gone is None)
-            try:
-                with transparent_gates(model):
-                    again.run(self.example_inputs)
-            except SlimError as error:
-                cause = error.__cause__
-                where, inputs = again.failed_at or (again.here(), [])
-                text = (str(cause).strip() or repr(cause)).splitlines()[0]
-                return Failure(
-                    f"{where or 'the model'} does not run with fewer channels ({type(cause).__name__}: {text}): a channel "
-                    "count is a constant there",
-                    self.suspects_of([x for t in inputs if (x := again.get(t)) is not None], again, keep),
-                )
+        again = self.run.again(narrow_twin(self.run.model, keep), muted=gone is None)
+        try:
+            with transparent_gates(again.model):
+                again.run(self.example_inputs)
+        except SlimError as error:
+            cause = error.__cause__
+            where, inputs = again.failed_at or (again.here(), [])
+            text = (str(cause).strip() or repr(cause)).splitlines()[0]
+            return Failure(
+                f"{where or 'the model'} does not run with fewer channels ({type(cause).__name__}: {text}): a channel "
+                "count is a constant there",
+                self.suspects_of([x for t in inputs if (x := again.get(t)) is not None], again, keep),
+            )
         end = self.shared_path(again)
         return self.compare_operators(again, end) if gone is None else self.compare(again, keep, gone, end)
 
@@ -169,19 +172,15 @@ class DryRun:
         if same == whole or chosen is None or 0 < len(again.records) != len(self.run.records):
             return whole
         later = [labels.flatten() for step in self.run.steps[chosen:] for labels in step.labels if labels is not None]
-        roots = self.roots[torch.cat([NOTHING, *later]).unique()]
-        return whole if any(self.graph.by_name[name].prunable for name in self.group_names(roots[roots > 0])) else same
+        followed = self.group_names(torch.cat([NOTHING, *later]))
+        return whole if any(self.graph.by_name[name].prunable for name in followed) else same
 
     def compare_operators(self, again: ChannelPropagation, end: int) -> Failure | None:
         """Both runs must call the same operators with the same numbers, of the first ``end`` ones."""
         ours, theirs = self.run.called[:end], again.called[:end]
         for (name, where, numbers), (other, _, others) in zip(ours, theirs, strict=False):
-            if name != other:
-                return Failure(
-                    f"{name} in {where} is another operator after a cut: the code depends on the number of channels"
-                )
-            if numbers != others:
-                return Failure(f"{name} in {where} computes with a channel count as a number")
+            if (name, numbers) != (other, others):
+                return Failure(f"{name} in {where} {OTHER_NUMBER if name == other else OTHER_OPERATOR}")
         return Failure(OTHER_OPERATORS) if len(ours) != len(theirs) else None
 
     def compare(self, again: ChannelPropagation, keep: KeptIndices, gone: Tensor, end: int) -> Failure | None:
@@ -193,7 +192,7 @@ class DryRun:
         reasons: list[str] = []
         for reason, labels, found in self.paired_labels(again, keep, gone, end):
             if found is None or len(labels) != len(found):
-                return Failure(reason, self.group_names(before[labels]))
+                return Failure(reason, self.group_names(labels))
             old.append(labels)
             new.append(found)
             reasons.append(reason)
@@ -203,7 +202,7 @@ class DryRun:
         first, second = torch.cat([NOTHING, *old]), torch.cat([NOTHING, *new])
         bad = label_mismatch(first, second) | label_mismatch(before[first], after[second])
         if bool(bad.any()):
-            return Failure(reasons[int(pair[int(bad.nonzero()[0]) - 1])], self.group_names(before[first[bad]]))
+            return Failure(reasons[int(pair[int(bad.nonzero()[0]) - 1])], self.group_names(first[bad]))
         back = torch.zeros(len(after), dtype=torch.int64)
         back[after[second]] = before[first]
         return self.newly_frozen(again, after, back)
@@ -219,13 +218,9 @@ class DryRun:
             there = f"{step.op} in {step.where}"
             flat, others = ([NOTHING[1:] if x is None else x.flatten() for x in s.labels] for s in (step, twin))
             if step.op != twin.op or len(flat) != len(others):
-                yield (
-                    f"{there} is another operator after a cut: the code depends on the number of channels",
-                    flat[0],
-                    None,
-                )
+                yield f"{there} {OTHER_OPERATOR}", flat[0], None
             if step.numbers != twin.numbers:
-                yield f"{there} computes with a channel count as a number", flat[0], None
+                yield f"{there} {OTHER_NUMBER}", flat[0], None
             for labels, other in zip(flat, others, strict=False):
                 yield f"{there} {OTHER_CHANNELS}", labels[~gone[labels]], other
 
@@ -250,15 +245,9 @@ class DryRun:
         unread = next((why for param, why in again.unreadable.items() if param not in self.run.unreadable), None)
         return None if unread is None else Failure(f"after a cut {unread}")
 
-    def group_names(self, roots: Tensor) -> tuple[str, ...]:
-        """The groups that hold these classes."""
-        holders = {(m.param, m.axis, i): g.name for g in self.graph.groups for m in g.members for i in m.index}
-        found = Occurrences(self.run)
-        names: dict[str, None] = {}
-        for start in found.start[torch.isin(found.root, roots)].tolist():
-            param, axis, _ = found.keys[int(found.record[start])]
-            names[holders.get((param, axis, int(found.index[start])), "")] = None
-        return tuple(name for name in names if name)
+    def group_names(self, labels: Tensor) -> tuple[str, ...]:
+        """The groups that hold the channels of these labels."""
+        return group_names(self.graph.groups, self.owners, labels)
 
     def suspects_of(self, entered: list[Tensor], again: ChannelPropagation, keep: KeptIndices) -> tuple[str, ...]:
         """The groups whose channels entered the operator that failed in the cut model."""
@@ -271,7 +260,7 @@ class DryRun:
             for _, new, labels in self.paired_records(again, keep)
             if labels is not None
         ]
-        return self.group_names(self.roots[torch.cat(found)]) if found else ()
+        return self.group_names(torch.cat(found)) if found else ()
 
 
 def label_mismatch(old: Tensor, new: Tensor) -> Tensor:

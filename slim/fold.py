@@ -81,9 +81,7 @@ class GatePropagation(Propagation):
             result = None
         elif call.name in ADDITIVE and len(call.inputs) > 1:
             full = [spread(x, t).broadcast_to(call.outputs[0].shape) for x, t in zip(labels, call.inputs, strict=True)]
-            differing = torch.zeros(call.outputs[0].shape, dtype=torch.bool)
-            for other in full[1:]:
-                differing |= other != full[0]
+            differing = (torch.stack(full) != full[0]).any(0)
             for x in full:
                 self.fail(x[differing], call.name)
             result = scaled[0] if len(scaled) == len(call.inputs) else None
@@ -112,9 +110,6 @@ class GatePropagation(Propagation):
             return self.unknown(call)
         keep = call.outputs[0].ndim == call.inputs[0].ndim
         self.put(call.outputs[0], labels.reshape([s for a, s in enumerate(labels.shape) if keep or a not in axes]))
-
-    def batch_norm(self, call: Call) -> None:
-        self.unknown(call)
 
     def convolution(self, call: Call) -> None:
         """Takes the factors of its input channels up into its weight."""
@@ -182,15 +177,14 @@ def fold_gates(model: Model, example_inputs: Any = None) -> Model:
             run.fail(run.get(tensor), "the model's output")
         stuck = stuck_vectors(run, folded)
         fold_into_readers(run, folded, stuck)
-        behind_layers = {
-            key
-            for key in stuck
-            if all(
-                folds_back(folded, path) for path, gate in gates_in(folded) if any(id(v) == key for v in gate.vectors)
-            )
-        }
+        staying = {id(v) for path, gate in gates_in(folded) if not folds_back(folded, path) for v in gate.vectors}
+        behind_layers = set(stuck) - staying
         if not behind_layers:
-            warn_of(stuck, folded)
+            group_of = {
+                id(v): g for _, gate in gates_in(folded) for g, v in zip(gate.groups, gate.vectors, strict=True)
+            }
+            for key, reason in stuck.items():
+                logger.warning("the gate of group %s stays: its factor does not pass through %s", group_of[key], reason)
             break
         # Without these, others may find their way forward.
         fold_into_makers(folded, behind_layers)
@@ -206,13 +200,6 @@ def stuck_vectors(run: GatePropagation, model: nn.Module) -> dict[int, str]:
         if reason is not None:
             stuck[id(vector)] = reason
     return stuck
-
-
-def warn_of(stuck: dict[int, str], model: nn.Module) -> None:
-    for key, reason in stuck.items():
-        gates = [gate for _, gate in gates_in(model)]
-        groups = {g for gate in gates for g, v in zip(gate.groups, gate.vectors, strict=True) if id(v) == key}
-        logger.warning("the gate of group %s stays: its factor does not pass through %s", ", ".join(groups), reason)
 
 
 @torch.no_grad()

@@ -130,13 +130,11 @@ def closed_gates_at_zero(model: nn.Module) -> Iterator[bool]:
     """Set closed gates to exactly 0 for the duration, as a cut leaves them; in place. Gives whether that changes any."""
     vectors = gate_parameters(model)
     before = [vector.detach().clone() for vector in vectors]
-    changed = False
     with torch.no_grad():
-        for vector, old in zip(vectors, before, strict=True):
-            vector[old.abs() < CLOSED] = 0.0
-            changed |= not torch.equal(vector, old)
+        for vector in vectors:
+            vector[vector.abs() < CLOSED] = 0.0
     try:
-        yield changed
+        yield any(not torch.equal(vector, old) for vector, old in zip(vectors, before, strict=True))
     finally:
         with torch.no_grad():
             for vector, old in zip(vectors, before, strict=True):

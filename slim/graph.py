@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -45,7 +45,7 @@ class Member:
         """``index`` as a tensor, int64 [positions]."""
         return torch.tensor(self.index)
 
-    def positions(self, channels: tuple[int, ...] | list[int], size: int) -> list[int]:
+    def positions(self, channels: Sequence[int], size: int) -> list[int]:
         """The positions that some of the group's ``size`` channels occupy."""
         per_channel = len(self.index) // size
         return [p for c in channels for p in self.index[c * per_channel : (c + 1) * per_channel]]
@@ -137,8 +137,6 @@ class ChannelGraph:
     example: Example | None
     unused: tuple[str, ...] = ()
     """Layers with parameters that did not run (such as heads that only train): no cut reaches them."""
-    dry_run: bool = False
-    """Whether a cut of all prunable groups was tried on the model."""
 
     @cached_property
     def macs(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slim.channels import ChannelPropagation, Occurrences
+from slim.channels import ChannelPropagation
 from slim.gate import gate_parameters
 from slim.graph import ChannelGraph, ChannelGroup, Example, FreezingOp, GateSite, Member, Role, unique_name
 from slim.propagate import varying_axes
@@ -16,44 +16,56 @@ from slim.propagate import varying_axes
 Key = tuple[str, int, Role]
 
 
-def build_graph(run: ChannelPropagation, example_inputs: Any) -> ChannelGraph:
-    """Classes of united labels, gathered into groups of channels that occur alike."""
-    found = Occurrences(run)
+def build_graph(run: ChannelPropagation, example_inputs: Any) -> tuple[ChannelGraph, Tensor]:
+    """Gather the classes of united labels into groups of channels that occur alike.
+
+    Also gives the owner of each label, [labels, 2]: the number of its group and its channel there, -1 for none.
+    """
+    roots = run.classes.roots()
     unreadable = [(r.labels, run.unreadable[r.param]) for r in run.records if r.param in run.unreadable]
-    frozen, inexact = first_reasons([*run.frozen, *unreadable], found.roots), first_reasons(run.inexact, found.roots)
-    records = found.record.tolist()
+    frozen, inexact = first_reasons([*run.frozen, *unreadable], roots), first_reasons(run.inexact, roots)
+    # For each class what it occupies: keys, and the position on each one's axis.
+    keys: dict[int, list[Key]] = {}
+    positions: dict[int, list[int]] = {}
+    for record in run.records:
+        key = (record.param, record.axis, record.role)
+        for position, root in enumerate(roots[record.labels].tolist()):
+            if root:
+                keys.setdefault(root, []).append(key)
+                positions.setdefault(root, []).append(position)
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for number, (root, start, count) in enumerate(
-        zip(found.root.tolist(), found.start.tolist(), found.count.tolist(), strict=True)
-    ):
-        keys = tuple(found.keys[r] for r in records[start : start + count])
-        alike.setdefault((keys, frozen.get(root), inexact.get(root)), []).append(number)
+    for root, found in keys.items():
+        alike.setdefault((tuple(found), frozen.get(root), inexact.get(root)), []).append(root)
     groups: list[ChannelGroup] = []
-    # For each class the number of its group and its channel there.
-    owners = torch.full((len(found.roots), 2), -1)
-    for (keys, reason, mixed), numbers in alike.items():
-        chosen = torch.tensor(numbers)
-        members = gather_members(keys, found.index[found.start[chosen].unsqueeze(1) + torch.arange(len(keys))])
+    owners = torch.full((len(roots), 2), -1)
+    for (found, reason, mixed), classes in alike.items():
+        members = gather_members(found, [positions[root] for root in classes])
         producer = next((m for m in members if m.produces), None)
         if producer is None:
             continue
-        owners[found.root[chosen]] = torch.stack([torch.full_like(chosen, len(groups)), torch.arange(len(chosen))], 1)
+        owners[classes] = torch.tensor([(len(groups), channel) for channel in range(len(classes))])
         name = unique_name(producer.layer, {group.name for group in groups})
-        groups.append(ChannelGroup(name, len(numbers), members, reason, mixed))
-    owners = owners[found.roots]
+        groups.append(ChannelGroup(name, len(classes), members, reason, mixed))
+    owners = owners[roots]
     gates = {id(p) for p in gate_parameters(run.model)}
     shapes = {name: tuple(p.shape) for name, p in run.model.named_parameters() if id(p) not in gates}
     used = {name.rpartition(".")[0] for key, name in run.tensors.items() if key in run.seen}
     layers = dict.fromkeys(name.rpartition(".")[0] for name in shapes)
-    return ChannelGraph(
+    graph = ChannelGraph(
         groups=tuple(groups),
         layers=tuple(run.layers),
         shapes=shapes,
         gate_sites=tuple(find_gate_sites(run, owners)),
-        freezing_ops=tuple(freezing_ops(run, owners, groups)),
+        freezing_ops=tuple(FreezingOp(o, p, why, group_names(groups, owners, x)) for o, p, why, x in run.freezing_ops),
         example=example_spec(example_inputs),
         unused=tuple(layer for layer in layers if layer not in used),
     )
+    return graph, owners
+
+
+def group_names(groups: Sequence[ChannelGroup], owners: Tensor, labels: Tensor) -> tuple[str, ...]:
+    """The names of the groups that own these labels."""
+    return tuple(groups[n].name for n in torch.unique(owners[labels][:, 0]).tolist() if n >= 0)
 
 
 def first_reasons(given: list[tuple[Tensor, str]], roots: Tensor) -> dict[int, str]:
@@ -65,27 +77,15 @@ def first_reasons(given: list[tuple[Tensor, str]], roots: Tensor) -> dict[int, s
     return found
 
 
-def gather_members(keys: Sequence[Key], index: Tensor) -> tuple[Member, ...]:
-    """One member per (parameter, axis, role) from index [channels, occurrences]; each position once."""
+def gather_members(keys: Sequence[Key], rows: list[list[int]]) -> tuple[Member, ...]:
+    """One member per (parameter, axis, role) from the positions of each channel, in the order of ``keys``; each once."""
     columns: dict[Key, list[int]] = {}
     for column, key in enumerate(keys):
         columns.setdefault(key, []).append(column)
-    members = []
-    for key, numbers in columns.items():
-        rows = index[:, numbers]
-        if len(numbers) > 1:
-            members.append(Member(*key, tuple(i for row in rows.tolist() for i in dict.fromkeys(row))))
-        else:
-            members.append(Member(*key, tuple(rows.flatten().tolist())))
-    return tuple(members)
-
-
-def freezing_ops(run: ChannelPropagation, owners: Tensor, groups: list[ChannelGroup]) -> list[FreezingOp]:
-    found = []
-    for op, path, reason, labels in run.freezing_ops:
-        numbers = torch.unique(owners[labels[labels != 0]][:, 0]).tolist()
-        found.append(FreezingOp(op, path, reason, tuple(groups[n].name for n in numbers if n >= 0)))
-    return found
+    return tuple(
+        Member(*key, tuple(position for row in rows for position in dict.fromkeys([row[c] for c in numbers])))
+        for key, numbers in columns.items()
+    )
 
 
 def example_spec(example_inputs: Any) -> Example | None:

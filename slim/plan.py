@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -57,7 +57,6 @@ class Plan:
         params: learnable parameters before and after, gates not counted
         shapes: the traced network's shape of every parameter that the groups occupy, by name
         example: shapes and types of the inputs with which it was traced; None where they were no tensors by position
-        verified_hash: set where a cut of all groups was tried on the traced model, see ``mark_verified``
 
     Example:
         >>> import slim, torch
@@ -79,16 +78,6 @@ class Plan:
     params: tuple[int, int]
     shapes: dict[str, tuple[int, ...]]
     example: Example | None = None
-    verified_hash: int | None = field(default=None, compare=False, repr=False)
-
-    def mark_verified(self) -> Plan:
-        """The same plan, marked as one of a graph whose cut was tried, so that ``apply_plan`` need not check its shapes."""
-        return replace(self, verified_hash=hash(self.groups))
-
-    @property
-    def is_verified(self) -> bool:
-        """Whether it was marked as verified in this process, and its groups are still the same."""
-        return self.verified_hash is not None and self.verified_hash == hash(self.groups)
 
     def __str__(self) -> str:
         """Each group's width before and after, and its scores: all, the highest that goes, the lowest that stays; totals."""
@@ -198,7 +187,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         raise malformed(where, value, "an object")
     if not is_dataclass(kind):
         return {key: decode(options[1], v, f"{where}[{key!r}]") for key, v in value.items()}
-    names = [f.name for f in fields(kind) if f.compare]
+    names = [f.name for f in fields(kind)]
     if set(value) != set(names):
         missing, unknown = sorted(set(names) - set(value)), sorted(set(value) - set(names))
         wrong = f"without {', '.join(missing)}" if missing else f"an object with the unknown {', '.join(unknown)}"

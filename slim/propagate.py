@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from math import prod
+from operator import mul
 from typing import Any
 
 import torch
@@ -58,26 +60,18 @@ def split_axes(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[in
 
     A run of input axes that merges and splits at once is reported for each of its axes.
     """
+    ins, outs = list(accumulate(before, mul)), list(accumulate(after, mul))
+    # Axes belong together up to where the products of the sizes so far are equal again.
+    common = [end for end in ins if end in outs]
+
+    def run_of(end: int) -> int | None:
+        return next((mark for mark in common if mark >= end), None)
+
     result: list[tuple[int, list[int]]] = []
-    i = j = 0
-    while i < len(before) and j < len(after):
-        ins, outs = [i], [j]
-        size_in, size_out = before[i], after[j]
-        i, j = i + 1, j + 1
-        while size_in != size_out:
-            if size_in < size_out and i < len(before):
-                size_in *= before[i]
-                ins.append(i)
-                i += 1
-            elif j < len(after):
-                size_out *= after[j]
-                outs.append(j)
-                j += 1
-            else:
-                return result
-        wide = [k for k in outs if after[k] > 1]
-        if len(wide) > 1:
-            result.extend((axis, wide) for axis in ins if before[axis] > 1)
+    for axis, end in enumerate(ins):
+        wide = [k for k, other in enumerate(outs) if after[k] > 1 and run_of(other) == run_of(end)]
+        if before[axis] > 1 and len(wide) > 1:
+            result.append((axis, wide))
     return result
 
 
@@ -149,7 +143,7 @@ class Propagation(TorchDispatchMode):
             except SlimError:
                 raise
             except Exception as error:
-                where = (self.failed_at or (self.where(), []))[0] or "the model's own forward"
+                where = self.failed_in()
                 text = (str(error).strip() or repr(error)).splitlines()[0]
                 if self.current_rule:
                     raise SlimError(
@@ -161,6 +155,10 @@ class Propagation(TorchDispatchMode):
                     f"{text}; give inputs as model(*example_inputs) would take them"
                 ) from error
         return tensors_in(outputs)
+
+    def failed_in(self) -> str:
+        """The module whose operator or own code failed, in words."""
+        return (self.failed_at or (self.where(), []))[0] or "the model's own forward"
 
     @contextmanager
     def watched_modules(self) -> Iterator[None]:

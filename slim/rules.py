@@ -7,7 +7,7 @@ must go together. Layers with weights are in ``slim.layers``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -123,13 +123,17 @@ def copy(run: ChannelPropagation, call: Call) -> None:
 
 def spatial(run: ChannelPropagation, call: Call) -> None:
     """Windows over trailing axes: labels stay when they are constant over those axes."""
-    labels = run.get(call.inputs[0])
     width = next(d for d in (1, 2, 3) if f"{d}d" in call.name)
-    if labels is not None and any(axis >= labels.ndim - width for axis in varying_axes(labels)):
-        labels = run.settle(call.inputs[0])
-    if labels is not None and any(axis >= labels.ndim - width for axis in varying_axes(labels)):
-        return run.unknown(call)
-    keep_first(run, call, labels)
+    labels, vary = settled_along(run, call.inputs[0], range(-width, 0))
+    return run.unknown(call) if vary else keep_first(run, call, labels)
+
+
+def settled_along(run: ChannelPropagation, tensor: Tensor, axes: Iterable[int]) -> tuple[Tensor | None, bool]:
+    """The labels of a tensor, and whether channels that are not united vary along some of these axes."""
+    labels = run.get(tensor)
+    if labels is not None and any(labels.shape[axis] > 1 for axis in axes):
+        labels = run.settle(tensor)
+    return labels, labels is not None and any(labels.shape[axis] > 1 for axis in axes)
 
 
 def windows(run: ChannelPropagation, call: Call) -> None:
@@ -150,15 +154,12 @@ def keep_first(run: ChannelPropagation, call: Call, labels: Tensor | None) -> No
 
 def reduce(run: ChannelPropagation, call: Call) -> None:
     """A summary over other axes than the channels' keeps them; over the channels it mixes them."""
-    labels = run.get(call.inputs[0])
-    if labels is None or len(call.inputs) > 1:
+    if run.get(call.inputs[0]) is None or len(call.inputs) > 1:
         return run.unknown(call)
-    axes, varying = call.axes(call.inputs[0]), varying_axes(labels)
-    if any(axis in axes for axis in varying):
-        labels = run.settle(call.inputs[0])
-        varying = [] if labels is None else varying_axes(labels)
-    if labels is not None and any(axis in axes for axis in varying):
-        if not all(axis in axes for axis in varying):
+    axes = call.axes(call.inputs[0])
+    labels, vary = settled_along(run, call.inputs[0], axes)
+    if labels is not None and vary:
+        if not all(axis in axes for axis in varying_axes(labels)):
             return run.unknown(call)
         run.mix(call, labels)
         labels = None
@@ -171,10 +172,8 @@ def reduce(run: ChannelPropagation, call: Call) -> None:
 
 def along_axis(run: ChannelPropagation, call: Call) -> None:
     """Softmax, running sums and the like along one axis."""
-    labels, axis = run.get(call.inputs[0]), call.axes(call.inputs[0])[0]
-    if labels is not None and labels.shape[axis] > 1:
-        labels = run.settle(call.inputs[0])
-    if labels is not None and labels.shape[axis] > 1:
+    labels, vary = settled_along(run, call.inputs[0], call.axes(call.inputs[0])[:1])
+    if labels is not None and vary:
         if "softmax" not in call.name:
             return run.unknown(call)
         run.mix(call, labels)
@@ -308,16 +307,8 @@ def rule_for(name: str) -> Rule:
 
 
 PLAIN = (
-    "elementwise",
-    "spatial",
-    "reduce",
-    "along_axis",
-    "batch_norm",
-    "convolution",
-    "matmul",
-    "windows",
-    "attention",
-)
+    "elementwise", "spatial", "reduce", "along_axis", "batch_norm", "convolution", "matmul", "windows", "attention",
+)  # fmt: skip
 """Kinds that treat all channels alike, by whatever axis they lie on."""
 ORDERLY = ("cat", "permute", "transpose", "t", "unsqueeze", "stack")
 """Operators that keep the order of channels and take no number of them."""

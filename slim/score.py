@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from slim.errors import SlimError
-from slim.forward import evaluation_mode
+from slim.forward import evaluation_mode, untouched
 from slim.gate import gates_in
 from slim.graph import ChannelGraph, ChannelGroup, Member
 from slim.ops import BATCH_NORMS, NORMS
@@ -29,19 +29,6 @@ Axis = tuple[str, int]
 """A parameter's name and one of its axes."""
 
 
-class CriterionDefaults(NamedTuple):
-    """What a criterion does unless told otherwise. A layer's mean or maximum below ``floor`` counts as ``floor``: weights so
-    small are dead, while squared gradients may well be."""
-
-    reduction: Reduction = "mean"
-    normalise: Normalise = "mean"
-    floor: float = 0.0
-
-
-DEFAULTS = {
-    "gate": CriterionDefaults("max", "none"),
-    **dict.fromkeys(("bn", "l1", "l2", "fpgm"), CriterionDefaults(floor=1e-12)),
-}
 NOTHING_FOUND = {
     "gate": ": it has no gates; train it with gates (train_sparse.py, slim.add_gates) or use --criterion l1",
     "bn": ": it has no batch norms; use l1",
@@ -72,7 +59,7 @@ def score(
         graph: what ``slim.trace`` found in it
         criterion: a function from a group to its scores (see ``Criterion``), or a name: ``gate``; ``bn`` (Liu et
             al., ICCV 2017); ``l1``, ``l2`` (Li et al., ICLR 2017); ``fpgm`` (He et al., CVPR 2019); ``taylor`` (Molchanov
-            et al., CVPR 2019); ``random``
+            et al., CVPR 2019); ``random``, uniform in 0..1
         seed: of ``random``
         reduction: of the layers' scores to the group's: "mean", "max" or "sum"
         normalise: a layer's scores by their "mean", their "max" or not at all, "none"
@@ -100,14 +87,15 @@ def score(
     groups = [group for group in graph.groups if group.prunable]
     if not groups:
         raise SlimError("no group of this graph can be pruned; graph.report() says why")
+    generator, batch_norms = torch.Generator().manual_seed(seed), norm_paths(model, BATCH_NORMS)
     built_in: dict[str, Callable[[], Criterion]] = {
         "gate": lambda: gate_criterion(model),
-        "bn": lambda: batch_norm_criterion(model),
-        "l1": lambda: norm_criterion(model, 1),
-        "l2": lambda: norm_criterion(model, 2),
-        "fpgm": lambda: geometric_median_criterion(model),
+        "bn": lambda: lambda group: [channel_norms(model, m, group.size, 1) for m in norm_weights(group, batch_norms)],
+        "l1": lambda: lambda group: [channel_norms(model, m, group.size, 1) for m in producers(group)],
+        "l2": lambda: lambda group: [channel_norms(model, m, group.size, 2) for m in producers(group)],
+        "fpgm": lambda: lambda group: [channel_distances(model, m, group.size) for m in producers(group)],
         "taylor": lambda: taylor_criterion(model, graph, batches, loss),
-        "random": lambda: random_criterion(seed),
+        "random": lambda: lambda group: torch.rand(group.size, generator=generator, dtype=torch.float64),
     }
     if isinstance(criterion, str) and criterion in built_in:
         name, score_group = criterion, built_in[criterion]()
@@ -115,8 +103,11 @@ def score(
         name, score_group = getattr(criterion, "__qualname__", "custom"), criterion
     else:
         raise SlimError(f"criterion is {criterion!r}; expected one of {', '.join(built_in)} or a function of a group")
-    defaults = DEFAULTS.get(criterion, CriterionDefaults()) if isinstance(criterion, str) else CriterionDefaults()
-    found = {group.name: combined(score_group(group), group, name, defaults, reduction, normalise) for group in groups}
+    if criterion == "gate":
+        reduction, normalise = reduction or "max", normalise or "none"
+    # Weights so small are dead; squared gradients may well be as small.
+    floor = 1e-12 if criterion in ("bn", "l1", "l2", "fpgm") else 0.0
+    found = {group.name: combined(score_group(group), group, name, reduction, normalise, floor) for group in groups}
     scores = {group: s for group, s in found.items() if s is not None}
     if not scores:
         advice = NOTHING_FOUND.get(name, "") if isinstance(criterion, str) else ": it returned None for every group"
@@ -125,12 +116,7 @@ def score(
 
 
 def combined(
-    found: Any,
-    group: ChannelGroup,
-    name: str,
-    defaults: CriterionDefaults,
-    reduction: Reduction | None,
-    normalise: Normalise | None,
+    found: Any, group: ChannelGroup, name: str, reduction: Reduction | None, normalise: Normalise | None, floor: float
 ) -> Tensor | None:
     """One vector, [size], float64 on the CPU, from what a criterion returned; SlimError when that is no score."""
     alone = isinstance(found, Tensor)
@@ -147,10 +133,9 @@ def combined(
             raise SlimError(f"{start} NaN or infinity; are weights, gates and gradients finite?")
     if not vectors:
         return None
-    how = normalise or ("none" if alone else defaults.normalise)
-    layers = torch.stack([normalised(v.detach().double().cpu(), how, defaults.floor, group) for v in vectors])
-    reduce = reduction or defaults.reduction
-    return layers.amax(0) if reduce == "max" else layers.mean(0) if reduce == "mean" else layers.sum(0)
+    how = normalise or ("none" if alone else "mean")
+    layers = torch.stack([normalised(v.detach().double().cpu(), how, floor, group) for v in vectors])
+    return layers.amax(0) if reduction == "max" else layers.sum(0) if reduction == "sum" else layers.mean(0)
 
 
 def normalised(layer: Tensor, how: Normalise, floor: float, group: ChannelGroup) -> Tensor:
@@ -183,43 +168,6 @@ def gate_criterion(model: nn.Module) -> Criterion:
         return vectors
 
     return score_group
-
-
-def batch_norm_criterion(model: nn.Module) -> Criterion:
-    """|weight| of the batch norms that scale a channel (network slimming).
-
-    Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017.
-    """
-    paths = norm_paths(model, BATCH_NORMS)
-    return lambda group: [channel_norms(model, m, group.size, 1) for m in norm_weights(group, paths)]
-
-
-def norm_criterion(model: nn.Module, order: int) -> Criterion:
-    """Norm of the filters that make a channel: order 1 or 2.
-
-    Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017.
-    """
-    return lambda group: [channel_norms(model, m, group.size, order) for m in producers(group)]
-
-
-def geometric_median_criterion(model: nn.Module) -> Criterion:
-    """Sum of Euclidean distances from a channel's filters to all others of their layer: what lies near the geometric median
-    of the layer can be replaced by the rest.
-
-    He et al., "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration", CVPR 2019.
-    """
-
-    def distances(member: Member, size: int) -> Tensor:
-        rows = filters(model, member)
-        return channel_rows(torch.cdist(rows, rows).sum(1), member, size).sum(1)
-
-    return lambda group: [distances(m, group.size) for m in producers(group)]
-
-
-def random_criterion(seed: int) -> Criterion:
-    """Uniform in 0..1, one stream over the groups in order."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda group: torch.rand(group.size, generator=generator, dtype=torch.float64)
 
 
 def taylor_criterion(
@@ -271,20 +219,14 @@ def taylor_layers(group: ChannelGroup, norms: set[str]) -> list[list[Member]]:
 def differentiable(model: nn.Module, tensors: Mapping[Axis, Tensor]) -> Iterator[None]:
     """Evaluation mode, with gradients for ``tensors``; flags, buffers and random state are put back as they were."""
     flags = [(tensor, tensor.requires_grad) for tensor in tensors.values()]
-    tables = [module._buffers for module in model.modules()]
-    buffers = [(table, key, b, b.clone()) for table in tables for key, b in table.items() if b is not None]
-    devices = sorted({tensor.device.index for tensor in tensors.values() if tensor.is_cuda})
     try:
-        with evaluation_mode(model), torch.random.fork_rng(devices=devices):
+        with untouched(model), evaluation_mode(model):
             for tensor in tensors.values():
                 tensor.requires_grad_(True)
             yield
     finally:
         for tensor, flag in flags:
             tensor.requires_grad_(flag)
-        with torch.no_grad():
-            for table, key, buffer, value in buffers:
-                table[key] = buffer.copy_(value)
 
 
 def position_sums(
@@ -357,9 +299,12 @@ def channel_rows(rows: Tensor, member: Member, size: int) -> Tensor:
 
 def channel_norms(model: nn.Module, member: Member, size: int, order: int) -> Tensor:
     """Norm over everything that belongs to one channel, [size]."""
+    norms: Tensor = torch.linalg.vector_norm(channel_rows(filters(model, member), member, size), order, dim=1)
+    return norms
+
+
+def channel_distances(model: nn.Module, member: Member, size: int) -> Tensor:
+    """Sum of Euclidean distances from a channel's filters to all others of their layer, [size]: what lies near the geometric
+    median of the layer can be replaced by the rest."""
     rows = filters(model, member)
-    if len(member.index) == size:
-        # One filter a channel: the norms are gathered instead of the filters.
-        return channel_rows(torch.linalg.vector_norm(rows, order, dim=1), member, size).flatten()
-    joined: Tensor = torch.linalg.vector_norm(channel_rows(rows, member, size), order, dim=1)
-    return joined
+    return channel_rows(torch.cdist(rows, rows).sum(1), member, size).sum(1)

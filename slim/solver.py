@@ -102,27 +102,19 @@ def make_plan(
         if cost_aware:
             values = {n: per_unit_saved(v, n, constraints[n], costs, target) for n, v in values.items()}
         widths = solve(target, constraints, costs, Ranking(values, classes_of(graph, list(values), scope)))
-    return assemble(graph, scores, constraints, costs, widths)
-
-
-def assemble(
-    graph: ChannelGraph,
-    scores: Mapping[str, Tensor],
-    constraints: list[WidthConstraint],
-    costs: WidthCosts,
-    widths: Widths,
-) -> Plan:
-    """The plan of the groups that may change, each at its width."""
     chosen = [
         keep_best(constraint.group, flat(scores[constraint.group.name]), width)
         for constraint, width in zip(constraints, widths, strict=True)
         if constraint.counted and constraint.bound_by != "ignored"
     ]
     touched = {m.param for group in chosen for m in group.members}
-    shapes = {name: shape for name, shape in graph.shapes.items() if name in touched}
-    after = (costs.measure("macs", widths), costs.measure("params", widths))
-    plan = Plan(tuple(chosen), (graph.macs, after[0]), (graph.params, after[1]), shapes, graph.example)
-    return plan.mark_verified() if graph.dry_run else plan
+    return Plan(
+        groups=tuple(chosen),
+        macs=(graph.macs, costs.measure("macs", widths)),
+        params=(graph.params, costs.measure("params", widths)),
+        shapes={name: shape for name, shape in graph.shapes.items() if name in touched},
+        example=graph.example,
+    )
 
 
 def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> set[str]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, TypeVar, overload
 
 import torch
@@ -14,10 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from slim.errors import SlimError
-from slim.forward import untouched
 from slim.gate import gates_in
 from slim.graph import Example, Member
-from slim.plan import GroupPlan, Plan
+from slim.plan import Plan
 from slim.propagate import Propagation
 from slim.widths import check_layers, refresh_widths, set_count
 
@@ -104,17 +101,16 @@ def apply_plan(model: Any, plan: Plan, *, optimizer: Any = OMITTED, ema: Any = O
         True
     """
     keep = kept_indices(model, plan)
-    pruned = cut(model, plan, keep)
-    if plan.example is not None and not plan.is_verified:
+    pruned = cut(model, keep)
+    if plan.example is not None:
         check_shapes(pruned, model, plan.example)
     if optimizer is OMITTED and ema is OMITTED:
         return pruned
-    new_ema = None
+    new_ema = new_optimizer = None
     if ema not in (None, OMITTED):
-        new_ema = cut(ema, averaged(plan), kept_indices(ema, averaged(plan)))
-    new_optimizer = None
+        new_ema = copied(ema, {id(ema.module): cut(ema.module, kept_indices(ema.module, plan))})
     if optimizer not in (None, OMITTED):
-        new_optimizer = cut_optimizer(optimizer, model, pruned, plan, keep)
+        new_optimizer = cut_optimizer(optimizer, model, pruned, keep)
     return pruned, new_optimizer, new_ema
 
 
@@ -129,8 +125,7 @@ def kept_indices(model: nn.Module, plan: Plan) -> KeptIndices:
             )
     gone: dict[str, dict[int, Tensor]] = {}
     for group in plan.groups:
-        removed = torch.zeros(group.size, dtype=torch.bool)
-        removed[list(group.removed)] = True
+        removed = list(group.removed)
         for member in group.members:
             length, index = axis_length(model, tensors, member), member.index_tensor
             if length is None or int(index.max()) >= length:
@@ -146,6 +141,13 @@ def kept_indices(model: nn.Module, plan: Plan) -> KeptIndices:
                 raise SlimError(f"the plan removes every channel of {name} (axis {axis}, {len(here)} positions)")
             if bool(here.any()):
                 keep.setdefault(name, {})[axis] = (~here).nonzero().flatten()
+    plans = {group.name: group for group in plan.groups}
+    for path, gate in gates_in(model):
+        for number, (name, vector) in enumerate(zip(gate.groups, gate.vectors, strict=True)):
+            if name in plans and plans[name].size != vector.numel():
+                raise SlimError(f"the gate of group {name} has {vector.numel()} channels, the plan {plans[name].size}")
+            if name in plans:
+                keep[f"{path}.vectors.{number}"] = {0: torch.tensor(plans[name].keep)}
     return keep
 
 
@@ -167,45 +169,42 @@ def axis_length(model: nn.Module, tensors: Mapping[str, Tensor], member: Member)
     return int(count[member.axis] if isinstance(count, tuple) else count)
 
 
-def averaged(plan: Plan) -> Plan:
-    """The plan for an AveragedModel, which holds the network as its ``module``."""
-    groups = [replace(g, members=tuple(replace(m, param=f"module.{m.param}") for m in g.members)) for g in plan.groups]
-    shapes = {f"module.{name}": shape for name, shape in plan.shapes.items()}
-    return replace(plan, groups=tuple(groups), shapes=shapes)
-
-
-def cut(model: Model, plan: Plan, keep: KeptIndices) -> Model:
+def cut(model: Model, keep: KeptIndices) -> Model:
     """A narrow copy of the model."""
-    pruned = copied(model, narrow_tensors(model, keep, sliced))
-    set_counts(pruned, keep, set(named_tensors(model)))
-    cut_gates(pruned, plan.groups)
-    refresh_widths(pruned)
+    pruned = copied(model, narrow_tensors(model, keep))
+    finish_cut(pruned, model, keep)
     check_layers(pruned)
     return pruned
 
 
-@contextmanager
-def narrowed(model: nn.Module, keep: KeptIndices) -> Iterator[None]:
-    """The model itself is narrow for the duration, but for its gates: no copy of what is not cut, nor, where runs of channels
-    stay, of what is; and nothing left behind."""
-    with untouched(model):
-        names = set(named_tensors(model))
-        swap_tensors(model, narrow_tensors(model, keep, viewed))
-        set_counts(model, keep, names)
-        refresh_widths(model)
-        yield
+def narrow_twin(model: Model, keep: KeptIndices) -> Model:
+    """A narrow copy that shares the tensors that are not cut; no check of its layers."""
+    shared = {id(tensor): tensor for tensor in named_tensors(model).values()}
+    twin = copied(model, shared | narrow_tensors(model, keep))
+    finish_cut(twin, model, keep)
+    return twin
+
+
+def finish_cut(pruned: nn.Module, model: nn.Module, keep: KeptIndices) -> None:
+    """Set what counts or numbers channels in a copy whose tensors are narrow already, in place."""
+    tensors = named_tensors(model)
+    for name, axes in keep.items():
+        for axis, kept in axes.items() if name not in tensors else ():
+            set_count(pruned, name, axis, len(kept))
+    cut_gates(pruned, model, keep)
+    refresh_widths(pruned)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Parameters and buffers by name, shared ones under each of their names."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def narrow_tensors(
-    model: nn.Module, keep: KeptIndices, take: Callable[[Tensor, dict[int, Tensor]], Tensor]
-) -> dict[int, Tensor]:
+def narrow_tensors(model: nn.Module, keep: KeptIndices) -> dict[int, Tensor]:
     """By the identity of each tensor that is cut, what takes its place."""
     tensors = named_tensors(model)
-    return {id(tensors[name]): like(tensors[name], take(tensors[name], keep[name])) for name in keep if name in tensors}
+    cuts = {id(tensors[name]): (tensors[name], keep[name]) for name in keep if name in tensors}
+    return {key: like(tensor, sliced(tensor, axes)) for key, (tensor, axes) in cuts.items()}
 
 
 def like(old: Tensor, new: Tensor) -> Tensor:
@@ -224,30 +223,12 @@ def sliced(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:
     return out.contiguous(memory_format=torch.channels_last) if channels_last else out.contiguous()
 
 
-def viewed(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:
-    """The kept positions along each axis; in the tensor's own memory where they are one run, which is then read only."""
-    out = tensor.detach()
-    for axis, kept in axes.items():
-        first, count = int(kept[0]), len(kept)
-        run = int(kept[-1]) - first + 1 == count
-        out = out.narrow(axis, first, count) if run else out.index_select(axis, kept.to(out.device))
-    return out
-
-
 def swap_tensors(model: nn.Module, instead: Mapping[int, Tensor]) -> None:
     """Put other tensors, by identity, in place of parameters and buffers, wherever the model holds them; in place."""
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             table.update({key: instead[id(tensor)] for key, tensor in table.items() if id(tensor) in instead})
-
-
-def set_counts(model: nn.Module, keep: KeptIndices, tensors: set[str]) -> None:
-    """The attributes among what is kept that count channels, in place."""
-    for name, axes in keep.items():
-        if name not in tensors:
-            for axis, kept in axes.items():
-                set_count(model, name, axis, len(kept))
 
 
 def copied(model: Model, instead: Mapping[int, Tensor] | None = None) -> Model:
@@ -266,67 +247,40 @@ def check_shapes(pruned: nn.Module, model: nn.Module, example: Example) -> None:
 
     Nothing is said of networks that cannot run on shapes alone even before the cut (whose code reads values).
     """
-    try:
-        run_on_shapes(pruned, example)
-    except SlimError as error:
-        try:
-            run_on_shapes(model, example)
-        except SlimError:
-            return
-        text = str(error.__cause__).strip().splitlines()[0]
-        where = str(error).partition(" in ")[2].partition(":")[0]
+    failure = failure_on_shapes(pruned, example)
+    if failure and not failure_on_shapes(model, example):
         raise SlimError(
-            f"the plan would break {where}: {text}; make the plan with slim.make_plan on a graph of this very network"
-        ) from error
+            f"the plan would break {failure}; make the plan with slim.make_plan on a graph of this very network"
+        )
 
 
-def run_on_shapes(model: nn.Module, example: Example) -> None:
-    """Forward once on the meta device, which computes shapes and no values; the model is not touched."""
+def failure_on_shapes(model: nn.Module, example: Example) -> str | None:
+    """Where and why a forward pass fails on the meta device, which computes shapes and no values; the model is not touched."""
     hollow = {id(t): like(t, torch.empty_like(t, device="meta")) for t in [*model.parameters(), *model.buffers()]}
     inputs = tuple(torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in example)
-    Propagation(copied(model, hollow), muted=True).run(inputs)
+    run = Propagation(copied(model, hollow), muted=True)
+    try:
+        run.run(inputs)
+    except SlimError as error:
+        return f"{run.failed_in()}: {str(error.__cause__).strip().splitlines()[0]}"
+    return None
 
 
-def kept_gate_entries(model: nn.Module, groups: Iterable[GroupPlan]) -> dict[int, Tensor]:
-    """For each gate vector of a planned group, by identity, the entries kept."""
-    plans = {group.name: group for group in groups}
-    kept = {}
-    for _, gate in gates_in(model):
-        for name, vector in zip(gate.groups, gate.vectors, strict=True):
-            if name in plans and plans[name].size != vector.numel():
-                raise SlimError(f"the gate of group {name} has {vector.numel()} channels, the plan {plans[name].size}")
-            if name in plans:
-                kept[id(vector)] = torch.tensor(plans[name].keep)
-    return kept
-
-
-def cut_gates(model: nn.Module, groups: Iterable[GroupPlan]) -> None:
-    """Keep each gate's entries of the channels that stay; vectors shared between gates stay shared. In place."""
-    kept = kept_gate_entries(model, groups)
-    new_vectors: dict[int, nn.Parameter] = {}
-    for _, gate in gates_in(model):
-        entries: list[int] = []
-        start = 0
-        for number, vector in enumerate(list(gate.vectors)):
-            keep = kept.get(id(vector))
-            entries += range(start, start + vector.numel()) if keep is None else (start + keep).tolist()
-            start += vector.numel()
-            if keep is not None:
-                new = nn.Parameter(vector.detach()[keep.to(vector.device)], vector.requires_grad)
-                gate.vectors[number] = new_vectors.setdefault(id(vector), new)
+def cut_gates(pruned: nn.Module, model: nn.Module, keep: KeptIndices) -> None:
+    """Number the kept channels of each gate anew, whose vectors are narrow already. In place."""
+    for (path, gate), (_, new) in zip(gates_in(model), gates_in(pruned), strict=True):
         if gate.index is not None:
-            position = {entry: n for n, entry in enumerate(entries)}
-            index = [position[i] for i in gate.index.tolist() if i in position]
-            gate.index = torch.tensor(index, device=gate.index.device)
+            stays = [torch.zeros(vector.numel(), dtype=torch.bool) for vector in gate.vectors]
+            for number, entries in enumerate(stays):
+                entries[keep.get(f"{path}.vectors.{number}", {0: slice(None)})[0]] = True
+            joined, index = torch.cat(stays), gate.index.cpu()
+            new.index = (joined.cumsum(0) - 1)[index[joined[index]]].to(gate.index.device)
 
 
-def cut_optimizer(
-    optimizer: Optimizer, model: nn.Module, pruned: nn.Module, plan: Plan, keep: KeptIndices
-) -> Optimizer:
+def cut_optimizer(optimizer: Optimizer, model: nn.Module, pruned: nn.Module, keep: KeptIndices) -> Optimizer:
     """A new optimiser over the pruned model's parameters, its state (momentum, moments) sliced like them."""
     names = {id(p): name for name, p in model.named_parameters()}
     successors = dict(pruned.named_parameters())
-    gate_entries = kept_gate_entries(model, plan.groups)
     new = copy.copy(optimizer)
     new.param_groups = [{**group, "params": []} for group in optimizer.param_groups]
     new.state = type(optimizer.state)(dict)  # type: ignore[call-arg]
@@ -338,10 +292,9 @@ def cut_optimizer(
                 )
             name = names[id(old)]
             new_group["params"].append(successors[name])
-            axes = {0: gate_entries[id(old)]} if id(old) in gate_entries else keep.get(name, {})
             if old in optimizer.state:
                 new.state[successors[name]] = {
-                    key: sliced(value, axes)
+                    key: sliced(value, keep.get(name, {}))
                     if isinstance(value, Tensor) and value.shape == old.shape
                     else copy.deepcopy(value)
                     for key, value in optimizer.state[old].items()

@@ -56,8 +56,8 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False,
         for tensor in outputs:
             run.freeze(run.get(tensor), "a model output")
         run.frozen += frozen
-        graph = build_graph(run, example_inputs)
-        return freeze_what_breaks(graph, run, example_inputs) if dry_run else graph
+        graph, owners = build_graph(run, example_inputs)
+        return freeze_what_breaks(graph, owners, run, example_inputs) if dry_run else graph
 
 
 @contextmanager

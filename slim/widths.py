@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,53 +14,33 @@ from slim.ops import BATCH_NORMS
 def refresh_widths(model: nn.Module) -> None:
     """Set the modules' channel counts from their tensors, in place."""
     for module in model.modules():
-        for kind, refresh in FROM_TENSORS.items():
-            if isinstance(module, kind):
-                refresh(module)
+        tensors: Any = {**module._parameters, **module._buffers}
+        vector = tensors.get("weight") if tensors.get("weight") is not None else tensors.get("running_mean")
+        if vector is None:
+            continue
+        if isinstance(module, nn.modules.conv._ConvNd):
+            refresh_convolution(module)
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = vector.shape
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = vector.numel()
+        elif isinstance(module, nn.LayerNorm):
+            module.normalized_shape = tuple(vector.shape)
+        elif isinstance(module, nn.GroupNorm):
+            module.num_channels = vector.numel()
+        elif isinstance(module, BATCH_NORMS):
+            module.num_features = vector.numel()
 
 
 def refresh_convolution(module: Any) -> None:
     """A depthwise convolution has as many groups as input channels; other group counts never change."""
-    weight, transposed = module.weight, module.transposed
-    rows, columns = weight.shape[0], weight.shape[1]
-    depthwise = module.groups > 1 and module.groups == module.in_channels
-    if transposed:
-        module.groups = rows if depthwise else module.groups
-        module.in_channels, module.out_channels = rows, columns * module.groups
-    else:
-        module.groups = rows // (module.out_channels // module.groups) if depthwise else module.groups
-        module.in_channels, module.out_channels = columns * module.groups, rows
+    rows, columns = module.weight.shape[:2]
+    if module.groups > 1 and module.groups == module.in_channels:
+        module.groups = rows if module.transposed else rows // (module.out_channels // module.groups)
+    wide = columns * module.groups
+    module.in_channels, module.out_channels = (rows, wide) if module.transposed else (wide, rows)
 
 
-def refresh_linear(module: Any) -> None:
-    module.out_features, module.in_features = module.weight.shape
-
-
-def refresh_norm(module: Any) -> None:
-    vector = module.weight if module.weight is not None else module.running_mean
-    module.num_features = module.num_features if vector is None else vector.numel()
-
-
-def refresh_layer_norm(module: Any) -> None:
-    module.normalized_shape = module.normalized_shape if module.weight is None else tuple(module.weight.shape)
-
-
-def refresh_group_norm(module: Any) -> None:
-    module.num_channels = module.num_channels if module.weight is None else module.weight.numel()
-
-
-def refresh_prelu(module: Any) -> None:
-    module.num_parameters = module.weight.numel()
-
-
-FROM_TENSORS: dict[Any, Callable[[Any], None]] = {
-    nn.modules.conv._ConvNd: refresh_convolution,
-    nn.Linear: refresh_linear,
-    BATCH_NORMS: refresh_norm,
-    nn.LayerNorm: refresh_layer_norm,
-    nn.GroupNorm: refresh_group_norm,
-    nn.PReLU: refresh_prelu,
-}
 NORM_COUNTS: dict[Any, tuple[str, ...]] = {
     BATCH_NORMS: ("num_features",),
     nn.LayerNorm: ("normalized_shape",),
