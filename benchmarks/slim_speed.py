@@ -160,35 +160,29 @@ def search_on_copies(network: Subject) -> Pruned:
 def compare(network: Subject, job: str, repeats: int) -> list[list[str]]:
     """A row of cells for slim and one for torch-pruning, which take turns; a tool that fails says why in its row."""
     seconds: dict[str, list[float]] = {"slim": [], "torch-pruning": []}
-    last: dict[str, tuple[float, int]] = {}
-    failures: dict[str, str] = {}
+    ends: dict[str, list[str]] = {tool: [] for tool in seconds}
     dense = slim.cost(network.model, network.image).macs
-    for turn in range(repeats + 1):  # the first does not count
+    for turn in range(repeats + 1):
         for tool in sorted(seconds, reverse=bool(turn % 2)):
-            if tool in failures:
+            if len(ends[tool]) == 1:
                 continue
             spare = copy.deepcopy(network.model)
-            act = JOBS[job][tool]
             gc.collect()
             started = perf_counter()
             try:
-                model, prunings = act(network, spare)
-                took = perf_counter() - started
-                last[tool] = slim.cost(model, network.image).macs / dense, prunings
+                model, prunings = JOBS[job][tool](network, spare)
+                seconds[tool].append(perf_counter() - started)
+                ends[tool] = [str(prunings), f"{slim.cost(model, network.image).macs / dense:.1%}"]
             except Exception as error:
-                failures[tool] = (str(error).strip() or repr(error)).splitlines()[0]
-                continue
-            if turn:
-                seconds[tool].append(took)
-    rows = []
-    for tool, times in seconds.items():
-        if tool in failures:
-            rows.append([network.name, tool, f"fails: {failures[tool]}", "", "", ""])
-            continue
-        against = f"{median(times) / median(seconds['slim']):.2f}" if "slim" not in failures else ""
-        macs, prunings = last[tool]
-        rows.append([network.name, tool, f"{median(times):.3f}", against, str(prunings), f"{macs:.1%}"])
-    return rows
+                ends[tool] = ["fails: " + (str(error).strip() or repr(error)).splitlines()[0]]
+    middle = {tool: median(times[1:]) for tool, times in seconds.items() if len(ends[tool]) > 1}  # the first warms up
+    ratios = {tool: f"{time / middle['slim']:.2f}" if "slim" in middle else "" for tool, time in middle.items()}
+    return [
+        [network.name, tool, f"{middle[tool]:.3f}", ratios[tool], *end]
+        if tool in middle
+        else [network.name, tool, *end, "", "", ""]
+        for tool, end in ends.items()
+    ]
 
 
 JOBS: dict[str, dict[str, Callable[[Subject, nn.Module], Pruned]]] = {

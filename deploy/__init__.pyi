@@ -1,4 +1,6 @@
 from .export import export_network as export_network
+from .export import prove_equal as prove_equal
+from .export import prove_same_detections as prove_same_detections
 from .graph_wrappers import Decoded as Decoded
 from .graph_wrappers import FromBytes as FromBytes
 from .graph_wrappers import WithNms as WithNms
@@ -20,8 +22,6 @@ from .openvino_file import OpenVinoNetwork as OpenVinoNetwork
 from .profiling import LayerTime as LayerTime
 from .profiling import profile as profile
 from .profiling import profile_text as profile_text
-from .proof import prove_equal as prove_equal
-from .proof import prove_same_detections as prove_same_detections
 from .qat import plain_state as plain_state
 from .qat import with_quantisers as with_quantisers
 from .quantise_onnx import OnnxQuantiser as OnnxQuantiser

@@ -25,11 +25,10 @@ from ..command import flat
 from ..detector import Detector, open_detector
 from ..flags import DetectFlags
 from ..network import choose_device
-from .detection_files import DetectionFiles
 from .pictures import ImagePicture, Picture, planes_of, read_pictures
 from .pipeline import StageTimes, run_overlapped
 from .sources import MediaSource, find_sources
-from .writer import VideoWriter, write_image
+from .writer import DetectionFiles, VideoWriter, write_image
 
 _SIDE_PX = 640
 _MOST_AT_ONCE = 4

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from detection.video.detection_files import DetectionFiles
+from detection.video.writer import DetectionFiles
 
 ROW = (10.0, 20.0, 50.0, 40.0, 0.875, 1.0)
 
