@@ -7,7 +7,7 @@ from .errors import DataError as DataError
 from .loading import Batch as Batch
 from .loading import build_loader as build_loader
 from .loading import collate as collate
-from .sampling import multi_scale_sizes as multi_scale_sizes
+from .loading import multi_scale_sizes as multi_scale_sizes
 from .settings import Augment as Augment
 from .settings import DataSettings as DataSettings
 from .settings import LoaderSettings as LoaderSettings

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +98,17 @@ class Collector:
 def unusable_image(problem: str) -> Annotations:
     """An image that is left out for what its annotation says."""
     return Annotations(as_rows([]), problems=(f"{problem}; the image was left out",), unusable=True)
+
+
+def wrong_size(who: str, stated_hw: tuple[Any, Any], size_hw: tuple[int, int]) -> Annotations | None:
+    """An image that is left out because its annotation states another size; some writers leave the size out or at 0."""
+    if not all(stated_hw) or stated_hw == size_hw:
+        return None
+    stated, found = (
+        "x".join(f"{side:g}" if isinstance(side, float) else str(side) for side in sides[::-1])
+        for sides in (stated_hw, size_hw)
+    )
+    return unusable_image(f"{who} is said to have {stated} pixels, the file has {found}")
 
 
 def row_from_pixels(kind: int, corners: Sequence[float], size_hw: tuple[int, int]) -> Row:

@@ -222,15 +222,8 @@ def mix(one: tuple[Tensor, Labels], other: tuple[Tensor, Labels], share: float) 
     return blended, _stack([one[1], other[1]])
 
 
-def augmented_scene(
-    tiles: Sequence[Tile], canvas_px: int, size_px: int, augment: Augment, rng: np.random.Generator, zoom: float = 1.0
-) -> tuple[Tensor, Labels]:
-    """Tiles on a canvas under a random view: uint8 [3, S, S] and labels [n, 5] (class, x1, y1, x2, y2 px)."""
-    return render(tiles, random_view(augment, canvas_px, size_px, rng, zoom))
-
-
 def colour_and_flip(image: Tensor, labels: Labels, augment: Augment, rng: np.random.Generator) -> tuple[Tensor, Labels]:
-    """Colour jitter and mirrored sides; uint8 [3, S, S] and labels as ``augmented_scene`` gives them."""
+    """Colour jitter and mirrored sides; uint8 [3, S, S] and labels as ``render`` gives them."""
     hue, saturation, value = rng.uniform(-1, 1, size=3) * (augment.hsv_h, augment.hsv_s, augment.hsv_v)
     upside_down, mirrored = rng.random(2) < (augment.flipud, augment.fliplr)
     size_px, labels = image.shape[-1], labels.copy()

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .annotations import Annotations, ClassRangeError, Collector, Entry, row_from_pixels, unusable_image
+from .annotations import Annotations, ClassRangeError, Collector, Entry, row_from_pixels, wrong_size
 from .errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -144,12 +144,9 @@ def _read(
     names: Sequence[str],
     size_hw: tuple[int, int],
 ) -> Annotations:
-    stated = image.get("height"), image.get("width")
-    if all(stated) and stated != size_hw:
-        return unusable_image(
-            f"{path}: {image['file_name']} is said to have {stated[1]}x{stated[0]} pixels, the file has "
-            f"{size_hw[1]}x{size_hw[0]}"
-        )
+    wrong = wrong_size(f"{path}: {image['file_name']}", (image.get("height"), image.get("width")), size_hw)
+    if wrong:
+        return wrong
     found = Collector()
     for number, annotation in objects:
         with found.reading(f"{path}: annotation {annotation.get('id', f'number {number}')}", "annotation"):

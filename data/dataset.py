@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .annotations import Annotations, Entry, as_rows, check_usable
-from .augment import MIXUP_BETA, Labels, Tile, augmented_scene, colour_and_flip, mix, mosaic_tiles
+from .augment import MIXUP_BETA, Labels, Tile, colour_and_flip, mix, mosaic_tiles, random_view, render
 from .cache import DiskCache, MemoryCache, available_bytes, find_folder
 from .config import DataConfig
 from .errors import DataError
 from .images import IMAGE_SUFFIXES, grey, letterbox_of, read_image, read_size, resize
 from .letterbox import Letterbox
-from .sampling import Draw, weigh_images
 from .settings import Augment, Cache
 
 logger = logging.getLogger(__name__)
@@ -46,6 +45,18 @@ class Sample:
     """How to get back to the original image; None for an augmented sample."""
     original_hw: tuple[int, int]
     """Height and width of the image file."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample that a batch asks for."""
+
+    index: int
+    """Of the image in its data set."""
+    canvas_hw: tuple[int, int] | None = None
+    """Height and width of the sample in pixels; None for the data set's own square."""
+    turn: int = 0
+    """How often the epoch drew the image before: each time it is augmented differently."""
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -68,7 +79,7 @@ class DetectionDataset(Dataset[Sample]):
             needed.
         mosaic_epochs: from this epoch on neither mosaic nor mixup is applied; None for always.
         image_weights: shuffled epochs and the other images of a mosaic are drawn with replacement by
-            ``sampling.weigh_images``, so that classes occur alike.
+            ``weigh_images``, so that classes occur alike.
         holders: how many processes of this machine keep images of their own in memory.
 
     Raises:
@@ -215,7 +226,7 @@ class DetectionDataset(Dataset[Sample]):
             geometry, _ = letterbox_of(self._sizes[index], size)
             canvas_px = size
             tiles = [Tile(*self._resized(index), geometry.left_px, geometry.top_px)]
-        return augmented_scene(tiles, canvas_px, size_px, augment, rng, zoom=size_px / size)
+        return render(tiles, random_view(augment, canvas_px, size_px, rng, zoom=size_px / size))
 
     def _resized(self, index: int, canvas_hw: tuple[int, int] | None = None) -> tuple[Tensor, Labels]:
         """The image with its longer side at image_size_px (without padding), and its labels in those pixels.
@@ -306,3 +317,20 @@ def _targets(labels: Labels, canvas_hw: tuple[int, int]) -> Tensor:
     scale = np.array([width, height, width, height], dtype=np.float32)
     boxes = np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1) / scale
     return torch.from_numpy(np.concatenate([cls[:, None], boxes], axis=1))
+
+
+def weigh_images(labels: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """Weigh images so that classes are drawn alike: labels [n, 5] of each image -> probabilities [images], sum 1.
+
+    An object weighs 1 / (number of objects of its class in all images), an image as much as its objects together;
+    so all classes that occur have the same weight, however rare. An image without an object weighs as much as the mean
+    of those that have one: the share of such images stays.
+    """
+    classes = [rows[:, 0].astype(np.int64) for rows in labels]
+    counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *classes]))
+    weights: NDArray[np.float64] = np.array([(1 / counts[found]).sum() for found in classes])
+    empty = np.array([len(found) == 0 for found in classes])
+    if empty.any():
+        weights[empty] = 1.0 if empty.all() else weights[~empty].mean()
+    weights /= weights.sum()
+    return weights

@@ -33,19 +33,7 @@ _EXIF_ORIENTATION = 0x0112
 
 def read_image(path: Path) -> Tensor:
     """Decode an image file to RGB uint8 [3, H, W], turned upright as its EXIF says; DataError if that cannot be done."""
-    return decode_image(read_bytes(path), path)
-
-
-def read_bytes(path: Path) -> bytes:
-    """The file's content; DataError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _damaged(path, error) from error
-
-
-def decode_image(content: bytes, path: Path) -> Tensor:
-    """``read_image`` of the content of the file ``path``."""
+    content = read_bytes(path)
     try:
         if not content:
             raise OSError(_EMPTY)
@@ -53,6 +41,14 @@ def decode_image(content: bytes, path: Path) -> Tensor:
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
             return torch.from_numpy(pixels).permute(2, 0, 1)
     except _UNREADABLE as error:
+        raise _damaged(path, error) from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's content; DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
         raise _damaged(path, error) from error
 
 

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from .dataset import DetectionDataset, Sample
+from .dataset import DetectionDataset, Draw, Sample
 from .errors import DataError
 from .images import letterbox_of
 from .letterbox import Letterbox
-from .sampling import Draw
 
 
 @dataclass
@@ -196,3 +195,21 @@ def _set_up_worker(worker: int) -> None:
     os.setpgrp()
     # One thread each, as torch has there; OpenCV's own would not survive the fork.
     cv2.setNumThreads(0)
+
+
+def multi_scale_sizes(image_size_px: int, stride_px: int) -> tuple[int, ...]:
+    """List the multiples of the largest stride from half of the image size to one and a half of it, all in pixels.
+
+    DataError if there is none but the image size itself.
+
+    >>> multi_scale_sizes(96, 32)
+    (64, 96, 128)
+    """
+    first, last = max(1, math.ceil(image_size_px / 2 / stride_px)), math.floor(image_size_px * 1.5 / stride_px)
+    sizes = tuple(stride_px * k for k in range(first, last + 1))
+    if len(sizes) < 2:
+        raise DataError(
+            f"multi-scale: image size {image_size_px} leaves no multiple of the stride {stride_px} to choose from between "
+            f"half and one and a half of it; expected at least {2 * stride_px}"
+        )
+    return sizes

@@ -6,7 +6,7 @@ What a source is, its path tells:
 - a ``.txt`` in ``ImageSets/Main`` is a VOC list: a name without suffix a line, its image in ``JPEGImages``, its XML in
   ``Annotations`` (a second column of -1, as in VOC's lists of one class, leaves the image out);
 - any other ``.txt`` is a list of images, anything else an image or a folder of them. They are VOC if an XML is found for
-  one of them (``voc.annotation_path``) and for none a YOLO label file (``labels.label_path``); else YOLO.
+  one of them (``labels.annotation_path``) and for none a YOLO label file (``labels.label_path``); else YOLO.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from .annotations import Entry
 from .coco import coco_categories, coco_entries
 from .errors import DataError
 from .images import IMAGE_SUFFIXES
-from .labels import label_path, read_labels
-from .voc import annotation_path, read_voc, voc_names
+from .labels import annotation_path, label_path, read_labels, read_voc, voc_names
 
 logger = logging.getLogger(__name__)
 

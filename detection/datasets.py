@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from data import Augment, DataConfig, DataError, DataSettings, DetectionDataset, build_loader, load_data_config
+from data.dataset import Draw
 from data.download import download_data
-from data.sampling import Draw
 from data.shapes import make_described_shapes
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data import DataConfig, DataError, DetectionDataset
-from data.sampling import Draw
+from data.dataset import Draw
 from deploy import (
     EngineNetwork,
     OnnxQuantiser,

@@ -102,20 +102,16 @@ def check_same_head(student: Detect, teacher: nn.Module) -> None:
     head = getattr(teacher, "detect", teacher)
     if not isinstance(head, Detect):
         raise ModelError(f"teacher: {type(teacher).__name__} has no detection head; give a YOLOv5")
-    if head.num_classes != student.num_classes:
+    for what, theirs, ours, remedy in (
+        ("classes", head.num_classes, student.num_classes, "that was trained on this data set"),
+        ("strides", head.stride_px, student.stride_px, "with as many levels (P5 and P6 networks do not go together)"),
+    ):
+        if theirs != ours:
+            raise ModelError(f"teacher: {what} {theirs}, the student's are {ours}; give a teacher {remedy}")
+    anchors, own = head.anchors_px.cpu(), student.anchors_px.cpu()
+    if anchors.shape != own.shape or not torch.allclose(anchors, own, rtol=1e-3):
         raise ModelError(
-            f"teacher: {head.num_classes} classes, the student has {student.num_classes}; "
-            "give a teacher that was trained on this data set"
-        )
-    if head.stride_px != student.stride_px:
-        raise ModelError(
-            f"teacher: strides {head.stride_px}, the student's are {student.stride_px}; "
-            "give a teacher with as many levels (P5 and P6 networks do not go together)"
-        )
-    theirs, ours = head.anchors_px.cpu(), student.anchors_px.cpu()
-    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-3):
-        raise ModelError(
-            f"teacher: anchors {_shown(theirs)} px, the student's are {_shown(ours)}; start the student from weights or "
+            f"teacher: anchors {_shown(anchors)} px, the student's are {_shown(own)}; start the student from weights or "
             "a model description with the teacher's anchors"
         )
 

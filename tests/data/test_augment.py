@@ -13,7 +13,7 @@ from torch import Tensor
 
 import data.colour
 from data import Augment, DataError
-from data.augment import Labels, Tile, View, augmented_scene, colour_and_flip, mix, mosaic_tiles, random_view, render
+from data.augment import Labels, Tile, View, colour_and_flip, mix, mosaic_tiles, random_view, render
 from data.colour import jitter_hsv
 from data.images import FILL
 from tests.data.scenes import Box, rectangle, visible_box
@@ -38,7 +38,7 @@ def scene(kind: int) -> tuple[Tensor, Labels]:
 def augment_sample(
     tiles: list[Tile], canvas_px: int, size_px: int, augment: Augment, rng: np.random.Generator
 ) -> tuple[Tensor, Labels]:
-    return colour_and_flip(*augmented_scene(tiles, canvas_px, size_px, augment, rng), augment, rng)
+    return colour_and_flip(*render(tiles, random_view(augment, canvas_px, size_px, rng)), augment, rng)
 
 
 def sample(augment: Augment, seed: int, mosaic: bool) -> tuple[Tensor, Labels]:

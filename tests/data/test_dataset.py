@@ -14,9 +14,8 @@ from torchvision.ops import box_convert
 
 import data.dataset
 from data import Augment, DataConfig, DataError, DetectionDataset, load_data_config
-from data.dataset import Cache
+from data.dataset import Cache, Draw
 from data.letterbox import Letterbox
-from data.sampling import Draw
 from tests.data.scenes import BCCD, ROOT, label_line, rectangle, visible_box, write_rectangles, write_set
 
 SIZE = 64

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import DataError, multi_scale_sizes
-from data.sampling import weigh_images
+from data.dataset import weigh_images
 
 
 def labels(*classes: int) -> np.ndarray:

@@ -196,7 +196,7 @@ def test_heads_that_do_not_agree_are_refused(tiny):
     other = {**tiny, "anchors": [[4, 5, 6, 6], [12, 10, 20, 26]]}
     three = {**tiny, "head": [*tiny["head"][:-1], [[2], 1, "Detect", ["nc", "anchors"]]], "anchors": [[4, 5, 6, 6]]}
     for description, num_classes, message in (
-        (tiny, 3, "3 classes, the student has 2"),
+        (tiny, 3, "classes 3, the student's are 2"),
         (other, 2, "anchors 4x5 6x6 12x10 20x26 px, the student's are 4x5 6x6 12x10 20x24"),
         (three, 2, r"strides \(4,\), the student's are \(2, 4\)"),
     ):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data import DataSettings, DetectionDataset
-from data.sampling import Draw
+from data.dataset import Draw
 from deploy import Decoded, WithNms, open_exported, parts_of, prove_same_detections
 from detection import quantise
 from detection.datasets import open_data
