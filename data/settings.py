@@ -1,6 +1,7 @@
 """Settings of data sets and their loading, free of torch: a command line is read before torch is imported.
 
-An annotated field is a command-line flag of the same name, and the annotation its help (see ``detection.command``).
+An annotated field is a command-line flag of the same name; the annotation is its help, and what values are expected,
+which ``detection.command`` checks.
 """
 
 from __future__ import annotations
@@ -46,28 +47,22 @@ class SamplingSettings:
 class Augment:
     """Augmentation of training images.
 
-    Names and defaults are YOLOv5's (its ``scratch-low`` recipe).
+    Names and defaults are YOLOv5's (its ``scratch-low`` recipe); 0 switches a part off. A scale of 0 and a shear of a right
+    angle would leave nothing of the image.
     """
 
-    mosaic: Annotated[float, "probability that four images make one training sample"] = 1.0
-    mixup: Annotated[float, "probability that a training sample is blended with a second one"] = 0.0
-    scale: Annotated[float, "training images are scaled by 1 - scale to 1 + scale"] = 0.5
-    translate: Annotated[float, "training images are moved by at most this share of their size"] = 0.1
-    degrees: Annotated[float, "training images are turned by at most this many degrees"] = 0.0
-    shear: Annotated[float, "training images are sheared by at most this many degrees, along x and along y"] = 0.0
-    hsv_h: Annotated[float, "the hue of training images turns by at most this share of the colour circle"] = 0.015
-    hsv_s: Annotated[float, "their saturation is multiplied by 1 - hsv_s to 1 + hsv_s"] = 0.7
-    hsv_v: Annotated[float, "their brightness is multiplied by 1 - hsv_v to 1 + hsv_v"] = 0.4
-    flipud: Annotated[float, "probability of an upside-down flip"] = 0.0
-    fliplr: Annotated[float, "probability of a left-right flip"] = 0.5
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            # A scale of 0 and a shear of a right angle would leave nothing of the image.
-            below = {"scale": 1.0, "shear": 90.0}.get(name)
-            limit = below or {"degrees": 180.0}.get(name, 1.0)
-            if not 0 <= value <= limit or value == below:
-                from .errors import DataError  # which imports torch
-
-                wanted = f"0 to {'less than ' if below else ''}{limit:g}"
-                raise DataError(f"augmentation {name} is {value}, expected {wanted}; 0 switches it off")
+    mosaic: Annotated[float, "probability that four images make one training sample", "0 to 1"] = 1.0
+    mixup: Annotated[float, "probability that a training sample is blended with a second one", "0 to 1"] = 0.0
+    scale: Annotated[float, "training images are scaled by 1 - scale to 1 + scale", "0 to below 1"] = 0.5
+    translate: Annotated[float, "training images are moved by at most this share of their size", "0 to 1"] = 0.1
+    degrees: Annotated[float, "training images are turned by at most this many degrees", "0 to 180"] = 0.0
+    shear: Annotated[
+        float, "training images are sheared by at most this many degrees, along x and along y", "0 to below 90"
+    ] = 0.0
+    hsv_h: Annotated[float, "the hue of training images turns by at most this share of the colour circle", "0 to 1"] = (
+        0.015
+    )
+    hsv_s: Annotated[float, "their saturation is multiplied by 1 - hsv_s to 1 + hsv_s", "0 to 1"] = 0.7
+    hsv_v: Annotated[float, "their brightness is multiplied by 1 - hsv_v to 1 + hsv_v", "0 to 1"] = 0.4
+    flipud: Annotated[float, "probability of an upside-down flip", "0 to 1"] = 0.0
+    fliplr: Annotated[float, "probability of a left-right flip", "0 to 1"] = 0.5

@@ -1,6 +1,7 @@
 """Settings of runtimes, latencies and INT8, free of torch: a command line is read before torch is imported.
 
-An annotated field is a command-line flag of the same name, and the annotation its help (see ``detection.command``).
+An annotated field is a command-line flag of the same name; the annotation is its help, and what values are expected,
+which ``detection.command`` checks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class RuntimeSettings:
     precision: Annotated[
         RuntimePrecision, "what the engine computes in where it is not quantised; auto is its choice"
     ] = "auto"
-    num_cores: Annotated[int, "CPU threads of the network, 0 for all"] = 0
+    num_cores: Annotated[int, "CPU threads of the network, 0 for all", "at least 0"] = 0
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,21 @@ class LatencySettings:
         float | None,
         "milliseconds an image to come down to on this CPU, which must have nothing else to do: exported candidates are "
         "measured in turns with the dense network",
+        "above 0",
     ] = None
     latency_share: Annotated[
-        float | None, "the same as a share of the dense network's milliseconds, above 0, below 1"
+        float | None, "the same as a share of the dense network's milliseconds", "above 0 to below 1"
     ] = None
     latency_int8: Annotated[bool, "with a latency: of the networks in INT8 (the Detect head in floating point)"] = False
     engine: Annotated[Engine, "with a latency: what runs the networks"] = "openvino"
     latency_precision: Annotated[RuntimePrecision, "what is not in INT8: auto is what the engine takes by itself"] = (
         "auto"
     )
-    num_cores: Annotated[int, "with a latency: CPU threads, 0 for all"] = 0
+    num_cores: Annotated[int, "with a latency: CPU threads, 0 for all", "at least 0"] = 0
 
     def __post_init__(self) -> None:
         if self.latency_ms is not None and self.latency_share is not None:
             _refuse("--latency-ms and --latency-share: give one of them")
-        if self.latency_ms is not None and not 0 < self.latency_ms < float("inf"):
-            _refuse(f"--latency-ms {self.latency_ms:g}: expected milliseconds, above 0")
-        if self.latency_share is not None and not 0 < self.latency_share < 1:
-            _refuse(
-                f"--latency-share {self.latency_share:g}: expected above 0 and below 1, the share of the dense network's"
-            )
         if self.latency_int8 and not self.given:
             _refuse("--latency-int8: needs --latency-ms or --latency-share")
         if self.latency_int8 and self.engine == "torch":
@@ -73,7 +69,9 @@ class Int8Settings:
     """INT8."""
 
     int8: Annotated[bool, "quantise to 8 bits, calibrated on training images of --data; onnx and openvino"] = False
-    calibration_images: Annotated[int, "with --int8: training images that choose the ranges of activations"] = 200
+    calibration_images: Annotated[
+        int, "with --int8: training images that choose the ranges of activations", "at least 1"
+    ] = 200
     keep_float: Annotated[
         tuple[str, ...], "with --int8: modules that stay in float beside the head, as model.9.* model.0"
     ] = ()

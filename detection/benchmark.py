@@ -152,8 +152,6 @@ def benchmark(flags: BenchmarkFlags) -> list[Row]:
     """Measure and print a row for each combination; fills the run folder, when interrupted with what is measured by then."""
     if not flags.weights:
         raise SlimError("--weights: none given; name one or more checkpoints or exported files")
-    if min(flags.batch_size, default=0) < 1:
-        raise SlimError(f"--batch-size {' '.join(map(str, flags.batch_size))}: expected at least 1")
     for cores in flags.num_cores:
         threads_of(cores)
     rounds, data, names = rounds_for(flags.repeats, flags.warmup), BenchmarkData(flags), short_names(flags.weights)

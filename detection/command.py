@@ -1,10 +1,9 @@
 """Command lines from dataclasses: flat flags over nested settings, ``--config`` files and one-line errors.
 
-An annotated field, ``lr: Annotated[float, "learning rate"] = 0.01``, is the flag ``--lr`` with that help. A field that is
-itself such a dataclass gives its flags, under the first line of its docstring in ``--help``; an annotation of it is what
-their names begin with. A field without an annotation is no flag.
-
-Nothing here imports torch at once: a command line is read, or refused, before the seconds that this costs.
+An annotated field, ``lr: Annotated[float, "learning rate", "above 0"] = 0.01``, is the flag ``--lr`` with that help; a
+further annotation is the range of its values. A field that is itself such a dataclass gives its flags, under the first
+line of its docstring in ``--help``; an annotation of it is what their names begin with. A field without an annotation is
+no flag.
 """
 
 from __future__ import annotations
@@ -61,12 +60,13 @@ class CommandError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A flag: its type, help, value where it is not given, and the settings that it belongs to."""
+    """A flag: its type, help, value where it is not given, the settings that it belongs to, and the range of its values."""
 
     kind: Any
     help: str
     default: Any
     group: str
+    expected: str = ""
 
 
 def flags_of(settings: Any, prefix: str = "") -> dict[str, Flag]:
@@ -81,7 +81,7 @@ def flags_of(settings: Any, prefix: str = "") -> dict[str, Flag]:
         if dataclasses.is_dataclass(value):
             new = flags_of(value, prefix + "".join(notes))
         elif notes:
-            new = {prefix + field.name: Flag(kind, notes[0], value, group)}
+            new = {prefix + field.name: Flag(kind, notes[0], value, group, *notes[1:])}
         assert not found.keys() & new.keys(), f"two flags of one name: {sorted(found.keys() & new.keys())}"
         found |= new
     return found
@@ -197,7 +197,7 @@ def _parser(flags: Mapping[str, Flag], description: str) -> argparse.ArgumentPar
         item = typing.get_args(flag.kind)[0] if many else flag.kind
         shown = " ".join(map(str, flag.default)) if many else flag.default
         text = (flag.help if shown in (None, "", False) else f"{flag.help} (default: {shown})").replace("%", "%%")
-        extra: dict[str, Any] = {"type": _reader(item), "metavar": _metavar(item)}
+        extra: dict[str, Any] = {"type": _reader(item, flag.expected), "metavar": _metavar(item)}
         if flag.kind is bool:
             extra = {"action": argparse.BooleanOptionalAction}
         elif many:
@@ -225,8 +225,8 @@ def _metavar(kind: Any) -> str:
     return "|".join(known.get(option) or "|".join(typing.get_args(option)) for option in options)
 
 
-def _reader(kind: Any) -> Callable[[str], Any]:
-    """From a word of the command line to a value of a type."""
+def _reader(kind: Any, expected: str = "") -> Callable[[str], Any]:
+    """From a word of the command line to a value of a type, within a range such as 'above 0 to below 1'."""
 
     def read_word(word: str) -> Any:
         wanted: list[str] = []
@@ -241,10 +241,21 @@ def _reader(kind: Any) -> Callable[[str], Any]:
             else:
                 wanted.append({int: "a whole number", float: "a number"}.get(option, "text"))
                 with contextlib.suppress(ValueError):
-                    return option(word)
+                    value = option(word)
+                    if not expected or _is_within(value, expected):
+                        return value
+                    wanted = [expected]
         raise argparse.ArgumentTypeError(f"{word}: expected {' or '.join(wanted)}")
 
     return read_word
+
+
+def _is_within(value: float, expected: str) -> bool:
+    """Whether a number is 'at least 1', 'above 0', '0 to 1' or 'above 0 to below 1'; finite unless 'to inf' is said."""
+    limits = re.fullmatch(r"(above )?(?:at least )?(\S+)(?: to (below )?(\S+))?", expected)
+    assert limits is not None, expected
+    above, low, below, high = limits[1], float(limits[2]), limits[3] or not limits[4], float(limits[4] or "inf")
+    return (low < value if above else low <= value) and (value < high if below else value <= high)
 
 
 def _spelled(words: Sequence[str], flags: Mapping[str, Flag]) -> list[str]:

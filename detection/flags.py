@@ -96,13 +96,11 @@ class QatSettings:
 
     qat: Annotated[bool, "round weights and maps to 8 bits while training, for an INT8 export that loses less"] = False
     keep_float: Annotated[tuple[str, ...], "with --qat: patterns of modules beside the head that are not rounded"] = ()
-    calibration_images: Annotated[int, "with --qat: training images on which the ranges are found"] = 64
+    calibration_images: Annotated[int, "with --qat: training images on which the ranges are found", "at least 1"] = 64
 
     def __post_init__(self) -> None:
         if self.keep_float and not self.qat:
             _refuse("--keep-float: says what --qat leaves alone; add --qat, or leave it out")
-        if self.calibration_images < 1:
-            _refuse(f"--calibration-images {self.calibration_images}: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,8 @@ class PruneFlags(ScriptFlags):
     ] = 0
     unstructured: Annotated[
         float | None,
-        "instead of cutting channels: share of the convolutions' weights set to zero, the smallest, above 0, below 1",
+        "instead of cutting channels: share of the convolutions' weights set to zero, the smallest",
+        "above 0 to below 1",
     ] = None
     unstructured_scope: Annotated[
         Literal["layer", "global"], "with --unstructured: this share of each convolution's weights, or of all together"
@@ -201,8 +200,6 @@ class PruneFlags(ScriptFlags):
             _refuse(f"{' and '.join(given)}: give exactly one target")
         if self.unstructured is None:
             return
-        if not 0 < self.unstructured < 1:
-            _refuse(f"--unstructured {self.unstructured:g}: expected above 0 and below 1, the share to zero")
         if others := [*given, *(["--recalibrate"] if self.recalibrate else [])]:
             _refuse(
                 f"--unstructured and {', '.join(others)}: zeroed weights leave every width as it is; cut channels in a run of "
@@ -218,19 +215,26 @@ class IterateFlags(ScriptFlags):
     seed: Annotated[int, "seed of every random generator"] = 0
     weights: Annotated[str, "trained checkpoint to slim; its AP is the baseline"] = ""
     img: Annotated[int, "image size in pixels, a multiple of the largest stride"] = 320
-    rounds: Annotated[int, "how many times to train sparsely and cut"] = 3
+    rounds: Annotated[int, "how many times to train sparsely and cut", "at least 1"] = 3
     macs: Annotated[
         float | None,
-        "share of the MACs of --weights to keep in the end, above 0 to 1; else 0.4, unless a latency is the target",
+        "share of the MACs of --weights to keep in the end; else 0.4, unless a latency is the target",
+        "above 0 to 1",
     ] = None
     sparse_epochs: Annotated[int, "epochs of sparse training a round"] = 10
-    recovery_epochs: Annotated[int, "epochs of training after each cut, before it is judged; 0 judges it at once"] = 5
+    recovery_epochs: Annotated[
+        int, "epochs of training after each cut, before it is judged; 0 judges it at once", "at least 0"
+    ] = 5
     finetune_epochs: Annotated[int, "epochs of fine-tuning at the end"] = 20
     max_drop: Annotated[
         float, "a round is accepted while AP and the worst class's AP are at most so far below dense"
     ] = 0.02
-    attempts: Annotated[int, "cuts to try in a round, each half as far as the one before, until one is accepted"] = 3
-    recalibrate: Annotated[int, "training batches on which batch-norm statistics are re-estimated after a cut"] = 8
+    attempts: Annotated[
+        int, "cuts to try in a round, each half as far as the one before, until one is accepted", "at least 1"
+    ] = 3
+    recalibrate: Annotated[
+        int, "training batches on which batch-norm statistics are re-estimated after a cut", "at least 0"
+    ] = 8
     teacher: Annotated[
         str, "checkpoint whose outputs every training learns beside the labels, such as --weights itself"
     ] = ""
@@ -251,13 +255,8 @@ class IterateFlags(ScriptFlags):
     latency: LatencySettings = LatencySettings()
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("attempts", 1), ("recovery_epochs", 0), ("recalibrate", 0)):
-            if getattr(self, name) < least:
-                _refuse(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
         if self.latency.given and self.macs is not None:
             _refuse("--macs and a latency: give one target")
-        if self.macs is not None and not 0 < self.macs <= 1:
-            _refuse(f"--macs {self.macs}: expected above 0 to 1, the share to keep")
 
     def resolved(self) -> IterateFlags:
         """With the values of flags that were not given."""
@@ -301,7 +300,7 @@ class ExportFlags(ScriptFlags):
     img: Annotated[
         tuple[int, ...], "image size in pixels, multiples of the largest stride: one side or height and width"
     ] = (320,)
-    batch_size: Annotated[int, "images at once, where --dynamic does not leave that free"] = 1
+    batch_size: Annotated[int, "images at once, where --dynamic does not leave that free", "at least 1"] = 1
     dynamic: Annotated[bool, "number, height and width of the images are free, in multiples of the largest stride"] = (
         False
     )
@@ -313,10 +312,6 @@ class ExportFlags(ScriptFlags):
     suppression: NmsSettings = NmsSettings()
     int8: Int8Settings = Int8Settings()
     dataset: DataSettings = DataSettings(data=SHAPES)
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            _refuse(f"--batch-size {self.batch_size}: expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -337,8 +332,8 @@ class BenchmarkFlags(ScriptFlags):
         tuple[int | str, ...],
         "image sizes in pixels, one side or height x width as in 384x640. Else a file's own, or 416",
     ] = ()
-    num_cores: Annotated[tuple[int, ...], "CPU threads, 0 for all"] = (2,)
-    batch_size: Annotated[tuple[int, ...], "images at once"] = (1,)
+    num_cores: Annotated[tuple[int, ...], "CPU threads, 0 for all", "at least 0"] = (2,)
+    batch_size: Annotated[tuple[int, ...], "images at once", "at least 1"] = (1,)
     precision: Annotated[tuple[RuntimePrecision, ...], "what the engine computes in; auto leaves it the choice"] = (
         "auto",
     )
@@ -354,7 +349,7 @@ class BenchmarkFlags(ScriptFlags):
 class DrawingSettings:
     """Drawing."""
 
-    line_thickness: Annotated[int, "pixels of a box's line; 0: by the picture's size"] = 0
+    line_thickness: Annotated[int, "pixels of a box's line; 0: by the picture's size", "at least 0"] = 0
     hide_labels: Annotated[bool, "draw no class names"] = False
     hide_conf: Annotated[bool, "draw no scores"] = False
 
@@ -378,8 +373,9 @@ class DetectFlags(ScriptFlags):
     at_once: Annotated[
         int,
         "pictures in inference side by side, which share --num-cores; 0: one a core, up to 4, and 1 for webcams, streams, GPUs",
+        "at least 0",
     ] = 0
-    vid_stride: Annotated[int, "look at every so many frames of a video"] = 1
+    vid_stride: Annotated[int, "look at every so many frames of a video", "at least 1"] = 1
     save_txt: Annotated[bool, "also write YOLO text to labels/, one file a picture"] = False
     save_conf: Annotated[bool, "with --save-txt: also the scores"] = False
     save_json: Annotated[bool, "also write detections.json"] = False
@@ -391,11 +387,6 @@ class DetectFlags(ScriptFlags):
     drawing: DrawingSettings = DrawingSettings()
 
     def __post_init__(self) -> None:
-        if self.vid_stride < 1 or self.drawing.line_thickness < 0 or self.at_once < 0 or self.runtime.num_cores < 0:
-            _refuse(
-                f"--vid-stride {self.vid_stride}, --line-thickness {self.drawing.line_thickness}, "
-                f"--at-once {self.at_once}, --num-cores {self.runtime.num_cores}: expected at least 1, 0, 0 and 0"
-            )
         if self.save_conf and not self.save_txt:
             _refuse("--save-conf: the scores stand in the text files; add --save-txt")
         if len(self.img) > 2:

@@ -110,8 +110,6 @@ def measure_on(
 
 def calibration_images(config: DataConfig, sides_px: tuple[int, int], count: int, seed: int) -> list[Tensor]:
     """Shuffled training images as evaluation sees them: float 0..1 [3, H, W] each, at most ``count``."""
-    if count < 1:
-        raise SlimError(f"--calibration-images {count}: expected at least 1")
     try:
         dataset = DetectionDataset(config, "train", max(sides_px), cache="none")
     except DataError as error:

@@ -1,19 +1,13 @@
 """Settings of losses and of non-maximum suppression, free of torch: a command line is read before torch is imported.
 
-An annotated field is a command-line flag of the same name, and the annotation its help (see ``detection.command``).
+An annotated field is a command-line flag of the same name; the annotation is its help, and what values are expected,
+which ``detection.command`` checks.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Annotated, NoReturn
-
-
-def _refuse(message: str) -> NoReturn:
-    from .errors import ModelError  # which imports torch
-
-    raise ModelError(message)
+from typing import Annotated
 
 
 @dataclass(frozen=True)
@@ -32,11 +26,7 @@ class LossGains:
     )
     cls_pw: Annotated[float, "weight of the positives in the class loss"] = 1.0
     obj_pw: Annotated[float, "weight of the positives in the objectness loss"] = 1.0
-    label_smoothing: Annotated[float, "of the class targets, 0 to 1"] = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing <= 1:
-            _refuse(f"loss: label_smoothing is {self.label_smoothing}, expected 0 to 1")
+    label_smoothing: Annotated[float, "of the class targets", "0 to 1"] = 0.0
 
     def scaled(self, num_classes: int, image_size_px: int, num_levels: int) -> LossGains:
         """The gains for a task; those of a hyper-parameter file are meant for 80 classes, 640 pixels and 3 levels."""
@@ -57,28 +47,19 @@ class DistillGains:
     for them. On the command line the names begin with ``distill-``.
     """
 
-    weight: Annotated[float, "with --teacher: weight of its outputs beside the labels"] = 1.0
-    box: Annotated[float, "with --teacher: weight of its boxes, on top of --box"] = 1.0
-    obj: Annotated[float, "with --teacher: weight of its objectness, on top of --obj"] = 1.0
-    cls: Annotated[float, "with --teacher: weight of its classes, on top of --cls"] = 1.0
-    min_objectness: Annotated[float, "with --teacher: where it sees less, it teaches objectness alone"] = 0.01
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not (math.isfinite(value) and value >= 0):
-                _refuse(f"distillation: {name} is {value}, expected a finite number of at least 0")
+    weight: Annotated[float, "with --teacher: weight of its outputs beside the labels", "at least 0"] = 1.0
+    box: Annotated[float, "with --teacher: weight of its boxes, on top of --box", "at least 0"] = 1.0
+    obj: Annotated[float, "with --teacher: weight of its objectness, on top of --obj", "at least 0"] = 1.0
+    cls: Annotated[float, "with --teacher: weight of its classes, on top of --cls", "at least 0"] = 1.0
+    min_objectness: Annotated[
+        float, "with --teacher: where it sees less, it teaches objectness alone", "at least 0"
+    ] = 0.01
 
 
 @dataclass(frozen=True)
 class NmsSettings:
     """Detections."""
 
-    conf: Annotated[float, "lowest score of a detection, 0 to 1"] = 0.25
-    iou: Annotated[float, "IoU above which a box removes a less confident one, 0 to 1"] = 0.45
-    max_det: Annotated[int, "most detections of an image"] = 300
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.conf <= 1 and 0 <= self.iou <= 1 and self.max_det > 0):
-            _refuse(
-                f"--conf {self.conf:g}, --iou {self.iou:g}, --max-det {self.max_det}: expected 0 to 1, 0 to 1 and above 0"
-            )
+    conf: Annotated[float, "lowest score of a detection", "0 to 1"] = 0.25
+    iou: Annotated[float, "IoU above which a box removes a less confident one", "0 to 1"] = 0.45
+    max_det: Annotated[int, "most detections of an image", "at least 1"] = 300

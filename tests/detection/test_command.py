@@ -153,6 +153,23 @@ def test_two_flags_of_one_name_are_a_defect() -> None:
         (["--strength", "big"], "--strength big: expected a number or auto"),
         (["--tie", "all"], "--tie all: expected group or layer"),
         (["--lr"], "--lr expected one argument"),
+        (["--lr", "0"], "--lr 0: expected above 0;"),
+        (["--lr", "inf"], "--lr inf: expected above 0;"),
+        (["--momentum", "1"], "--momentum 1: expected 0 to below 1;"),
+        (["--final-lr-ratio", "2"], "--final-lr-ratio 2: expected 0 to 1;"),
+        (["--weight-decay", "-1"], "--weight-decay -1: expected at least 0;"),
+        (["--clip-norm", "0"], "--clip-norm 0: expected above 0 to inf;"),
+        (["--epochs", "0"], "--epochs 0: expected at least 1;"),
+        (["--optimizer", "lion"], "--optimizer lion: expected sgd or adamw"),
+        (["--schedule", "step"], "--schedule step: expected linear or cosine"),
+        (["--precision", "int8"], "--precision int8: expected auto or float32"),
+        (["--fliplr", "1.5"], "--fliplr 1.5: expected 0 to 1;"),
+        (["--scale", "1"], "--scale 1: expected 0 to below 1;"),
+        (["--shear", "90"], "--shear 90: expected 0 to below 90;"),
+        (["--degrees", "-3"], "--degrees -3: expected 0 to 180;"),
+        (["--mosaic", "nan"], "--mosaic nan: expected 0 to 1;"),
+        (["--label-smoothing", "2"], "--label-smoothing 2: expected 0 to 1;"),
+        *((["--distill-cls", value], f"--distill-cls {value}: expected at least 0;") for value in ("-1", "nan", "inf")),
         (["64"], "unrecognized arguments: 64"),
         (["--config", "none.yaml"], "none.yaml: cannot be read as YAML (No such file or directory)"),
     ],
@@ -163,11 +180,20 @@ def test_mistakes_name_the_flag_the_value_and_what_was_expected(words: list[str]
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_limits_of_ranges_are_taken_where_they_belong_to_them() -> None:
+    words = ["--clip-norm", "inf", "--momentum", "0", "--final-lr-ratio", "1", "--degrees", "180", "--epochs", "1"]
+    found = parse(SparseFlags, "", [*words, "--sparse-from", "0", "--strength", "auto"])
+    optim = found.training.optim
+    assert (optim.clip_norm, optim.momentum, optim.final_lr_ratio) == (float("inf"), 0.0, 1.0)
+    assert found.augment.degrees == 180 and found.training.epochs == 1
+
+
 def test_mistakes_in_files_name_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     for content, message in (
         ("epochz: 3", "--epochz: unknown flag; did you mean --epochs"),
         ("lr: fast", "--lr fast: expected a number"),
+        ("lr: -0.5", "--lr -0.5: expected above 0"),
         ("- 3", "expected a YAML file of names and values"),
         ("a: [", "cannot be read as YAML"),
     ):

@@ -135,7 +135,7 @@ def test_rectangular_evaluation_sees_the_same_images(
     [
         (("--close-mosaic", 3), "--close-mosaic 3: expected 0 to --epochs, 2"),
         (("--close-mosaic", -1), "--close-mosaic -1: expected 0 to --epochs, 2"),
-        (("--mixup", 1.5), "augmentation mixup is 1.5, expected 0 to 1; 0 switches it off"),
+        (("--mixup", 1.5), "--mixup 1.5: expected 0 to 1"),
         (
             ("--img", 32, "--multi-scale"),
             "multi-scale: image size 32 leaves no multiple of the stride 32 to choose from",

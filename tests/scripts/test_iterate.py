@@ -276,7 +276,7 @@ def test_a_damaged_phase_is_named_with_its_remedy(begun: Path, small_run: Path, 
     ("flags", "words"),
     [
         (["--rounds", 0], "--rounds 0: expected at least 1"),
-        (["--macs", 0], "--macs 0.0: expected above 0 to 1"),
+        (["--macs", 0], "--macs 0: expected above 0 to 1"),
         (["--attempts", 0], "--attempts 0: expected at least 1"),
         (["--train", "learning-rate=1"], "learning-rate"),
         (["--train", "lr"], "lr: expected name=value"),

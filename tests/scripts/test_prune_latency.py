@@ -127,8 +127,8 @@ def test_one_target_at_a_time(clock: FakeClock, sparse_run: Path, tmp_path: Path
     given = base(sparse_run, tmp_path)
     fails(script(*given, "--latency-ms", 4, "--macs", 0.5), "--macs and --latency-ms: give exactly one target")
     fails(script(*given, "--latency-ms", 4, "--latency-share", 0.5), "--latency-ms and --latency-share: give one")
-    fails(script(*given, "--latency-ms", 0), "--latency-ms 0: expected milliseconds, above 0")
-    fails(script(*given, "--latency-share", 1), "--latency-share 1: expected above 0 and below 1")
+    fails(script(*given, "--latency-ms", 0), "--latency-ms 0: expected above 0")
+    fails(script(*given, "--latency-share", 1), "--latency-share 1: expected above 0 to below 1")
     fails(script(*given, "--latency-int8", "--macs", 0.5), "--latency-int8: needs --latency-ms or --latency-share")
     fails(script(*given, "--latency-int8", "--latency-ms", 4, "--engine", "torch"), "torch runs no INT8 files")
     assert not list(tmp_path.iterdir()), "nothing was begun"

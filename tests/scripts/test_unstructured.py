@@ -80,7 +80,7 @@ def test_what_does_not_go_together(sparse_run: Path, tiny: Path, tmp_path: Path,
     given = ("prune", "--weights", sparse_run / "weights" / "last.pt", "--img", 64, "--project", tmp_path)
     fails(script(*given, "--unstructured", 0.3, "--macs", 0.5), "--unstructured and --macs: zeroed weights leave")
     fails(script(*given, "--unstructured", 0.3, "--latency-ms", 5), "--unstructured and --latency-ms")
-    fails(script(*given, "--unstructured", 1), "--unstructured 1: expected above 0 and below 1")
+    fails(script(*given, "--unstructured", 1), "--unstructured 1: expected above 0 to below 1")
     fails(script(*given, "--unstructured", 0.3, "--recalibrate", 2, "--data", tiny), "--unstructured and --recalibrate")
     fails(
         script(*given, "--unstructured", 0.3), "--unstructured 0.3: 50.0% of the convolutions' weights are zero already"
