@@ -1,18 +1,31 @@
-"""What the slimming loop decides: how far each round cuts, what is accepted, and the record of all candidates."""
+"""The slimming loop's candidates: what it aims at, which of them it accepts, their record, and what a finished loop leaves."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slim import write_text_atomically
+from torch import nn
 
-DENSE_ROUND = 0
+import slim
+from data import DetectionDataset
+from models import YOLO
+from slim import SlimError, write_text_atomically
+from tracking import RunFolder, plot_widths, read_png, save_png, side_by_side, write_report
+from tracking.journal import Journal
+
+from .evaluator import draw_networks
+from .flags import IterateFlags
+from .latency import TOLERANCE, Measurer
+from .network import Network, example_image
+from .timing import milliseconds_per_image
 
 
 @dataclass(frozen=True)
@@ -111,3 +124,105 @@ def write_pareto(candidates: Sequence[Candidate], path: Path) -> None:
     table.writeheader()
     table.writerows(dataclasses.asdict(candidate) for candidate in candidates)
     write_text_atomically(path, text.getvalue())
+
+
+class LoopTarget:
+    """The size of networks in MACs, or with a `measurer` their latency as a share of the dense network's."""
+
+    def __init__(self, flags: IterateFlags, dense: Network, measurer: Measurer | None, journal: Journal) -> None:
+        self.flags, self.dense, self.measurer, self.journal = flags, dense, measurer, journal
+        self.unit = "latency" if measurer else "MACs"
+
+    def size(self, macs: int, latency_share: float) -> float:
+        """The size of a network of so many MACs and such a share of the dense network's latency."""
+        return latency_share if self.measurer else macs
+
+    def final(self, baseline: Mapping[str, Any]) -> float:
+        """The size that the last round aims at."""
+        wanted = self.flags.latency
+        if self.measurer is None:
+            assert self.flags.macs is not None
+            return float(baseline["macs"] * self.flags.macs)
+        dense_ms = self.dense_latency()["dense_ms"]
+        if wanted.latency_share is not None:
+            return wanted.latency_share
+        assert wanted.latency_ms is not None
+        if wanted.latency_ms >= dense_ms:
+            raise SlimError(
+                f"--latency-ms {wanted.latency_ms:g}: the dense network takes {dense_ms:.2f} ms, which meets it; nothing to cut"
+            )
+        return float(wanted.latency_ms / dense_ms)
+
+    def is_met(self, latency_share: float, baseline: Mapping[str, Any]) -> bool:
+        """Whether a latency is low enough already: widths may fall below what their round aimed at."""
+        return self.measurer is not None and latency_share <= self.final(baseline) * (1 + TOLERANCE)
+
+    def dense_latency(self) -> dict[str, Any]:
+        """What the dense network takes, and under what."""
+
+        def act(work: Path) -> dict[str, Any]:
+            assert self.measurer is not None
+            return {"dense_ms": self.measurer.time_dense().median_ms, **self.measurer.setting()}
+
+        return self.journal.phase("latency", act)
+
+    def milliseconds(self, model: YOLO) -> dict[str, float]:
+        """One image, measured in turn with the dense network, gates folded: in torch, or as the latency is asked for."""
+        if self.measurer:
+            dense_ms = self.dense_latency()["dense_ms"]
+            return {"dense": dense_ms, "candidate": self.measurer.against_dense(model).ratio * dense_ms}
+        networks = {"dense": slim.fold_gates(self.dense.model.cpu()), "candidate": slim.fold_gates(model.cpu())}
+        return milliseconds_per_image(networks, example_image(self.flags.img), repeats=15, warmup=3)
+
+    def metrics(self, baseline: Mapping[str, Any], dense_ms: float, ms: float) -> dict[str, Any]:
+        """What metrics.json says of the latency of the slim network; nothing where MACs are the target."""
+        if self.measurer is None:
+            return {}
+        return {**self.dense_latency(), "target_ms": self.final(baseline) * dense_ms, "latency_ms": ms}
+
+
+def save_networks(run: RunFolder, networks: Sequence[Path], plans: Sequence[slim.Plan]) -> Path:
+    """Copy the phases' files of the slim network, its checkpoint first, and write the rounds' plans as one plan.
+
+    Returns the checkpoint's place in the run.
+    """
+    for made in networks:
+        slim.write_atomically(run.path / "weights" / made.name, functools.partial(shutil.copyfile, made))
+    write_text_atomically(run.path / "plan.json", functools.reduce(slim.compose, plans).to_json())
+    return run.path / "weights" / networks[0].name
+
+
+def write_reports(
+    run: RunFolder, metrics: Mapping[str, Any], networks: Mapping[str, nn.Module], val_set: DetectionDataset, step: int
+) -> None:
+    """Pictures, metrics and reports, the phases' too: those were written before the phases had their names.
+
+    `metrics` are metrics.json's, with those of the dense network as "baseline"; `networks` are drawn side by side on
+    images of `val_set`, in TensorBoard at `step`, the number of rounds.
+    """
+    picture = side_by_side(draw_networks(networks, val_set))
+    save_png(picture, run.path / "side_by_side.png")
+    run.log_picture("detections", picture, step)
+    widths = plot_widths(metrics["baseline"]["channels"], metrics["channels"], run.path / "widths.png")
+    run.log_picture("widths", read_png(widths), step)
+    run.write_metrics(metrics)
+    run.close()
+    for training in sorted(run.path.glob("*/results.csv")):
+        write_report(RunFolder(training.parent))
+    write_report(run)
+
+
+def write_tensorboard(
+    run: RunFolder, journal: Journal, candidates: Sequence[Candidate], baseline: Mapping[str, Any]
+) -> None:
+    """TensorBoard's series against the round, written anew: a loop that continued shows no step twice."""
+    for old in run.path.glob("events.out.*"):
+        old.unlink()
+    for c in candidates:
+        if c.round and not (c.attempt and c.accepted):
+            continue
+        found = journal.result(f"round{c.round}-try{c.attempt}-evaluation") if c.round else baseline
+        assert found is not None
+        run.log_channels(found["channels"], c.round)
+        scalars = {"metrics/ap": c.ap, "metrics/ap50": c.ap50, "cost/macs": c.macs, "cost/params": c.params}
+        run.log_scalars(scalars, c.round)

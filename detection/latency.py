@@ -132,15 +132,18 @@ class CandidateFactory:
 
 
 class LatencySearch:
-    """A search among measured candidates, all of whose measurements are in ``record``, which a later process takes up."""
+    """A search among measured candidates, all of whose measurements are in ``record``, which a later process takes up.
+
+    Where nothing but the dense network was measured there is no record; a function is asked for its place before it is written.
+    """
 
     factory: CandidateFactory
 
-    def __init__(self, settings: LatencySettings, measurer: Measurer, record: Path) -> None:
+    def __init__(self, settings: LatencySettings, measurer: Measurer, record: Path | Callable[[], Path]) -> None:
         self.settings, self.measurer, self.record = settings, measurer, record
         self.plans: dict[str, slim.Plan] = {}
         self.known: dict[str, Any] = {"dense": None, "measurements": []}
-        if record.is_file():
+        if isinstance(record, Path) and record.is_file():
             self.known = read_json(record)
 
     def choose(self, factory: CandidateFactory) -> tuple[slim.Plan, dict[str, Any]]:
@@ -254,10 +257,13 @@ class LatencySearch:
 
     def _finish(self, reason: str) -> None:
         self.known["reason"] = reason
-        self._write()
-        print(self.table())
+        if self.known["measurements"]:
+            self._write()
+            print(self.table())
 
     def _write(self) -> None:
+        if not isinstance(self.record, Path):
+            self.record = self.record()
         slim.write_text_atomically(self.record, json.dumps(self.known, indent=1))
 
     def _unreachable(self) -> str:
@@ -278,8 +284,6 @@ class LatencySearch:
 
     def table(self) -> str:
         """All measurements in their order, as Markdown."""
-        if not self.known["measurements"]:
-            return ""
         setting = self.known["setting"]
         lines = [
             f"latency of one image, {setting['engine']}, {setting['precision']}, {setting['num_cores']} CPU threads: dense "

@@ -25,20 +25,22 @@ from tracking.run_folder import plain
 
 from .candidates import (
     Candidate,
+    LoopTarget,
     candidate_table,
     check_drop,
     make_candidate,
     round_target,
+    save_networks,
     smaller_cut,
     write_pareto,
+    write_reports,
+    write_tensorboard,
 )
 from .command import flat
 from .datasets import data_digest, open_data, real_images
 from .evaluator import Evaluator
 from .flags import IterateFlags, PruneFlags, TrainFlags
 from .latency import LatencySearch, Measurer
-from .loop_results import save_networks, write_reports, write_tensorboard
-from .loop_target import LoopTarget
 from .loop_training import TrainJob, cut_training_state, finetune_flags, prune_flags, sparse_flags, stop, worker_loop
 from .network import (
     check_classes,

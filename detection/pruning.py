@@ -42,19 +42,6 @@ PROOF_IMAGES = 4
 
 
 @dataclass(frozen=True)
-class PruneResult:
-    """What a cut leaves; the APs are None without a data set."""
-
-    run: RunFolder
-    out: Path
-    plan: slim.Plan
-    masked_ap: float | None
-    pruned_ap: float | None
-    max_difference: float
-    latency: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
 class PlannedCut:
     """A plan for the network that was traced, and with a latency as the target what was measured."""
 
@@ -85,19 +72,20 @@ class Cut:
     pruned: Evaluation | None
 
 
-def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
-    """Plan, mask, cut, prove, save; nothing is saved unless pruned = masked, but the record of a search for a latency."""
+def prune(flags: PruneFlags, pruning_round: int = 1) -> Path:
+    """Plan, mask, cut, prove, save; returns the narrow network's file.
+
+    Nothing is saved unless pruned = masked, but the record of a search for a latency.
+    """
     inputs = open_prune_inputs(flags)
-    run, search = None, None
+    run, search = RunFolder.create(flags.run.project, flags.run.name), None
     if flags.latency.given:
-        run = open_run(flags)
         measurer = Measurer(flags.latency, inputs.network, inputs.images)
-        search = LatencySearch(flags.latency, measurer, run.path / "latency.json")
+        search = LatencySearch(flags.latency, measurer, lambda: begin(run, flags) / "latency.json")
     planned = choose_plan(flags, inputs, search)
     print(planned.plan)
     done = cut(inputs, planned.plan, flags.recalibrate)
-    run = run or open_run(flags)
-    slim.write_text_atomically(run.path / "plan.json", planned.plan.to_json())
+    slim.write_text_atomically(begin(run, flags) / "plan.json", planned.plan.to_json())
     out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
     save_network(out, done.model, inputs.network.build)
     if inputs.evaluator:
@@ -107,16 +95,14 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> PruneResult:
         run.log_picture("detections", picture, pruning_round)
     record(run, planned, inputs.network.model, done, flags.score.criterion, pruning_round)
     print(f"saved {out}")
-    masked_ap, pruned_ap = (None if found is None else found.ap for found in (done.masked, done.pruned))
-    return PruneResult(run, out, planned.plan, masked_ap, pruned_ap, done.max_difference, planned.latency)
+    return out
 
 
-def open_run(flags: PruneFlags) -> RunFolder:
-    """The run's folder with its configuration."""
-    run = RunFolder.create(flags.run.project, flags.run.name)
+def begin(run: RunFolder, flags: PruneFlags) -> Path:
+    """Write config.yaml, the first content of the run's folder; returns the folder."""
     rounding = flags.widths.round_to or (None if flags.latency.given else ROUND_TO)
     run.write_config({**flat(flags), "round_to": rounding}, "prune.py")
-    return run
+    return run.path
 
 
 def open_prune_inputs(flags: PruneFlags, val_set: DetectionDataset | None = None) -> PruneInputs:
@@ -301,7 +287,7 @@ def example_like(graph: slim.ChannelGraph) -> torch.Tensor:
     return torch.zeros(graph.example[0][0])
 
 
-def zero_weights(flags: PruneFlags) -> RunFolder:
+def zero_weights(flags: PruneFlags) -> None:
     """--unstructured: the smallest weights at zero, widths as they were."""
     assert flags.unstructured is not None
     inputs = open_prune_inputs(flags)
@@ -315,7 +301,8 @@ def zero_weights(flags: PruneFlags) -> RunFolder:
     before = inputs.evaluator(folded) if inputs.evaluator else None
     zeroed, layers = zero_smallest(folded.cpu(), flags.unstructured, flags.unstructured_scope)
     after = inputs.evaluator(zeroed) if inputs.evaluator else None
-    run = open_run(flags)
+    run = RunFolder.create(flags.run.project, flags.run.name)
+    begin(run, flags)
     out = Path(flags.out) if flags.out else run.path / "weights" / "pruned.pt"
     save_network(out, zeroed.cpu(), inputs.network.build)
     cost = slim.cost(zeroed, example_image(flags.img))
@@ -336,4 +323,3 @@ def zero_weights(flags: PruneFlags) -> RunFolder:
         print(f"AP {after.ap:.4f}, {before.ap:.4f} before")
     print("every width, so MACs and run time, as before: a zero is multiplied like any other number")
     print(f"saved {out}")
-    return run

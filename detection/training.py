@@ -161,7 +161,7 @@ def train_in(
         plot_labels(train_set.ground_truth(), train_set.names, run.path / "labels.png")
         log_start(run, network.model, train_set, img)
     trained: nn.Module = network.model
-    plain: Callable[[nn.Module], nn.Module] = unchanged
+    plain: Callable[[nn.Module], nn.Module] | None = None
     if isinstance(flags, FinetuneFlags) and flags.qat.qat:
         if world.size > 1:
             raise SlimError("--qat: runs in one process; start it without torchrun")
@@ -173,7 +173,7 @@ def train_in(
         loader,
         config=flags.training,
         run=run,
-        save=lambda path, model, state: save_network(path, plain(model), network.build, state),
+        save=lambda path, model, state: save_network(path, plain(model) if plain else model, network.build, state),
         device=device,
         evaluate=evaluator,
         sparsity=sparsity,
@@ -186,11 +186,6 @@ def train_in(
     return TrainResult(run, result, evaluation)
 
 
-def unchanged(model: nn.Module) -> nn.Module:
-    """Return the model: what is trained is what checkpoints hold."""
-    return model
-
-
 def with_fake_quantisers(
     model: YOLO, batches: Sequence[Tensor], keep_float: Sequence[str]
 ) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
@@ -198,18 +193,13 @@ def with_fake_quantisers(
     quantised = with_quantisers(model, batches, head=head_path(model), keep_float=list(keep_float))
     count = sum(len(batch) for batch in batches)
     print(f"rounds to 8 bits while it trains; ranges of {count} training images; checkpoints hold the plain network")
-    return quantised, without_quantisers(model)
-
-
-def without_quantisers(model: nn.Module) -> Callable[[nn.Module], nn.Module]:
-    """From a network with quantisers back to the plain one, ``model``'s structure with the trained weights."""
     template = copy.deepcopy(model).cpu()
 
     def plain(trained: nn.Module) -> nn.Module:
         template.load_state_dict(plain_state(trained))
         return template
 
-    return plain
+    return quantised, plain
 
 
 def training_set(flags: TrainFlags, config: DataConfig, world: World | None = None) -> DetectionDataset:

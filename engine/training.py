@@ -130,7 +130,7 @@ def fit(
                 progress = _advance(progress, evaluation, sparsity)
                 _record(run, number, scalars, evaluation, sparsity, time.perf_counter() - epoch.started)
                 if progress.best_epoch == number:
-                    _save(save, run.best, average, None)
+                    save(run.best, average, None)
             progress = world.broadcast_from_rank0(functools.partial(replace, progress))
             # last.pt comes last: it is what declares the epoch finished.
             _save_state(save, run, state, progress, world)
@@ -224,15 +224,5 @@ def _save_state(save: SaveFunction, run: RunFolder, state: TrainState, progress:
     """Write weights/last.pt, which is there on all ranks when this ends."""
     packed = state.pack(progress, world)
     if world.is_first:
-        _save(save, run.last, state.average.module, packed)
+        save(run.last, state.average.module, packed)
     world.barrier()
-
-
-def _save(save: SaveFunction, path: Path, model: nn.Module, packed: dict[str, Any] | None) -> None:
-    try:
-        save(path, model, packed)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise SlimError(
-            f"{path}: cannot be written ({reason}); the file of the epoch before is kept; free disk space and resume"
-        ) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -34,27 +34,11 @@ class SeedsFlags:
     ] = ()
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A row over seeds: mean and standard deviation of APs (0..1); costs are those of the first seed."""
-
-    step: str
-    ap: tuple[float, float]
-    test_ap: tuple[float, float] | None
-    macs: int
-    params: int
-
-
-def spread_of(rows: list[dict[str, Any]]) -> Spread:
-    """One step's rows, a seed each."""
-    test = [row["test_ap"] for row in rows]
-    return Spread(
-        rows[0]["step"],
-        mean_and_deviation([row["ap"] for row in rows]),
-        None if None in test else mean_and_deviation(test),
-        rows[0]["macs"],
-        rows[0]["params"],
-    )
+def spread_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One step over seeds: mean and standard deviation of APs (0..1); costs are those of the first seed."""
+    aps = {key: [row[key] for row in rows] for key in ("ap", "test_ap")}
+    spreads = {key: None if None in values else mean_and_deviation(values) for key, values in aps.items()}
+    return {"step": rows[0]["step"], **spreads, "macs": rows[0]["macs"], "params": rows[0]["params"]}
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
@@ -62,7 +46,7 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
-def table(spreads: list[Spread], seeds: Sequence[int]) -> str:
+def table(spreads: list[dict[str, Any]], seeds: Sequence[int]) -> str:
     """Markdown; the change is against the dense row."""
     lines = [
         f"| network | AP val, {len(seeds)} seeds | against dense | AP test | MACs | parameters |",
@@ -70,15 +54,13 @@ def table(spreads: list[Spread], seeds: Sequence[int]) -> str:
     ]
     dense = spreads[0]
     for s in spreads:
-        test = "" if s.test_ap is None else f"{s.test_ap[0]:.4f} ± {s.test_ap[1]:.4f}"
-        lines.append(
-            f"| {s.step} | {s.ap[0]:.4f} ± {s.ap[1]:.4f} | {s.ap[0] - dense.ap[0]:+.4f} | {test} | "
-            f"{s.macs / dense.macs:.0%} | {s.params / dense.params:.0%} |"
-        )
+        ap, test = ("" if s[key] is None else "{:.4f} ± {:.4f}".format(*s[key]) for key in ("ap", "test_ap"))
+        costs = " | ".join(f"{s[key] / dense[key]:.0%}" for key in ("macs", "params"))
+        lines.append(f"| {s['step']} | {ap} | {s['ap'][0] - dense['ap'][0]:+.4f} | {test} | {costs} |")
     return "\n".join(lines)
 
 
-def repeat(flags: SeedsFlags) -> list[Spread]:
+def repeat(flags: SeedsFlags) -> list[dict[str, Any]]:
     """A comparison a seed, then every row over the seeds."""
     if not flags.seeds:
         raise SlimError("--seeds: none given; name one or more whole numbers")
@@ -90,7 +72,7 @@ def repeat(flags: SeedsFlags) -> list[Spread]:
         found.append({row["step"]: row for row in rows})
     spreads = [spread_of([rows[step] for rows in found]) for step in found[0]]
     slim.write_text_atomically(Path(flags.project) / "report.md", table(spreads, flags.seeds) + "\n")
-    content = json.dumps([asdict(spread) for spread in spreads], indent=1)
+    content = json.dumps(spreads, indent=1)
     slim.write_text_atomically(Path(flags.project) / "spreads.json", content)
     return spreads
 

@@ -35,13 +35,15 @@ class Journal:
         self.folder = folder
         self.opening = plain(opening)
         file = folder / OPENING
-        known = read_json(file) if file.exists() else None
+        known = self.opening_of(folder)
         if known is None:
             write_text_atomically(file, json.dumps(self.opening, indent=2) + "\n")
         elif known != self.opening:
-            changed = sorted(key for key in {*known, *self.opening} if known.get(key) != self.opening.get(key))
+            before, now = known, self.opening
+            keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+            changed = ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys)
             raise SlimError(
-                f"{folder}: begun with other settings or data ({described_changes(changed, known, self.opening)}); "
+                f"{folder}: begun with other settings or data ({changed}); "
                 "restore them to continue, or choose another --name"
             )
 
@@ -85,20 +87,11 @@ def make_empty(folder: Path) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """A journal's file; SlimError with the remedy when it is missing or damaged."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise SlimError(
-            f"{file}: cannot be read as JSON ({type(error).__name__}); remove the folder {file.parent} to run it again"
+            f"{file}: cannot be read as a JSON object ({type(error).__name__}); remove {file.parent} to run it again"
         ) from error
-    if not isinstance(content, dict):
-        raise SlimError(
-            f"{file}: found {type(content).__name__}, expected an object; remove {file.parent} to run it again"
-        )
-    return content
-
-
-def described_changes(keys: list[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys)
 
 
 def flush_folder(folder: Path) -> None:

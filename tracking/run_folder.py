@@ -22,14 +22,13 @@ from torch import Tensor
 from slim import SlimError, write_text_atomically
 from slim.atomic import WRITING
 
-from .hparams import log_hparams
-
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRIC_KEYS = ("ap", "ap50", "ap75", "per_class", "params", "macs", "images", "seconds")
-_MADE_BY = "# made by "
 CUT_METRIC_KEYS = ("masked_ap", "pruned_ap", "max_difference", "before", "after")
+_MADE_BY = "# made by "
+_NO_SETTING = ("project", "name", "debug", "resume")
 
 
 class RunFolder:
@@ -225,7 +224,7 @@ class RunFolder:
             raise SlimError(f"{self.metrics_file}: a metric is not finite: {dict(metrics)}") from error
         write_text_atomically(self.metrics_file, text + "\n")
         if self.config_file.is_file():
-            log_hparams(self.writer, self.read_config(), json.loads(text))
+            _log_hparams(self.writer, self.read_config(), json.loads(text))
 
     @property
     def writer(self) -> SummaryWriter:
@@ -269,6 +268,30 @@ class RunFolder:
         table.writeheader()
         table.writerows(rows)
         write_text_atomically(self.results_file, text.getvalue())
+
+
+def _log_hparams(writer: SummaryWriter, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    """Write the row of the HPARAMS tab into the run's own events; ``SummaryWriter.add_hparams`` would make a sub-folder.
+
+    No run declares the columns of its board: TensorBoard would take any one run's for all of them. Left to itself it
+    shows the settings of all, and those that differ first.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    kept = {name: value for name, value in config.items() if name not in _NO_SETTING and value is not None}
+    settings = {
+        name: value
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        else " ".join(map(str, value if isinstance(value, list) else [value]))
+        for name, value in kept.items()
+    }
+    for key in ("ap", "ap50", "ap75", "macs", "ms", "params"):
+        if metrics.get(key) is not None:
+            # With a capital, since TensorBoard shows the first columns of the sorted scalars unless told otherwise.
+            writer.add_scalar(f"Final/{key}", float(metrics[key]), 0)
+    _, start, end = hparams(settings, {})
+    for summary in (start, end):
+        writer._get_file_writer().add_summary(summary, 0)
 
 
 def _make_first_free(wanted: Path) -> Path:

@@ -530,12 +530,13 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in run.last.parent.iterdir()) == ["best.pt", "last.pt"]
 
 
-def test_save_that_fails_in_torch_is_one_line(tmp_path: Path) -> None:
-    def failing(path: Path, model: nn.Module, state: Any) -> None:
+def test_save_that_fails_in_torch_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(content: Any, path: Path) -> None:
         raise RuntimeError("PytorchStreamWriter failed writing file data/3\nframes follow")
 
+    monkeypatch.setattr(torch, "save", failing)
     with pytest.raises(SlimError, match=r"best\.pt: cannot be written \(PytorchStreamWriter failed") as caught:
-        train(tiny(), RunFolder.create(tmp_path, "run"), save=failing)
+        train(tiny(), RunFolder.create(tmp_path, "run"))
     assert "\n" not in str(caught.value)
 
 

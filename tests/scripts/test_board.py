@@ -36,8 +36,8 @@ def runs(sparse_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory)
 
     sparse = project / "sparse" / "weights" / "last.pt"
     first = prune(parse(PruneFlags, "", words("cut1", weights=sparse, macs=0.6)))
-    second = prune(parse(PruneFlags, "", words("cut2", weights=first.out, macs=0.7)), 2)
-    evaluate_weights(parse(ValFlags, "", words("val", weights=second.out)))
+    second = prune(parse(PruneFlags, "", words("cut2", weights=first, macs=0.7)), 2)
+    evaluate_weights(parse(ValFlags, "", words("val", weights=second)))
     return project
 
 

@@ -24,26 +24,9 @@ _LABELS = {
     **{"ap": "AP", "ap50": "AP50", "ap75": "AP75", "macs": "M MACs", "params": "M parameters"},
     **{"ms": "ms an image", "closed_share": "gates closed"},
 }
-_WHAT = {
-    "train_sparse.py": "Sparse training",
-    "finetune.py": "Training without the L1 step",
-    "prune.py": "A cut, in which pruned and masked network were compared before anything was saved,",
-    "val.py": "Evaluation",
-    "iterate.py": "The slimming loop, rounds of sparse training and cutting, then fine-tuning,",
-    "experiments.slimming": "A comparison of dense, sparse, cut and fine-tuned",
-}
-_HOW = {
-    "weights": "of {}",
-    "criterion": "by the criterion {}",
-    "macs": "down to {} of the MACs",
-    "latency_ms": "down to {:g} ms an image in {engine}",
-    "latency_share": "down to {:g} of the dense network's milliseconds in {engine}",
-    "unstructured": "with {:.0%} of its convolutions' weights set to zero, and all of its channels,",
-    "epochs": "for {} epochs",
-    "split": "on the split {}",
-    "data": "of {}",
-    "img": "at {} pixels",
-}
+_SETTINGS = (
+    *("weights", "criterion", "macs", "latency_ms", "latency_share", "unstructured", "epochs", "split", "data", "img"),
+)
 
 
 def summary(contents: Contents) -> list[str]:
@@ -51,19 +34,11 @@ def summary(contents: Contents) -> list[str]:
     config, script = contents.config, contents.script
     blocks = []
     if script:
-        zeroed = script == "prune.py" and config.get("unstructured") is not None
-        parts = ["" if zeroed else _WHAT.get(script, f"A run of {script}")]
-        for key, text in _HOW.items():
-            value = config.get(key)
-            if value in (None, "", []) or (zeroed and key in ("criterion", "macs")):
-                continue
-            if key == "data" and "split" not in config:
-                text = "on {}"
-            try:
-                parts.append(text.format(value, engine=config.get("engine")))
-            except ValueError:
-                continue
-        blocks.append(escape(" ".join(parts).strip().rstrip(",") + "."))
+        known = {key: value for key in _SETTINGS if (value := config.get(key)) not in (None, "", [])}
+        if "unstructured" in known:
+            del known["criterion"]  # no channel is ranked
+        settings = ", ".join(f"{key} {value}" for key, value in known.items())
+        blocks.append(escape(f"Made by {script}{': ' if settings else ''}{settings}."))
     if rows := _figures(contents):
         blocks.append(table(("figure", ">value", ""), rows))
     if script and config:
