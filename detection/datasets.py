@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,13 +34,11 @@ def data_digest(config: DataConfig, split: str, img: int) -> str:
     return DetectionDataset(config, split, img, cache="none").digest()
 
 
-def training_images(
-    config: DataConfig, img: int, batch_size: int, batches: int, *, seed: int, augment: Augment
-) -> Iterator[Tensor]:
-    """Shuffled and augmented training images: float [B, 3, img, img]."""
-    dataset = DetectionDataset(config, "train", img, augment, seed)
-    for batch in itertools.islice(build_loader(dataset, batch_size, shuffle=True, seed=seed), batches):
-        yield batch.images.float() / 255
+def training_batches(config: DataConfig, img: int, batch_size: int, *, seed: int, augment: Augment) -> Iterator[Any]:
+    """Shuffled and augmented batches of the training split."""
+    return iter(
+        build_loader(DetectionDataset(config, "train", img, augment, seed), batch_size, shuffle=True, seed=seed)
+    )
 
 
 def real_images(dataset: DetectionDataset, count: int, canvas_hw: tuple[int, int] | None = None) -> Tensor:

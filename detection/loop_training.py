@@ -18,7 +18,6 @@ from engine import (
     build_optimizer,
     pack_warm_start,
     read_state,
-    recalibrate,
 )
 from slim import SlimError
 from tracking import RunFolder
@@ -133,9 +132,7 @@ def cut_training_state(
     optimizer.load_state_dict(state["optimizer"])
     narrow, cut_optimizer, cut_average = slim.apply_plan(raw, plan, optimizer=optimizer, ema=average)
     assert cut_optimizer is not None and cut_average is not None
-    if recalibration_batches:
-        assert inputs.training_images is not None
-        recalibrate(narrow, inputs.training_images(recalibration_batches), inputs.device)
+    inputs.recalibrate(narrow, recalibration_batches)
     cut_average.module.load_state_dict(done.model.state_dict())
     return pack_warm_start(narrow.cpu(), cut_optimizer, cut_average)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import slim
-from data import Augment, DataConfig, DetectionDataset, build_loader
+from data import DetectionDataset
 from engine import World
 from models import (
     LOWEST_RECALL,
@@ -82,12 +82,8 @@ def add_teacher(
     return DistillationLoss(loss, model, gains)
 
 
-def training_loss(
-    model: YOLO, config: DataConfig, img: int, batch_size: int, *, seed: int, augment: Augment, gains: LossGains
-) -> tuple[Iterator[Any], Callable[[nn.Module, Any], Tensor]]:
-    """Shuffled and augmented batches of the training split, and the loss of a model on one of them."""
-    train_set = DetectionDataset(config, "train", img, augment, seed)
-    loader = build_loader(train_set, batch_size, shuffle=True, seed=seed)
+def training_loss(model: YOLO, img: int, gains: LossGains) -> Callable[[nn.Module, Any], Tensor]:
+    """The loss of a network like ``model``, in evaluation mode, on a batch."""
     criterion = make_loss(model, gains, img)
 
     def loss(network: nn.Module, batch: Any) -> Tensor:
@@ -96,4 +92,4 @@ def training_loss(
         _, raw = network(batch.images.to(device).float() / 255)
         return criterion(raw, batch.targets)[0]
 
-    return iter(loader), loss
+    return loss

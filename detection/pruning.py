@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from slim import SlimError
 from tracking import RunFolder, plot_widths, read_png, save_png, side_by_side, write_report
 
 from .command import flat
-from .datasets import open_data, real_images, training_images
+from .datasets import open_data, real_images, training_batches
 from .evaluator import Evaluator, draw_networks
 from .flags import ROUND_TO, PruneFlags, ScoreSettings
 from .latency import ROUNDINGS, CandidateFactory, LatencySearch, Measurer
@@ -58,8 +58,14 @@ class PruneInputs:
     device: torch.device
     images: torch.Tensor
     evaluator: Evaluator | None = None
-    training_images: Callable[[int], Iterable[torch.Tensor]] | None = None
-    training_loss: Callable[[nn.Module], tuple[Iterator[Any], Callable[[nn.Module, Any], torch.Tensor]]] | None = None
+    training_batches: Callable[[], Iterator[Any]] | None = None
+
+    def recalibrate(self, model: nn.Module, batches: int) -> None:
+        """Re-estimate a network's batch-norm statistics on so many training batches, in place; 0 keeps them."""
+        if batches:
+            assert self.training_batches is not None
+            images = (batch.images.float() / 255 for batch in itertools.islice(self.training_batches(), batches))
+            recalibrate(model, images, self.device)
 
 
 @dataclass(frozen=True)
@@ -120,12 +126,8 @@ def open_prune_inputs(flags: PruneFlags, val_set: DetectionDataset | None = None
     check_classes(network, config, flags.weights, flags.dataset.data)
     dataset = val_set or DetectionDataset(config, "val", img, cache=loading.cache)
     evaluator = Evaluator(dataset, batch_size=loading.batch_size, workers=loading.workers, device=device)
-    batch_size, augment, gains = loading.batch_size, network.augment, network.gains
-    train_batches = functools.partial(training_images, config, img, batch_size, seed=seed, augment=augment)
-    training = functools.partial(
-        training_loss, config=config, img=img, batch_size=batch_size, seed=seed, augment=augment, gains=gains
-    )
-    return PruneInputs(network, device, real_images(dataset, PROOF_IMAGES), evaluator, train_batches, training)
+    batches = functools.partial(training_batches, config, img, loading.batch_size, seed=seed, augment=network.augment)
+    return PruneInputs(network, device, real_images(dataset, PROOF_IMAGES), evaluator, batches)
 
 
 def choose_plan(
@@ -169,9 +171,7 @@ def cut(inputs: PruneInputs, plan: slim.Plan, recalibration_batches: int = 0) ->
     pruned = slim.apply_plan(model, plan)
     difference = prove(masked.cpu(), pruned, inputs.images)
     print(f"pruned = masked to {difference:.1e} of the largest output on {len(inputs.images)} images")
-    if recalibration_batches:
-        assert inputs.training_images is not None
-        recalibrate(pruned, inputs.training_images(recalibration_batches), inputs.device)
+    inputs.recalibrate(pruned, recalibration_batches)
     pruned_evaluation = evaluator(pruned) if evaluator else None
     if pruned_evaluation:
         print(f"pruned AP {pruned_evaluation.ap:.4f}")
@@ -184,12 +184,12 @@ def scores_of(
     """Scores by the criterion; ``taylor`` runs batches of the training split through YOLOv5's loss."""
     batches, loss = None, None
     if settings.criterion == "taylor":
-        if inputs.training_loss is None or settings.taylor_batches < 1:
+        if inputs.training_batches is None or settings.taylor_batches < 1:
             raise SlimError(
                 "--criterion taylor needs --data, whose training images it averages, and --taylor-batches >= 1"
             )
-        batches, loss = inputs.training_loss(model.to(inputs.device))
-        batches = itertools.islice(batches, settings.taylor_batches)
+        batches = itertools.islice(inputs.training_batches(), settings.taylor_batches)
+        loss = training_loss(inputs.network.model.to(inputs.device), inputs.images.shape[-1], inputs.network.gains)
     scores = slim.score(
         model,
         graph,

@@ -11,7 +11,7 @@ import torch
 
 import data.dataset
 from data import Augment, DataConfig, DataSettings, DetectionDataset, load_data_config
-from detection.datasets import open_data, real_images, training_images
+from detection.datasets import open_data, real_images, training_batches
 from detection.losses import training_loss
 from models import LossGains, build_model, load_description
 from tests.data.scenes import ROOT, write_rectangles
@@ -39,7 +39,8 @@ def config(tmp_path: Path) -> DataConfig:
 def test_scores_of_two_batches_of_four_decode_eight_images(config: DataConfig, decoded: list[Path]) -> None:
     """As for --criterion taylor."""
     model = build_model(load_description(ROOT / "models" / "yolov5n.yaml"), 4).eval()
-    batches, loss = training_loss(model, config, 64, 4, seed=0, augment=Augment(mosaic=0.0), gains=LossGains())
+    batches = training_batches(config, 64, 4, seed=0, augment=Augment(mosaic=0.0))
+    loss = training_loss(model, 64, LossGains())
     with torch.no_grad():
         assert all(loss(model, batch).isfinite() for batch in islice(batches, 2))
     assert len(decoded) == len(set(decoded)) == 8
@@ -53,7 +54,7 @@ def test_a_proofs_images_alone_are_decoded(config: DataConfig, decoded: list[Pat
 
 
 def test_a_batch_to_recalibrate_with_decodes_its_mosaics(config: DataConfig, decoded: list[Path]) -> None:
-    (images,) = training_images(config, 64, 2, 1, seed=0, augment=Augment())
+    images = next(training_batches(config, 64, 2, seed=0, augment=Augment())).images
     assert images.shape == (2, 3, 64, 64) and 2 <= len(decoded) <= 8 and len(decoded) == len(set(decoded))
 
 

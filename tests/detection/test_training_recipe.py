@@ -10,7 +10,7 @@ import torch
 from data import Augment, DataSettings, DetectionDataset, build_loader
 from detection.datasets import open_data
 from detection.flags import PruneFlags
-from detection.losses import make_loss
+from detection.losses import make_loss, training_loss
 from detection.network import Network, make_build, read_network, save_network
 from detection.pruning import open_prune_inputs
 from models import LossGains, build_model, load_description
@@ -44,12 +44,10 @@ def test_statistics_and_scores_use_the_checkpoints_augmentation_and_gains(
     inputs = open_prune_inputs(PruneFlags(weights=str(tmp_path / "last.pt"), img=64, dataset=dataset, device="cpu"))
     train_set = DetectionDataset(open_data(dataset), "train", 64, augment, 0)
     batch = next(iter(build_loader(train_set, 16, shuffle=True, seed=0)))
-    assert inputs.training_images is not None and inputs.training_loss is not None
-    (images,) = inputs.training_images(1)
-    assert torch.equal(images, batch.images.float() / 255)
+    assert inputs.training_batches is not None
     model = inputs.network.model.eval()
-    batches, loss = inputs.training_loss(model)
-    found = next(batches)
+    loss, found = training_loss(model, 64, inputs.network.gains), next(inputs.training_batches())
+    images = found.images.float() / 255
     assert torch.equal(found.images, batch.images) and torch.equal(found.targets, batch.targets)
     expected, _ = make_loss(model, gains, 64)(model(images)[1], batch.targets)
     assert torch.equal(loss(model, found), expected)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from data import Augment, DataSettings, load_data_config
-from detection.datasets import open_data
+from detection.datasets import open_data, training_batches
 from detection.losses import training_loss
 from detection.network import start_network
 from models import LossGains
@@ -24,7 +24,8 @@ def test_every_format_gives_the_same_loss(tiny: Path, tmp_path: Path) -> None:
     found = {}
     for name, file in files.items():
         config = open_data(DataSettings(data=str(file)))
-        batches, loss = training_loss(model, config, 64, 8, seed=0, augment=Augment(), gains=LossGains())
+        batches = training_batches(config, 64, 8, seed=0, augment=Augment())
+        loss = training_loss(model, 64, LossGains())
         with torch.no_grad():
             found[name] = [float(loss(model, batch)) for batch in batches]
     assert len(found["text"]) == 2 and found["text"][0] != found["text"][1]
