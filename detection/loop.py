@@ -67,7 +67,11 @@ class Accepted:
     macs: int
     latency: float = 1.0
     plans: tuple[slim.Plan, ...] = ()
-    carried: Path | None = None
+
+    @property
+    def carried(self) -> Path | None:
+        """The checkpoint whose optimiser state and moving average the next training begins with."""
+        return self.weights if self.plans else None
 
 
 class Loop:
@@ -147,7 +151,7 @@ class Loop:
                 weights = self.train(f"{name}-recovery", recovery, weights)
             candidate = self.evaluate(f"{name}-evaluation", weights, number, attempt)
             if candidate.accepted:
-                return Accepted(weights, candidate.macs, latency, (*start.plans, plan), weights)
+                return Accepted(weights, candidate.macs, latency, (*start.plans, plan))
             target = smaller_cut(reached, target)
         return None
 

@@ -90,7 +90,7 @@ def read_json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise SlimError(
-            f"{file}: cannot be read as a JSON object ({type(error).__name__}); remove {file.parent} to run it again"
+            f"{file}: cannot be read as a JSON object ({type(error).__name__}); remove the folder {file.parent} to run it again"
         ) from error
 
 

@@ -195,8 +195,7 @@ class RunFolder:
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         """Add an epoch's row (it needs "epoch"); new columns are added at the right, None is left empty."""
-        if "epoch" not in row:
-            raise SlimError(f"{self.results_file}: a row without 'epoch', found {', '.join(row)}")
+        assert "epoch" in row
         self._write_rows([*self.read_rows(), {key: "" if value is None else value for key, value in row.items()}])
 
     def drop_rows_from(self, epoch: int) -> None:

@@ -304,9 +304,9 @@ def test_comparison_shows_its_networks_and_their_detections(tmp_path: Path) -> N
         ),
         ("config.yaml", "a: [", "config.yaml cannot be read"),
         ("config.yaml", "- 1\n", "expected a dict"),
-        ("results.csv", "a,b\n1,2\n", "no column 'epoch'"),
+        ("results.csv", "a,b\n1,2\n", "no column epoch"),
         ("results.csv", b"\xff\xfe\x00", "results.csv cannot be read"),
-        ("pareto.csv", "round,ap\n0,0.5\n", "pareto.csv has no column macs, accepted"),
+        ("pareto.csv", "round,ap\n0,0.5\n", "pareto.csv cannot be read: no column macs, accepted"),
         ("detections.png", b"\x89PNG\r\n\x1a\nbroken", "detections.png cannot be shown"),
     ],
 )

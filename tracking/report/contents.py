@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,7 +44,8 @@ class Contents:
         self.config: dict[str, Any] = self.read("config.yaml", lambda _: self.run.read_config(), dict)
         self.script = self.read("config.yaml", lambda _: self.run.read_script() or "", str) if self.config else ""
         self.metrics: dict[str, Any] = self.read("metrics.json", read_json, dict)
-        self.rows: list[dict[str, str]] = self.read("results.csv", _read_epochs, list)
+        epochs: list[dict[str, str]] = self.read("results.csv", functools.partial(_read_rows, needed=("epoch",)), list)
+        self.rows = [row for row in epochs if number(row, "epoch") is not None]
 
     def read(self, name: str, read: Callable[[Path], Any], kind: Callable[[], T]) -> T:
         """What `read` makes of a file of the run; an empty `kind` where it is absent or damaged."""
@@ -94,11 +96,7 @@ class Contents:
     @cached_property
     def candidates(self) -> list[dict[str, str]]:
         """The rows of a loop's pareto.csv, the dense network first."""
-        rows: list[dict[str, str]] = self.read("pareto.csv", read_csv, list)
-        missing = [column for column in ("ap", "macs", "accepted") if rows and column not in rows[0]]
-        if missing:
-            self.problems.append(f"pareto.csv has no column {', '.join(missing)}")
-        return [] if missing else rows
+        return self.read("pareto.csv", functools.partial(_read_rows, needed=("ap", "macs", "accepted")), list)
 
     @property
     def name(self) -> str:
@@ -155,17 +153,13 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file as text."""
+def _read_rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file as text; SlimError where it lacks a column."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [{str(k): v or "" for k, v in row.items() if k is not None} for row in csv.DictReader(file)]
-
-
-def _read_epochs(path: Path) -> list[dict[str, str]]:
-    rows = read_csv(path)
-    if rows and "epoch" not in rows[0]:
-        raise SlimError(f"no column 'epoch', found {', '.join(rows[0])}")
-    return [row for row in rows if number(row, "epoch") is not None]
+        rows = [{str(k): v or "" for k, v in row.items() if k is not None} for row in csv.DictReader(file)]
+    if rows and (missing := [column for column in needed if column not in rows[0]]):
+        raise SlimError(f"no column {', '.join(missing)}")
+    return rows
 
 
 def _place_in_loop(name: str) -> tuple[Any, ...]:

@@ -53,18 +53,11 @@ def summary(contents: Contents) -> list[str]:
 
 
 def _figures(contents: Contents) -> list[tuple[str, str, str]]:
-    """(what, figure, remark) of metrics.json, the remarks against the network that all began with."""
-    metrics, first = contents.metrics, steps_to(contents)[0]
-    before = {} if first.figures is metrics else first.figures
-    value, start = ({key: number(figures, key) for key in _LABELS} for figures in (metrics, before))
-    remark = {key: share(value[key], start[key]) for key in ("macs", "params")}
-    remark = {key: f"{text} of {first.name}" for key, text in remark.items() if text}
-    if difference := change(value["ap"], start["ap"]):
-        remark["ap"] = f"{difference} against {first.name}"
-    if start["ms"] and value["ms"]:
-        remark["ms"] = f"{start['ms'] / value['ms']:.2f} times as fast"
-    known = {key: label for key, label in _LABELS.items() if value[key] is not None}
-    rows = [(label, written(metrics, key), remark.get(key, "")) for key, label in known.items()]
+    """(what, figure, remark) of metrics.json."""
+    metrics = contents.metrics
+    rows = [(label, written(metrics, key), "") for key, label in _LABELS.items() if number(metrics, key) is not None]
+    if (before := number(contents.figures_before, "ms")) and (ms := number(metrics, "ms")):
+        rows.append(("speed", f"{before / ms:.2f} times as fast", "as before"))
     seconds, of_what = number(metrics, "seconds"), "of the training" if contents.rows else "of the evaluation"
     if contents.phases:
         seconds, of_what = sum(seconds for *_, seconds in contents.phases), "of all phases"
