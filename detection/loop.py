@@ -127,7 +127,8 @@ class Loop:
         def act(work: Path) -> dict[str, Any]:
             job = TrainJob.prepare(work, flags, carried)
             done = self.world.broadcast_from_rank0(lambda: job).run(self.world, self.val_set_for(flags))
-            return {"ap": done.evaluation.ap, "closed_share": done.fit.closed_share}
+            assert done.evaluation is not None
+            return {"ap": done.evaluation.ap, "closed_share": done.closed_share}
 
         self.journal.phase(name, act)
         return RunFolder(self.journal.folder / name).last

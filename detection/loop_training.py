@@ -11,6 +11,7 @@ from data import DetectionDataset
 from engine import (
     TRAINING_STATE_KEY,
     WARM_START_KEY,
+    FitResult,
     OptimConfig,
     TrainConfig,
     WeightAverage,
@@ -26,7 +27,7 @@ from tracking.journal import make_empty
 from .command import with_pairs
 from .flags import FinetuneFlags, IterateFlags, NetworkSettings, PruneFlags, SparseFlags, TargetSettings, TrainFlags
 from .pruning import Cut, PruneInputs
-from .training import TrainResult, train_in
+from .training import train_in
 
 Kind = TypeVar("Kind", bound=TrainFlags)
 
@@ -89,7 +90,7 @@ class TrainJob:
             make_empty(work)
         return cls(work, flags, resumed, carried)
 
-    def run(self, world: World, val_set: DetectionDataset | None = None) -> TrainResult:
+    def run(self, world: World, val_set: DetectionDataset | None = None) -> FitResult:
         """Train; `val_set` is the val split where this process has it open."""
         run, warm_start = RunFolder(self.work), None
         state = read_state(run.last, TRAINING_STATE_KEY) if self.resumed else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,16 +61,7 @@ MAY_CHANGE = {"device", "workers", "cache", "data_root", "download"}
 """Flags that a run may be resumed with: what it finds does not depend on them."""
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training leaves."""
-
-    run: RunFolder
-    fit: FitResult
-    evaluation: Evaluation
-
-
-def train(flags: TrainFlags, world: World | None = None) -> TrainResult | None:
+def train(flags: TrainFlags, world: World | None = None) -> FitResult | None:
     """Train in a new run folder, or with --resume in the newest of that name; None where that run is finished."""
     world = world or World()
     opened = world.broadcast_from_rank0(lambda: open_run(flags))
@@ -98,7 +89,7 @@ def train_in(
     warm_start_state: dict[str, Any] | None = None,
     world: World | None = None,
     val_set: DetectionDataset | None = None,
-) -> TrainResult:
+) -> FitResult:
     """Sparse training for SparseFlags, plain training otherwise; prints a line an epoch and fills the run folder.
 
     ``val_set`` is the val split at ``flags.img`` pixels where it is open already.
@@ -183,7 +174,7 @@ def train_in(
     )
     known = result.evaluation if trained is network.model else None
     evaluation = world.broadcast_from_rank0(lambda: finish(run, img, flags.training.epochs, evaluator, result, known))
-    return TrainResult(run, result, evaluation)
+    return replace(result, evaluation=evaluation)
 
 
 def with_fake_quantisers(
