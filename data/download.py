@@ -34,7 +34,7 @@ ATTEMPTS = 6
 PAUSE_S = 1.0
 """Before the second attempt; doubled for each further one."""
 
-_DEFAULTS: dict[str, Any] = {"url": None, "sha256": "", "size": 0, "unpacked": 0, "from": ".", "into": ".", "voc": {}}
+_DEFAULTS: dict[str, Any] = {"url": None, "sha256": "", "size": 0, "from": ".", "into": ".", "voc": {}}
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,6 @@ class Archive:
     sha256: str = ""
     size: int = 0
     """In bytes, where known."""
-    unpacked: int = 0
-    """Bytes of its content, where known."""
     origin: str | None = "."
     """The folder of the archive that is wanted; None: the outermost in which the splits' entries are found."""
     into: str = "."
@@ -65,11 +63,11 @@ def download_data(file: str | Path, data_root: str | Path | None = None, say: Ca
     """Download and unpack what a data set's yaml describes, unless it is there already.
 
     The yaml's ``download`` is an address (as in YOLOv5's files: a zip with the data set's folder inside) or a list of
-    archives, each with ``url`` and, where known, ``sha256``, ``size`` and ``unpacked`` (bytes of the archive and of its
-    content); ``from`` (the archive's folder that is wanted), ``into`` (a folder of the data set) and ``voc`` say where things
-    go (see ``Archive``). A digest that is not given is shown and pinned in ``FOLDER.download.json``, against which the next
-    run checks. Nothing that is there is overwritten, and no script is ever run. An interrupted run goes on where it stopped;
-    of several processes one downloads and the others wait.
+    archives, each with ``url`` and, where known, ``sha256`` and ``size`` in bytes; ``from`` (the archive's folder that is
+    wanted), ``into`` (a folder of the data set) and ``voc`` say where things go (see ``Archive``). A digest that is not given
+    is shown and pinned in ``FOLDER.download.json``, against which the next run checks. Nothing that is there is overwritten,
+    and no script is ever run. An interrupted run goes on where it stopped; of several processes one downloads and the others
+    wait.
 
     Args:
         file: the yaml.
@@ -130,15 +128,15 @@ def _described(entry: Any, where: str) -> Archive:
     checks = [
         ("url", given["url"], _is_address(given["url"]), "an http(s) address"),
         ("sha256", given["sha256"], _is_digest(given["sha256"]), "64 hexadecimal digits in quotes"),
-        *((key, given[key], type(given[key]) is int, "a whole number of bytes") for key in ("size", "unpacked")),
+        ("size", given["size"], type(given["size"]) is int, "a whole number of bytes"),
         ("voc", given["voc"], isinstance(given["voc"], dict), "a mapping of folders to VOC lists"),
         *((key, path, _is_inside(path), "a relative path without ..") for key, path in paths),
     ]
     for key, value, is_right, expected in checks:
         if not is_right:
             raise DataError(f"{where}: {key} is {value!r}, expected {expected}")
-    url, sha256, size, unpacked, origin, into, _ = given.values()
-    return Archive(url, sha256.lower(), size, unpacked, origin, into, tuple(lists))
+    url, sha256, size, origin, into, _ = given.values()
+    return Archive(url, sha256.lower(), size, origin, into, tuple(lists))
 
 
 def _is_inside(path: Any) -> bool:
@@ -169,7 +167,7 @@ def _download(
         return
     work = folder.with_name(f"{folder.name}.download")
     work.mkdir(exist_ok=True)
-    needed = sum(archive.size + (archive.unpacked or archive.size) for archive in missing)
+    needed = 2 * sum(archive.size for archive in missing)  # pictures are packed as they are
     _check_space(work, needed - sum(f.stat().st_size for f in work.iterdir() if f.is_file()), "the download")
     for archive in missing:
         pinned = record.get(archive.url, {}).get("sha256", "")

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .cache import FOLDER as CACHE_FOLDER
-from .config import data_folder, read_description
+from .config import SPLITS, data_folder, read_description
 from .errors import DataError
 
 SHAPE_NAMES = ("circle", "square", "triangle", "cross")
@@ -27,7 +26,6 @@ FORMAT_VERSION = 4
 RECORD = "shapes.json"
 """Written last: it says that the set is whole, and from which parameters it was made."""
 
-PARTIAL = f"{RECORD}.partial"
 _FILE_NAME = re.compile(r"shapes_\d{6,}\.(jpg|txt)")
 _OBJECTS = (6, 10)
 """Fewest and most objects that are tried in an image; one that finds no free spot is left out.
@@ -40,20 +38,6 @@ _MAX_COVER = 0.25
 """How much of an object's box another one's may cover."""
 
 Field = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    train: int
-    val: int
-    test: int
-    image_size_px: int
-    seed: int
-    version: int = FORMAT_VERSION
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {"train": self.train, "val": self.val, "test": self.test}
 
 
 def make_shapes(
@@ -73,11 +57,10 @@ def make_shapes(
     Raises:
         DataError: an argument is out of range, or ``root`` holds files that are not of such a set (none is ever deleted).
     """
-    recipe = _Recipe(train, val, test, image_size_px, seed)
-    if min(recipe.counts.values()) < 0 or image_size_px < 32 or seed < 0:
-        raise DataError(
-            f"shapes: {recipe.counts} images of {image_size_px} px, seed {seed}: expected >= 0, >= 32 px, >= 0"
-        )
+    counts = {"train": train, "val": val, "test": test}
+    recipe = {**counts, "image_size_px": image_size_px, "seed": seed, "version": FORMAT_VERSION}
+    if min(counts.values()) < 0 or image_size_px < 32 or seed < 0:
+        raise DataError(f"shapes: {counts} images of {image_size_px} px, seed {seed}: expected >= 0, >= 32 px, >= 0")
     root = Path(root)
     if _is_whole(root, recipe):
         return
@@ -106,30 +89,28 @@ def make_described_shapes(file: str | Path, data_root: str | Path | None = None)
     return True
 
 
-def _draw(root: Path, recipe: _Recipe) -> None:
+def _draw(root: Path, recipe: Mapping[str, int]) -> None:
     _clear(root)
-    for number, (split, count) in enumerate(recipe.counts.items()):
+    for number, split in enumerate(SPLITS):
         for kind in ("images", "labels"):
             (root / kind / split).mkdir(parents=True, exist_ok=True)
-        for index in range(count):
-            image, labels = draw_scene(recipe.image_size_px, np.random.default_rng((recipe.seed, number, index)))
+        for index in range(recipe[split]):
+            image, labels = draw_scene(recipe["image_size_px"], np.random.default_rng((recipe["seed"], number, index)))
             stem = f"shapes_{index:06d}"
             Image.fromarray(image).save(root / "images" / split / f"{stem}.jpg", quality=92)
             lines = [f"{int(row[0])} " + " ".join(f"{value:.6f}" for value in row[1:]) + "\n" for row in labels]
             (root / "labels" / split / f"{stem}.txt").write_text("".join(lines), encoding="utf-8")
-    partial = root / PARTIAL
-    partial.write_text(json.dumps(asdict(recipe), indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, root / RECORD)
+    (root / RECORD).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
 
 
-def _is_whole(root: Path, recipe: _Recipe) -> bool:
+def _is_whole(root: Path, recipe: Mapping[str, int]) -> bool:
     try:
         record = json.loads((root / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return record == asdict(recipe) and all(
-        len(list((root / kind / split).glob(f"shapes_*{suffix}"))) == count
-        for split, count in recipe.counts.items()
+    return record == recipe and all(
+        len(list((root / kind / split).glob(f"shapes_*{suffix}"))) == recipe[split]
+        for split in SPLITS
         for kind, suffix in (("images", ".jpg"), ("labels", ".txt"))
     )
 
@@ -138,7 +119,7 @@ def _clear(root: Path) -> None:
     """Remove an earlier set, file by file; refuse if anything under ``root`` was not written by us."""
     below = root.rglob("*") if root.exists() else ()
     files = [path for path in below if not path.is_dir() and CACHE_FOLDER not in path.parts]
-    ours = [path.name in (RECORD, PARTIAL) or _FILE_NAME.fullmatch(path.name) is not None for path in files]
+    ours = [path.name == RECORD or _FILE_NAME.fullmatch(path.name) is not None for path in files]
     foreign = [path for path, mine in zip(files, ours, strict=True) if not mine]
     if foreign or (root.exists() and not root.is_dir()):
         found = foreign[0] if foreign else "a file"

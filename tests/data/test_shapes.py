@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from data import DataError, DetectionDataset, load_data_config, make_shapes
 from data.labels import parse_label
-from data.shapes import PARTIAL, RECORD, SHAPE_NAMES, _paint_shape, draw_scene, make_described_shapes
+from data.shapes import RECORD, SHAPE_NAMES, _paint_shape, draw_scene, make_described_shapes
 from tests.data.scenes import ROOT
 
 SMALL = {"train": 4, "val": 2, "test": 1, "image_size_px": 48, "seed": 3}
@@ -67,7 +67,7 @@ def test_of_two_at_once_one_draws_and_the_other_waits(tmp_path: Path) -> None:
     assert times(root) == before
 
 
-@pytest.mark.parametrize("interruption", ["no record", "lost image", "lost labels", "damaged record", "partial record"])
+@pytest.mark.parametrize("interruption", ["no record", "lost image", "lost labels", "damaged record"])
 def test_an_interrupted_set_is_made_anew(tmp_path: Path, interruption: str) -> None:
     make_shapes(tmp_path, **SMALL)
     whole = contents(tmp_path)
@@ -81,9 +81,7 @@ def test_an_interrupted_set_is_made_anew(tmp_path: Path, interruption: str) -> N
         image.write_bytes(b"")
     else:
         image.write_bytes(b"")
-        (tmp_path / RECORD).rename(tmp_path / PARTIAL)
-        if interruption == "no record":
-            (tmp_path / PARTIAL).unlink()
+        (tmp_path / RECORD).unlink()
     make_shapes(tmp_path, **SMALL)
     assert contents(tmp_path) == whole
 
