@@ -24,10 +24,10 @@ from slim.gate import gate_parameters as gate_parameters
 from slim.gate import gate_vectors as gate_vectors
 from slim.graph import ChannelGraph as ChannelGraph
 from slim.graph import ChannelGroup as ChannelGroup
+from slim.graph import Cost as Cost
 from slim.ops import NORMS as NORMS
 from slim.plan import Plan as Plan
 from slim.propagate import Call as Call
-from slim.propagate import Cost as Cost
 from slim.propagate import cost as cost
 from slim.rules import register_rule as register_rule
 from slim.score import score as score

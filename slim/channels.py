@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slim.gate import Gate
 from slim.graph import Role
-from slim.ops import ACTIVATIONS, KINDS, NONZERO_AT_ZERO, READERS, SCALABLE
+from slim.ops import ACTIVATIONS, KINDS, LAYERS, NONZERO_AT_ZERO, READERS, SCALABLE
 from slim.propagate import Call, Propagation, collapse, varying_axes
 
 HANDS_ON = {"alias", "clone", "contiguous", "detach", "empty_like", "lift_fresh"}
@@ -116,6 +116,7 @@ class ChannelPropagation(Propagation):
         self.known_depthwise = depthwise
         self.depthwise: set[str] = set()
         self.classes = UnionFind()
+        self.fresh, self.unite = self.classes.fresh, self.classes.unite
         self.records: list[Record] = []
         self.claims: dict[tuple[str, int], Tensor] = {}
         self.frozen: list[tuple[Tensor, str]] = []
@@ -203,14 +204,6 @@ class ChannelPropagation(Propagation):
 
     # -- what rules say -----------------------------------------------------------------------------------------
 
-    def fresh(self, count: int) -> Tensor:
-        """New labels, [count]."""
-        return self.classes.fresh(count)
-
-    def unite(self, first: Tensor, second: Tensor) -> None:
-        """Labels that stand opposite each other go together."""
-        self.classes.unite(first, second)
-
     def tie(self, parts: Tensor) -> None:
         """[parts, size]: the same position of every part is one channel."""
         self.unite(parts[:1], parts[1:])
@@ -253,8 +246,7 @@ class ChannelPropagation(Propagation):
         entering = [torch.unique(x) for x in labels if x is not None]
         if entering:
             self.freezing_ops.append((call.name, self.where(), reason, torch.cat(entering)))
-        for tensor in call.outputs:
-            self.put(tensor, None)
+        self.put_outputs(call, None)
 
     def unknown(self, call: Call) -> None:
         """No rule: freeze everything that enters; what comes out has no channels that we could follow."""
@@ -288,6 +280,8 @@ class ChannelPropagation(Propagation):
         target = call.inputs[0]
         before = self.get(target) if call.in_place else None
         self.rules.rule_for(call.name)(self, call)
+        if KINDS.get(call.name) in LAYERS:
+            self.affine.add(id(call.outputs[0]))
         labels = tuple(self.get(t) for t in call.outputs)
         self.steps.append(Step(*self.called[-1], labels))
         if self.rules.is_position_sensitive(self, call):

@@ -189,23 +189,24 @@ def compare(first: Plan, second: Plan) -> str:
 
 def check_same_network(first: Plan, second: Plan) -> None:
     """SlimError where two plans cannot have been made for one network."""
-    for param, shape in first.shapes.items():
-        if second.shapes.get(param, shape) != shape:
-            raise SlimError(
-                f"the plans are of different networks: {param} has shape {shape} in the first, {second.shapes[param]} in the "
-                "second"
-            )
+    unlike = [
+        f"{param} has shape {shape} in the first, {second.shapes[param]} in the second"
+        for param, shape in first.shapes.items()
+        if second.shapes.get(param, shape) != shape
+    ]
     if first.params[0] != second.params[0]:
-        raise SlimError(f"the plans are of different networks: of {first.params[0]} and {second.params[0]} parameters")
+        unlike.append(f"of {first.params[0]} and {second.params[0]} parameters")
     others = {g.name: g for g in second.groups}
     for group in first.groups:
         other = others.get(group.name, group)
         ours, theirs = ((g.size, {(m.param, m.axis): m.index for m in g.members}) for g in (group, other))
         if ours != theirs:
-            raise SlimError(
-                f"the plans are of different networks: group {group.name} of {group.size} channels and of {other.size} does "
-                "not occupy the same positions; trace both alike"
+            unlike.append(
+                f"group {group.name} of {group.size} channels and of {other.size} does not occupy the same positions; trace "
+                "both alike"
             )
+    if unlike:
+        raise SlimError(f"the plans are of different networks: {unlike[0]}")
 
 
 def chart(plan: Plan, width: int = 60) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slim.errors import SlimError
-from slim.gate import Gate, detach_gate, gate_parameters, gated_path, gates_in
+from slim.gate import Gate, detach_gate, gate_parameters, gated_path, gates_in, vectors_in
 from slim.ops import SCALABLE
 from slim.propagate import Call, Propagation, spread
 
@@ -70,8 +70,7 @@ class GatePropagation(Propagation):
     def unknown(self, call: Call) -> None:
         for tensor in call.inputs:
             self.fail(self.get(tensor), call.name)
-        for tensor in call.outputs:
-            self.put(tensor, None)
+        self.put_outputs(call, None)
 
     def elementwise(self, call: Call) -> None:
         """A sum keeps a factor that both sides have; a product keeps the one that one side has."""
@@ -91,16 +90,14 @@ class GatePropagation(Propagation):
             result = scaled[0].reshape((1,) * (call.outputs[0].ndim - scaled[0].ndim) + tuple(scaled[0].shape))
         else:
             return self.unknown(call)
-        for tensor in call.outputs:
-            self.put(tensor, result)
+        self.put_outputs(call, result)
 
     def spatial(self, call: Call) -> None:
         """Max and mean over windows of one map commute with its factor."""
         labels = self.get(call.inputs[0])
         if labels is not None and any(size > 1 for size in labels.shape[2:]):
             return self.unknown(call)
-        for tensor in call.outputs:
-            self.put(tensor, labels)
+        self.put_outputs(call, labels)
 
     def reduce(self, call: Call) -> None:
         """Means and maxima over axes along which the factor does not change."""
@@ -180,9 +177,7 @@ def fold_gates(model: Model, example_inputs: Any = None) -> Model:
         staying = {id(v) for path, gate in gates_in(folded) if not folds_back(folded, path) for v in gate.vectors}
         behind_layers = set(stuck) - staying
         if not behind_layers:
-            group_of = {
-                id(v): g for _, gate in gates_in(folded) for g, v in zip(gate.groups, gate.vectors, strict=True)
-            }
+            group_of = {id(vector): group for _, _, group, vector in vectors_in(folded)}
             for key, reason in stuck.items():
                 logger.warning("the gate of group %s stays: its factor does not pass through %s", group_of[key], reason)
             break

@@ -92,6 +92,15 @@ def gates_in(model: nn.Module) -> list[tuple[str, Gate]]:
     return [(path, module) for path, module in model.named_modules() if isinstance(module, Gate)]
 
 
+def vectors_in(model: nn.Module) -> list[tuple[str, int, str, nn.Parameter]]:
+    """(path of the gate, number of the vector there, its group's name, vector) of every vector of every gate in a model."""
+    return [
+        (path, number, group, vector)
+        for path, gate in gates_in(model)
+        for number, (group, vector) in enumerate(zip(gate.groups, gate.vectors, strict=True))
+    ]
+
+
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of all gates of a model, each once, in the order of its modules."""
     return list({id(p): p for _, gate in gates_in(model) for p in gate.parameters()}.values())
@@ -108,9 +117,8 @@ def gate_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
     The name is the group's when the gates of a group are tied, otherwise ``group@path of the module before the gate``.
     """
     found: dict[str, dict[int, tuple[str, nn.Parameter]]] = {}
-    for path, gate in gates_in(model):
-        for group, vector in zip(gate.groups, gate.vectors, strict=True):
-            found.setdefault(group, {}).setdefault(id(vector), (gated_path(path), vector))
+    for path, _, group, vector in vectors_in(model):
+        found.setdefault(group, {}).setdefault(id(vector), (gated_path(path), vector))
     return {
         group if len(vectors) == 1 else f"{group}@{path}": vector
         for group, vectors in found.items()

@@ -104,6 +104,21 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a model costs: ``macs`` for one image, ``params`` without gates (they fold away), a row per call of a layer."""
+
+    macs: int
+    params: int
+    layers: tuple[LayerCost, ...]
+
+    def __str__(self) -> str:
+        width = max([5, *(len(row.path) for row in self.layers)])
+        lines = [f"{'layer':<{width}}  {'weight':<20}  {'positions':>9}  {'M MACs':>9}"]
+        lines += [f"{r.path:<{width}}  {r.shape!s:<20}  {r.positions:>9}  {r.macs / 1e6:>9.3f}" for r in self.layers]
+        return "\n".join([*lines, f"{self.macs / 1e6:.1f} M MACs, {self.params / 1e6:.3f} M parameters"])
+
+
+@dataclass(frozen=True)
 class GateSite:
     """A module behind which a gate can go: for each channel of its output (group index, channel of the group).
 

@@ -51,7 +51,6 @@ def convolution(run: ChannelPropagation, call: Call) -> None:
     shape = [1] * call.outputs[0].ndim
     shape[call.outputs[0].ndim - weight.ndim + 1] = -1
     run.put(call.outputs[0], out.reshape(shape) if bool(out.any()) else None)
-    run.affine.add(id(call.outputs[0]))
 
 
 def depthwise(run: ChannelPropagation, param: str, channels: Tensor, multiplier: int) -> Tensor:
@@ -85,7 +84,6 @@ def matmul(run: ChannelPropagation, call: Call) -> None:
     run.record(param, out_axis, "out", out)
     attach(run, bias, out)
     run.put(call.outputs[0], out.reshape((1,) * (call.outputs[0].ndim - 1) + (-1,)))
-    run.affine.add(id(call.outputs[0]))
 
 
 def batch_norm(run: ChannelPropagation, call: Call) -> None:
@@ -99,10 +97,7 @@ def batch_norm(run: ChannelPropagation, call: Call) -> None:
     module = run.module()
     if isinstance(module, nn.modules.batchnorm._NormBase) and len(call.inputs) == 1:
         run.record(f"{run.where()}.num_features", 0, "width", channels[: module.num_features])
-    run.put(call.outputs[0], run.get(x))
-    run.affine.add(id(call.outputs[0]))
-    for tensor in call.outputs[1:]:
-        run.put(tensor, None)
+    run.put_outputs(call, run.get(x))
 
 
 def layer_norm(run: ChannelPropagation, call: Call) -> None:
@@ -126,9 +121,7 @@ def layer_norm(run: ChannelPropagation, call: Call) -> None:
                 run.freeze(channels, f"{run.here()} applies a tensor of fixed size to it")
         if isinstance(run.module(), nn.LayerNorm):
             run.record(f"{run.where()}.normalized_shape", axis - first, "width", channels)
-    for tensor in call.outputs:
-        run.put(tensor, labels if tensor.shape == x.shape else None)
-    run.affine.add(id(call.outputs[0]))
+    run.put_outputs(call, labels)
 
 
 def group_norm(run: ChannelPropagation, call: Call) -> None:
@@ -148,6 +141,4 @@ def group_norm(run: ChannelPropagation, call: Call) -> None:
         run.record(f"{run.where()}.num_channels", 0, "width", channels)
         if groups > 1 or not run.allow_inexact:
             run.record(f"{run.where()}.num_groups", 0, "width", blocks[:, 0])
-    for tensor in call.outputs:
-        run.put(tensor, run.get(x) if tensor.shape == x.shape else None)
-    run.affine.add(id(call.outputs[0]))
+    run.put_outputs(call, run.get(x))

@@ -94,6 +94,9 @@ KINDS: dict[str, str] = {
 READERS = ("convolution", "matmul")
 """Kinds that read channels through a weight."""
 
+LAYERS = (*READERS, "batch_norm", "layer_norm", "group_norm")
+"""Kinds of what modules with weights of their own compute."""
+
 LIKE_PARAMETER = ("t", "transpose", "permute", "detach", "alias", "_to_copy", "clone", "contiguous")
 """A parameter that went through one of these is still that parameter, its axes in another order at most."""
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from slim.errors import SlimError
 from slim.forward import call_arguments, evaluation_mode, tensors_in, transparent_gates, untouched
 from slim.gate import count_params
-from slim.graph import LayerCost
+from slim.graph import Cost, LayerCost
 from slim.ops import KINDS, LIKE_PARAMETER, VIEW, operator_name
 
 
@@ -201,6 +201,11 @@ class Propagation(TorchDispatchMode):
         self.alive.append(tensor)
         self.labels[id(tensor)] = labels
 
+    def put_outputs(self, call: Call, labels: Tensor | None) -> None:
+        """Give an operator's outputs these labels; those of another shape than the first (statistics) have none."""
+        for tensor in call.outputs:
+            self.put(tensor, labels if tensor.shape == call.outputs[0].shape else None)
+
     def channel_labels(self, tensor: Tensor, axis: int) -> Tensor | None:
         """Labels along one axis, [size] (0: none); None when the labels vary along another axis."""
         labels, axis = self.get(tensor), axis % tensor.ndim
@@ -317,21 +322,6 @@ class Propagation(TorchDispatchMode):
             moved = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
         for tensor, labels in zip(call.outputs, moved, strict=True):
             self.put(tensor, collapse(labels))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a model costs: ``macs`` for one image, ``params`` without gates (they fold away), a row per call of a layer."""
-
-    macs: int
-    params: int
-    layers: tuple[LayerCost, ...]
-
-    def __str__(self) -> str:
-        width = max([5, *(len(row.path) for row in self.layers)])
-        lines = [f"{'layer':<{width}}  {'weight':<20}  {'positions':>9}  {'M MACs':>9}"]
-        lines += [f"{r.path:<{width}}  {r.shape!s:<20}  {r.positions:>9}  {r.macs / 1e6:>9.3f}" for r in self.layers]
-        return "\n".join([*lines, f"{self.macs / 1e6:.1f} M MACs, {self.params / 1e6:.3f} M parameters"])
 
 
 def cost(model: nn.Module, example_inputs: Any) -> Cost:

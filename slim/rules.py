@@ -44,8 +44,7 @@ def elementwise(run: ChannelPropagation, call: Call) -> None:
         for labels, tensor in zip(aligned, call.inputs, strict=True):
             freeze_at_constant(run, call.name, result, labels, tensor)
     linear = call.name in ("clone", "detach", "alias", "_to_copy") and id(call.inputs[0]) in run.affine
-    for tensor in call.outputs:
-        run.put(tensor, result if tensor.shape == out.shape else None)
+    run.put_outputs(call, result)
     (run.affine.add if linear else run.affine.discard)(id(out))
 
 
@@ -148,8 +147,7 @@ def keep_first(run: ChannelPropagation, call: Call, labels: Tensor | None) -> No
     """The outputs have the first input's channels; other inputs steer and may not change."""
     for tensor in call.inputs[1:]:
         run.freeze(run.get(tensor), f"{call.name} in {run.here()} is steered by it")
-    for tensor in call.outputs:
-        run.put(tensor, labels)
+    run.put_outputs(call, labels)
 
 
 def reduce(run: ChannelPropagation, call: Call) -> None:
@@ -166,8 +164,7 @@ def reduce(run: ChannelPropagation, call: Call) -> None:
     if labels is not None:
         keep = bool(call.argument("keepdim", False))
         labels = labels.reshape([size for axis, size in enumerate(labels.shape) if keep or axis not in axes])
-    for tensor in call.outputs:
-        run.put(tensor, labels)
+    run.put_outputs(call, labels)
 
 
 def along_axis(run: ChannelPropagation, call: Call) -> None:
@@ -177,8 +174,7 @@ def along_axis(run: ChannelPropagation, call: Call) -> None:
         if "softmax" not in call.name:
             return run.unknown(call)
         run.mix(call, labels)
-    for tensor in call.outputs:
-        run.put(tensor, labels)
+    run.put_outputs(call, labels)
 
 
 def move(run: ChannelPropagation, call: Call) -> None:
@@ -258,9 +254,7 @@ def pixel_shuffle(run: ChannelPropagation, call: Call) -> None:
         return run.unknown(call)
     blocks = channels.reshape(-1, r * r)
     run.tie(blocks.t())
-    run.put(
-        call.outputs[0], blocks.amax(1).reshape(-1, 1, 1) if tensor.ndim == 3 else blocks.amax(1).reshape(1, -1, 1, 1)
-    )
+    run.put(call.outputs[0], blocks.amax(1).reshape((1,) * (tensor.ndim - 3) + (-1, 1, 1)))
 
 
 _RULES = (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slim.errors import SlimError
 from slim.forward import evaluation_mode, untouched
-from slim.gate import gates_in
+from slim.gate import vectors_in
 from slim.graph import ChannelGraph, ChannelGroup, Member
 from slim.ops import BATCH_NORMS, NORMS
 
@@ -154,9 +154,8 @@ def normalised(layer: Tensor, how: Normalise, floor: float, group: ChannelGroup)
 def gate_criterion(model: nn.Module) -> Criterion:
     """The gate vectors of a group: one when tied, one per activation when free."""
     by_group: dict[str, dict[int, Tensor]] = {}
-    for _, gate in gates_in(model):
-        for group, vector in zip(gate.groups, gate.vectors, strict=True):
-            by_group.setdefault(group, {})[id(vector)] = vector.detach().abs()
+    for _, _, name, vector in vectors_in(model):
+        by_group.setdefault(name, {})[id(vector)] = vector.detach().abs()
 
     def score_group(group: ChannelGroup) -> list[Tensor]:
         vectors = list(by_group.get(group.name, {}).values())

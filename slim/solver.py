@@ -100,7 +100,7 @@ def make_plan(
         ]
     else:
         if cost_aware:
-            values = {n: per_unit_saved(v, n, constraints[n], costs, target) for n, v in values.items()}
+            values = {n: per_unit_saved(v, n, costs, target) for n, v in values.items()}
         widths = solve(target, constraints, costs, Ranking(values, classes_of(graph, list(values), scope)))
     chosen = [
         keep_best(constraint.group, flat(scores[constraint.group.name]), width)
@@ -134,11 +134,9 @@ def flat(values: Tensor) -> Tensor:
     return values.detach().double().cpu()
 
 
-def per_unit_saved(
-    values: Tensor, number: int, constraint: WidthConstraint, costs: WidthCosts, target: Target
-) -> Tensor:
+def per_unit_saved(values: Tensor, number: int, costs: WidthCosts, target: Target) -> Tensor:
     """Scores over what one output channel of the group saves at full width; what saves nothing goes last."""
-    saved = -costs.change(target.kind, costs.sizes, number, constraint.group.size - 1) / constraint.group.per_channel
+    saved = -costs.change(target.kind, costs.sizes, number, costs.sizes[number] - 1) / costs.each[number]
     return values / saved if saved else torch.full_like(values, inf)
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from slim.errors import SlimError
-from slim.gate import gates_in
+from slim.gate import gates_in, vectors_in
 from slim.graph import Example, Member
 from slim.plan import Plan
 from slim.propagate import Propagation
@@ -142,12 +142,11 @@ def kept_indices(model: nn.Module, plan: Plan) -> KeptIndices:
             if bool(here.any()):
                 keep.setdefault(name, {})[axis] = (~here).nonzero().flatten()
     plans = {group.name: group for group in plan.groups}
-    for path, gate in gates_in(model):
-        for number, (name, vector) in enumerate(zip(gate.groups, gate.vectors, strict=True)):
-            if name in plans and plans[name].size != vector.numel():
-                raise SlimError(f"the gate of group {name} has {vector.numel()} channels, the plan {plans[name].size}")
-            if name in plans:
-                keep[f"{path}.vectors.{number}"] = {0: torch.tensor(plans[name].keep)}
+    for path, number, name, vector in vectors_in(model):
+        if name in plans and plans[name].size != vector.numel():
+            raise SlimError(f"the gate of group {name} has {vector.numel()} channels, the plan {plans[name].size}")
+        if name in plans:
+            keep[f"{path}.vectors.{number}"] = {0: torch.tensor(plans[name].keep)}
     return keep
 
 

@@ -248,10 +248,9 @@ def unreachable(target: Target, constraints: list[WidthConstraint], costs: Width
     """The message for a target below what the floors allow: how far it goes, and what binds most of the rest."""
     floors = [c.floor for c in constraints]
     lowest, whole = costs.measure(target.kind, floors), costs.measure(target.kind, costs.sizes)
-    gains = {n: -costs.change(target.kind, floors, n, 0) for n in range(len(constraints))}
-    order = sorted(gains, key=lambda n: (gains[n], constraints[n].group.name), reverse=True)
-    binding = [constraints[n] for n in order if constraints[n].counted and gains[n]][:5]
-    stuck = [constraints[n] for n in order if not constraints[n].counted and gains[n]][:3]
+    gains = [(-costs.change(target.kind, floors, n, 0), c.group.name, n) for n, c in enumerate(constraints)]
+    order = [constraints[n] for gain, _, n in sorted(gains, reverse=True) if gain]
+    binding, stuck = [c for c in order if c.counted][:5], [c for c in order if not c.counted][:3]
     named = []
     for c in binding:
         channels = c.floor * c.group.per_channel

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -47,27 +44,13 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False,
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise SlimError(f"{lazy} has no shape yet (a lazy module); run the model once before slim.trace")
-    with collection_paused():
-        run = ChannelPropagation(model, RULES, allow_inexact=allow_inexact)
-        with transparent_gates(model):
-            outputs = run.run(example_inputs)
-        # That it is an output comes first among the reasons why a group is frozen.
-        frozen, run.frozen = run.frozen, []
-        for tensor in outputs:
-            run.freeze(run.get(tensor), "a model output")
-        run.frozen += frozen
-        graph, owners = build_graph(run, example_inputs)
-        return freeze_what_breaks(graph, owners, run, example_inputs) if dry_run else graph
-
-
-@contextmanager
-def collection_paused() -> Iterator[None]:
-    """No garbage collection for the duration: a trace makes hundreds of thousands of small objects, all of them needed, and
-    looking through them again and again takes a fifth of its time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    run = ChannelPropagation(model, RULES, allow_inexact=allow_inexact)
+    with transparent_gates(model):
+        outputs = run.run(example_inputs)
+    # That it is an output comes first among the reasons why a group is frozen.
+    frozen, run.frozen = run.frozen, []
+    for tensor in outputs:
+        run.freeze(run.get(tensor), "a model output")
+    run.frozen += frozen
+    graph, owners = build_graph(run, example_inputs)
+    return freeze_what_breaks(graph, owners, run, example_inputs) if dry_run else graph
