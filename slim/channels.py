@@ -21,7 +21,7 @@ from slim.graph import Role
 from slim.ops import ACTIVATIONS, KINDS, LAYERS, NONZERO_AT_ZERO, READERS, SCALABLE
 from slim.propagate import Call, Propagation, collapse, varying_axes
 
-HANDS_ON = {"alias", "clone", "contiguous", "detach", "empty_like", "lift_fresh"}
+WITHOUT_ARITHMETIC = {"alias", "clone", "contiguous", "detach", "empty_like", "lift_fresh"}
 """Operators that compute nothing with the numbers of their argument, which may not be filled yet."""
 
 
@@ -130,9 +130,9 @@ class ChannelPropagation(Propagation):
         self.called: list[tuple[str, str, tuple[float, ...]]] = []
         # Channels that an operator took by position or counted: where code could hold a number of channels.
         self.position_sensitive: list[Tensor] = []
-        self.direct: list[bool] = []
-        self.affine: set[int] = set()
-        self.loose: set[int] = set()
+        self.follows_layer: list[bool] = []
+        self.layer_outputs: set[int] = set()
+        self.parameter_labels: set[int] = set()
         self.storages: dict[int, set[int]] = {}
 
     def again(self, model: nn.Module, *, muted: bool) -> ChannelPropagation:
@@ -179,7 +179,7 @@ class ChannelPropagation(Propagation):
     def own_labels(self, tensor: Tensor, axis: int) -> Tensor:
         """A parameter or buffer gets channels of its own along one axis."""
         labels = self.fresh(tensor.shape[axis])
-        self.loose.update(labels.tolist())
+        self.parameter_labels.update(labels.tolist())
         self.record(self.tensors[id(tensor)], axis, "scale", labels)
         shaped = labels.reshape([size if a == axis else 1 for a, size in enumerate(tensor.shape)])
         self.put(tensor, shaped)
@@ -200,7 +200,7 @@ class ChannelPropagation(Propagation):
 
     def made_by_layer(self, labels: Tensor) -> bool:
         """Whether some of these channels come from a layer and not from a bare parameter."""
-        return any(label and label not in self.loose for label in labels.flatten().tolist())
+        return any(label and label not in self.parameter_labels for label in labels.flatten().tolist())
 
     # -- what rules say -----------------------------------------------------------------------------------------
 
@@ -281,7 +281,7 @@ class ChannelPropagation(Propagation):
         before = self.get(target) if call.in_place else None
         self.rules.rule_for(call.name)(self, call)
         if KINDS.get(call.name) in LAYERS:
-            self.affine.add(id(call.outputs[0]))
+            self.layer_outputs.add(id(call.outputs[0]))
         labels = tuple(self.get(t) for t in call.outputs)
         self.steps.append(Step(*self.called[-1], labels))
         if self.rules.is_position_sensitive(self, call):
@@ -295,7 +295,7 @@ class ChannelPropagation(Propagation):
 
     def note(self, call: Call) -> None:
         numbers: list[float] = []
-        if KINDS.get(call.name) == "elementwise" and call.name not in HANDS_ON:
+        if KINDS.get(call.name) == "elementwise" and call.name not in WITHOUT_ARITHMETIC:
             # Plain numbers among the arguments, and lone numbers that come as tensors but not from the inputs.
             numbers = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, (int, float))]
             lone = (t for t in call.inputs if t.ndim == 0 and not t.is_meta and id(t) not in self.data_dependent)
@@ -304,10 +304,10 @@ class ChannelPropagation(Propagation):
 
     def before_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         # An activation in place overwrites what it was given, so this must be seen before it runs.
-        self.direct.append(bool(args) and id(args[0]) in self.affine)
+        self.follows_layer.append(bool(args) and id(args[0]) in self.layer_outputs)
 
     def after_module(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        direct = self.direct.pop()
+        direct = self.follows_layer.pop()
         if not isinstance(output, Tensor) or isinstance(module, Gate):
             return
         # Behind a sum a gate would scale some terms twice; an Identity straight behind a layer is an activation too.

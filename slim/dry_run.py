@@ -25,7 +25,7 @@ from slim.surgery import KeptIndices, kept_indices, narrow_twin
 
 Cut = list[tuple[ChannelGroup, int]]
 """Groups to cut, each with the number of channels that it keeps."""
-NOTHING = torch.zeros(1, dtype=torch.int64)
+NO_CHANNEL = torch.zeros(1, dtype=torch.int64)
 """The label of no channel, which sequences of labels begin with so that they are not empty."""
 SIZED_BY_DATA = {"nonzero", "masked_select", "nms", "_unique2", "unique_dim"}
 """Operators whose results are as long as the data make them."""
@@ -142,7 +142,7 @@ class DryRun:
         return keep, gone[self.roots]
 
     def attempt_with(self, keep: KeptIndices, gone: Tensor | None) -> Failure | None:
-        """``attempt`` of these channels; labels are followed where it is said which ones go."""
+        """Run the model without these channels and compare; labels are followed only when ``gone`` says which ones go."""
         again = self.run.again(narrow_twin(self.run.model, keep), muted=gone is None)
         try:
             with transparent_gates(again.model):
@@ -172,7 +172,7 @@ class DryRun:
         if same == whole or chosen is None or 0 < len(again.records) != len(self.run.records):
             return whole
         later = [labels.flatten() for step in self.run.steps[chosen:] for labels in step.labels if labels is not None]
-        followed = self.group_names(torch.cat([NOTHING, *later]))
+        followed = self.group_names(torch.cat([NO_CHANNEL, *later]))
         return whole if any(self.graph.by_name[name].prunable for name in followed) else same
 
     def compare_operators(self, again: ChannelPropagation, end: int) -> Failure | None:
@@ -199,7 +199,7 @@ class DryRun:
         if len(self.run.steps[:end]) != len(again.steps[:end]) or len(self.run.records) != len(again.records):
             return Failure(OTHER_OPERATORS)
         pair = torch.arange(len(old)).repeat_interleave(torch.tensor([len(x) for x in old], dtype=torch.int64))
-        first, second = torch.cat([NOTHING, *old]), torch.cat([NOTHING, *new])
+        first, second = torch.cat([NO_CHANNEL, *old]), torch.cat([NO_CHANNEL, *new])
         bad = label_mismatch(first, second) | label_mismatch(before[first], after[second])
         if bool(bad.any()):
             return Failure(reasons[int(pair[int(bad.nonzero()[0]) - 1])], self.group_names(first[bad]))
@@ -210,13 +210,13 @@ class DryRun:
     def paired_labels(
         self, again: ChannelPropagation, keep: KeptIndices, gone: Tensor, end: int
     ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-        """What is said of a place if it is wrong, the labels there without those that went, and the cut model's."""
+        """For each place: the message if it differs, the whole model's labels without those that went, the cut model's."""
         for record, found, labels in self.paired_records(again, keep):
             reason = f"{record.param} {OTHER_CHANNELS}"
             yield reason, record.labels if labels is None else labels, None if labels is None else found.labels
         for step, twin in zip(self.run.steps[:end], again.steps[:end], strict=False):
             there = f"{step.op} in {step.where}"
-            flat, others = ([NOTHING[1:] if x is None else x.flatten() for x in s.labels] for s in (step, twin))
+            flat, others = ([NO_CHANNEL[1:] if x is None else x.flatten() for x in s.labels] for s in (step, twin))
             if step.op != twin.op or len(flat) != len(others):
                 yield f"{there} {OTHER_OPERATOR}", flat[0], None
             if step.numbers != twin.numbers:

@@ -43,7 +43,7 @@ class GatePropagation(Propagation):
         # For each weight that reads gated channels, the entries by its first two axes.
         self.readers: dict[str, Tensor] = {}
 
-    def fail(self, labels: Tensor | None, name: str) -> None:
+    def mark_unfoldable(self, labels: Tensor | None, name: str) -> None:
         """These entries cannot be folded: an operator met them that does not commute with a factor."""
         if labels is not None:
             for label in torch.unique(labels).tolist():
@@ -57,19 +57,19 @@ class GatePropagation(Propagation):
         if not isinstance(module, Gate) or output is None:
             return
         self.muted = False
-        self.fail(self.get(args[0]), "a second gate")
+        self.mark_unfoldable(self.get(args[0]), "a second gate")
         entries = torch.cat([torch.arange(v.numel()) + self.start[id(v)] for v in module.vectors])
         entries = entries if module.index is None else entries[module.index.cpu()]
         shape = [1] * output.ndim
         shape[module.axis] = -1
         labels = entries.reshape(shape)
         if self.get(args[0]) is not None:
-            self.fail(labels, "a gate before it")
+            self.mark_unfoldable(labels, "a gate before it")
         self.put(output, labels)
 
     def unknown(self, call: Call) -> None:
         for tensor in call.inputs:
-            self.fail(self.get(tensor), call.name)
+            self.mark_unfoldable(self.get(tensor), call.name)
         self.put_outputs(call, None)
 
     def elementwise(self, call: Call) -> None:
@@ -82,7 +82,7 @@ class GatePropagation(Propagation):
             full = [spread(x, t).broadcast_to(call.outputs[0].shape) for x, t in zip(labels, call.inputs, strict=True)]
             differing = (torch.stack(full) != full[0]).any(0)
             for x in full:
-                self.fail(x[differing], call.name)
+                self.mark_unfoldable(x[differing], call.name)
             result = scaled[0] if len(scaled) == len(call.inputs) else None
         elif len(scaled) == 1 and (
             call.name in HOMOGENEOUS or call.name == "mul" or (call.name == "div" and labels[0] is not None)
@@ -117,10 +117,10 @@ class GatePropagation(Propagation):
         # Grouped: input i meets rows of its own group only, so its factor belongs to a block, not to a whole column.
         per_group = len(entries) // groups
         if transposed:
-            self.read(known[0], entries.reshape(-1, 1).expand(-1, weight.shape[1]))
+            self.record_reader(known[0], entries.reshape(-1, 1).expand(-1, weight.shape[1]))
         else:
             block = entries.reshape(groups, 1, per_group).expand(-1, weight.shape[0] // groups, -1)
-            self.read(known[0], block.reshape(weight.shape[0], per_group))
+            self.record_reader(known[0], block.reshape(weight.shape[0], per_group))
         self.put(call.outputs[0], None)
 
     def matmul(self, call: Call) -> None:
@@ -131,15 +131,15 @@ class GatePropagation(Propagation):
         stored_in_axis = known[1][1] if call.name == "linear" else known[1][0]
         out = weight.shape[0] if call.name == "linear" else weight.shape[1]
         block = entries.reshape(1, -1).expand(out, -1)
-        self.read(known[0], block if stored_in_axis == 1 else block.t())
+        self.record_reader(known[0], block if stored_in_axis == 1 else block.t())
         self.put(call.outputs[0], None)
 
-    def read(self, param: str, entries: Tensor) -> None:
+    def record_reader(self, param: str, entries: Tensor) -> None:
         """A weight reads these entries' channels, by its first two axes."""
         before = self.readers.setdefault(param, entries)
         if before is not entries and not torch.equal(before, entries):
-            self.fail(before, f"{param} is used again on other channels")
-            self.fail(entries, f"{param} is used again on other channels")
+            self.mark_unfoldable(before, f"{param} is used again on other channels")
+            self.mark_unfoldable(entries, f"{param} is used again on other channels")
 
 
 def fold_gates(model: Model, example_inputs: Any = None) -> Model:
@@ -171,7 +171,7 @@ def fold_gates(model: Model, example_inputs: Any = None) -> Model:
     while gate_parameters(folded):
         run = GatePropagation(folded)
         for tensor in run.run(example_inputs_of(folded) if example_inputs is None else example_inputs):
-            run.fail(run.get(tensor), "the model's output")
+            run.mark_unfoldable(run.get(tensor), "the model's output")
         stuck = stuck_vectors(run, folded)
         fold_into_readers(run, folded, stuck)
         staying = {id(v) for path, gate in gates_in(folded) if not folds_back(folded, path) for v in gate.vectors}
@@ -182,7 +182,7 @@ def fold_gates(model: Model, example_inputs: Any = None) -> Model:
                 logger.warning("the gate of group %s stays: its factor does not pass through %s", group_of[key], reason)
             break
         # Without these, others may find their way forward.
-        fold_into_makers(folded, behind_layers)
+        fold_into_producers(folded, behind_layers)
     return folded
 
 
@@ -210,7 +210,7 @@ def fold_into_readers(run: GatePropagation, model: nn.Module, stuck: dict[int, s
 
 
 @torch.no_grad()
-def fold_into_makers(model: nn.Module, vectors: set[int]) -> None:
+def fold_into_producers(model: nn.Module, vectors: set[int]) -> None:
     """Multiply weight and bias of the layers that gates with these vectors follow. In place."""
     for path, gate in gates_in(model):
         layer: Any = model.get_submodule(gated_path(path))

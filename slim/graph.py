@@ -51,8 +51,21 @@ class Member:
         return [p for c in channels for p in self.index[c * per_channel : (c + 1) * per_channel]]
 
 
+class Channels:
+    """What channel groups and their plans share: ``size`` channels and the ``members`` that these occupy."""
+
+    size: int
+    members: tuple[Member, ...]
+
+    @property
+    def per_channel(self) -> int:
+        """How many of the producing layer's output channels one channel of the group stands for (more than 1 where several
+        must go together, as the same position of every part of a grouped convolution)."""
+        return next((len(m.index) // self.size for m in self.members if m.produces), 1)
+
+
 @dataclass(frozen=True)
-class ChannelGroup:
+class ChannelGroup(Channels):
     """``size`` channels that are alike in where they occur; each can be removed, with all that it occupies.
 
     ``inexact`` says which operator's statistics change when a channel goes (only where the caller allowed such cuts).
@@ -67,17 +80,6 @@ class ChannelGroup:
     @property
     def prunable(self) -> bool:
         return self.frozen_reason is None
-
-    @property
-    def per_channel(self) -> int:
-        """How many of the producing layer's output channels one channel of the group stands for (more than 1 where several
-        must go together, as the same position of every part of a grouped convolution)."""
-        return positions_per_channel(self.members, self.size)
-
-
-def positions_per_channel(members: tuple[Member, ...], size: int) -> int:
-    """Output channels of the first producing layer for each of a group's ``size`` channels."""
-    return next((len(m.index) // size for m in members if m.produces), 1)
 
 
 def unique_name(name: str, taken: Collection[str]) -> str:

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from slim.errors import SlimError
-from slim.graph import Example, Member, positions_per_channel
+from slim.graph import Channels, Example, Member
 
 PLAN_VERSION = 2
 MOST_POSITIONS = 1 << 22
@@ -16,7 +16,7 @@ MOST_POSITIONS = 1 << 22
 
 
 @dataclass(frozen=True)
-class GroupPlan:
+class GroupPlan(Channels):
     """The channels kept of one group, ascending, and where the group's channels live.
 
     ``score_range`` is the lowest and the highest score of all its channels.
@@ -35,11 +35,6 @@ class GroupPlan:
         """The channels that go, ascending."""
         kept = set(self.keep)
         return tuple(k for k in range(self.size) if k not in kept)
-
-    @property
-    def per_channel(self) -> int:
-        """How many output channels of the producing layer one channel of the group stands for."""
-        return positions_per_channel(self.members, self.size)
 
     @property
     def widths(self) -> tuple[int, int]:

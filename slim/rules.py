@@ -43,9 +43,9 @@ def elementwise(run: ChannelPropagation, call: Call) -> None:
     if result is not None:
         for labels, tensor in zip(aligned, call.inputs, strict=True):
             freeze_at_constant(run, call.name, result, labels, tensor)
-    linear = call.name in ("clone", "detach", "alias", "_to_copy") and id(call.inputs[0]) in run.affine
+    linear = call.name in ("clone", "detach", "alias", "_to_copy") and id(call.inputs[0]) in run.layer_outputs
     run.put_outputs(call, result)
-    (run.affine.add if linear else run.affine.discard)(id(out))
+    (run.layer_outputs.add if linear else run.layer_outputs.discard)(id(out))
 
 
 def operands(run: ChannelPropagation, tensors: list[Tensor], out: Tensor) -> list[Tensor | None]:
@@ -55,13 +55,13 @@ def operands(run: ChannelPropagation, tensors: list[Tensor], out: Tensor) -> lis
         labels = None if run.is_map(tensor) else run.get(tensor)
         if labels is not None and labels.ndim <= out.ndim:
             labels = labels.reshape((1,) * (out.ndim - labels.ndim) + tuple(labels.shape))
-            labels = without_lone(run, labels, tensor, out)
+            labels = without_lone_channel(run, labels, tensor, out)
         found.append(labels)
     axes = {axis for labels in found if labels is not None for axis in varying_axes(labels)}
     return [run.map_labels(t, axes, out) if run.is_map(t) else own for t, own in zip(tensors, found, strict=True)]
 
 
-def without_lone(run: ChannelPropagation, labels: Tensor, tensor: Tensor, out: Tensor) -> Tensor | None:
+def without_lone_channel(run: ChannelPropagation, labels: Tensor, tensor: Tensor, out: Tensor) -> Tensor | None:
     """A lone channel that is stretched over many (a spatial map of weights) does not tie those; it stays alone."""
     shape = (1,) * (out.ndim - tensor.ndim) + tuple(tensor.shape)
     if labels.numel() > 1 or all(own == wide for own, wide in zip(shape[1:], out.shape[1:], strict=True)):
@@ -300,11 +300,11 @@ def rule_for(name: str) -> Rule:
     return REGISTERED.get(name) or CHANNEL_RULES[KINDS.get(name, "unknown")]
 
 
-PLAIN = (
+TREATS_ALL_ALIKE = (
     "elementwise", "spatial", "reduce", "along_axis", "batch_norm", "convolution", "matmul", "windows", "attention",
 )  # fmt: skip
 """Kinds that treat all channels alike, by whatever axis they lie on."""
-ORDERLY = ("cat", "permute", "transpose", "t", "unsqueeze", "stack")
+KEEPS_ORDER = ("cat", "permute", "transpose", "t", "unsqueeze", "stack")
 """Operators that keep the order of channels and take no number of them."""
 
 
@@ -316,7 +316,7 @@ def is_position_sensitive(run: ChannelPropagation, call: Call) -> bool:
         return True
     if kind == "group_norm":
         return not isinstance(run.module(), nn.GroupNorm)
-    if kind in PLAIN or call.name in ORDERLY:
+    if kind in TREATS_ALL_ALIKE or call.name in KEEPS_ORDER:
         return False
     before, after = run.get(call.inputs[0]), [run.get(tensor) for tensor in call.outputs]
     return before is None or len(after) != 1 or after[0] is None or not torch.equal(before, after[0])
