@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,3 +141,13 @@ def test_no_file_is_named_after_nothing() -> None:
     banned = {"utils", "helpers", "common", "misc", "general"}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     assert not [name for name in tracked if Path(name).stem in banned]
+
+
+def test_the_ways_through_the_code_are_those_of_the_files() -> None:
+    """CONTRIBUTING.md names the files to follow a cut, a step, the loop and a frame, with their lines."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\d+\. `([\w/]+\.py)` \((\d+)\)", text, re.MULTILINE)
+    assert len(listed) >= 20
+    for name, lines in listed:
+        found = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(found - int(lines)) <= 0.2 * found, f"{name} has {found} lines, CONTRIBUTING.md says {lines}"
