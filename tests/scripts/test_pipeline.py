@@ -313,8 +313,24 @@ def test_threshold_cuts_closed_gates_alone(script: Runner, tmp_path: Path, spars
     assert {g.name: len(g.removed) for g in plan.groups if g.removed} == {"model.1.conv": 9}
 
 
-def test_a_controller_closes_the_share_that_is_asked_for(script: Runner, tiny: Path, tmp_path: Path) -> None:
-    common = ("--data", tiny, *SMALL, "--epochs", 4, "--sparse-from", 1, "--eval-every", 9, "--project", tmp_path)
+def test_a_controller_closes_the_share_that_is_asked_for(
+    script: Runner, tiny: Path, small_cfg: Path, tmp_path: Path
+) -> None:
+    common = (
+        "--data",
+        tiny,
+        "--cfg",
+        small_cfg,
+        *SMALL,
+        "--epochs",
+        4,
+        "--sparse-from",
+        1,
+        "--eval-every",
+        9,
+        "--project",
+        tmp_path,
+    )
     done = script("train_sparse", *common, "--closed-share", 0.3, "--name", "s")
     assert done.code == 0, done.err
     assert metrics(tmp_path / "s")["closed_share"] == pytest.approx(0.3, abs=0.01)

@@ -159,7 +159,7 @@ def test_the_engines_run_what_is_exported(small_cfg: Path) -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_int8_networks_for_timing(sparse_run: Path, small_cfg: Path) -> None:
+def test_int8_networks_for_timing(small_cfg: Path) -> None:
     network = start_network("", str(small_cfg), ["a", "b"])
     images = torch.rand(2, 3, 64, 64)
     for engine in ("openvino", "onnxruntime"):
@@ -226,7 +226,7 @@ def test_settings_of_a_loop_without_a_latency_are_as_they_were(sparse_run: Path,
 
 
 def test_a_loop_refuses_what_it_cannot_mean(
-    clock: FakeClock, sparse_run: Path, tiny: Path, tmp_path: Path, script: Runner
+    clock: FakeClock, small_run: Path, tiny: Path, tmp_path: Path, script: Runner
 ) -> None:
-    fails(script(*loop_arguments(sparse_run, tiny, tmp_path, "--latency-ms", 6, "--macs", 0.5)), "give one target")
-    fails(script(*loop_arguments(sparse_run, tiny, tmp_path, "--latency-ms", 60)), "which meets it; nothing to cut")
+    fails(script(*loop_arguments(small_run, tiny, tmp_path, "--latency-ms", 6, "--macs", 0.5)), "give one target")
+    fails(script(*loop_arguments(small_run, tiny, tmp_path, "--latency-ms", 60)), "which meets it; nothing to cut")
