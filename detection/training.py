@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 import slim
-from data import DataConfig, DetectionDataset, build_loader, multi_scale_sizes
+from data import DataConfig, DetectionDataset, Sample, build_loader, multi_scale_sizes
 from deploy.qat import plain_state, with_quantisers
 from engine import (
     Evaluation,
@@ -119,16 +120,7 @@ def train_in(
         loss = add_teacher(labels_loss, network, flags.teacher, flags.distill, device)
         print(f"teacher: {flags.teacher}, weight {flags.distill.weight:g}")
     stride_px = max(network.model.stride_px)
-    loader = build_loader(
-        train_set,
-        batch_size,
-        shuffle=True,
-        workers=loading.workers,
-        seed=seed,
-        rank=world.rank,
-        num_ranks=world.size,
-        sizes_px=multi_scale_sizes(img, stride_px) if flags.sampling.multi_scale else (),
-    )
+    loader = training_loader(flags, train_set, stride_px, batch_size, world)
     if val_set is None:
         val_set = DetectionDataset(config, "val", img, cache=loading.cache if world.is_first else "none")
     evaluator = Evaluator(
@@ -141,16 +133,7 @@ def train_in(
     sparsity = make_sparsity(
         flags.sparsity if isinstance(flags, SparseFlags) else None, network.model, flags.training, len(loader)
     )
-    if world.is_first:
-        run.write_config({k: v for k, v in flat(flags).items() if k != "resume"}, script_of(flags))
-        for split in run.note_data({"train": train_set.digest(), "val": val_set.digest()}):
-            print(f"the labels of {split} are not those that the run began with; it goes on with what is there now")
-    run.adopt(world.broadcast_from_rank0(lambda: run.path))
-    for message in [*train_set.problems, *val_set.problems][:10]:
-        print(f"left out: {message}")
-    if resume_state is None and world.is_first:
-        plot_labels(train_set.ground_truth(), train_set.names, run.path / "labels.png")
-        log_start(run, network.model, train_set, img)
+    begin_run(run, flags, network, train_set, val_set, world, is_new=resume_state is None)
     trained: nn.Module = network.model
     plain: Callable[[nn.Module], nn.Module] | None = None
     if isinstance(flags, FinetuneFlags) and flags.qat.qat:
@@ -175,6 +158,32 @@ def train_in(
     known = result.evaluation if trained is network.model else None
     evaluation = world.broadcast_from_rank0(lambda: finish(run, img, flags.training.epochs, evaluator, result, known))
     return replace(result, evaluation=evaluation)
+
+
+def begin_run(
+    run: RunFolder,
+    flags: TrainFlags,
+    network: Network,
+    train_set: DetectionDataset,
+    val_set: DetectionDataset,
+    world: World,
+    *,
+    is_new: bool,
+) -> None:
+    """Write what a run folder holds before the first step, and print what was left out of the data.
+
+    The folder appears here, after everything that could have been refused.
+    """
+    if world.is_first:
+        run.write_config({k: v for k, v in flat(flags).items() if k != "resume"}, script_of(flags))
+        for split in run.note_data({"train": train_set.digest(), "val": val_set.digest()}):
+            print(f"the labels of {split} are not those that the run began with; it goes on with what is there now")
+    run.adopt(world.broadcast_from_rank0(lambda: run.path))
+    for message in [*train_set.problems, *val_set.problems][:10]:
+        print(f"left out: {message}")
+    if is_new and world.is_first:
+        plot_labels(train_set.ground_truth(), train_set.names, run.path / "labels.png")
+        log_start(run, network.model, train_set, flags.img)
 
 
 def with_fake_quantisers(
@@ -205,6 +214,22 @@ def training_set(flags: TrainFlags, config: DataConfig, world: World | None = No
         mosaic_epochs=flags.training.epochs - flags.sampling.close_mosaic,
         image_weights=flags.sampling.image_weights,
         holders=1 if world is None else world.local_size,
+    )
+
+
+def training_loader(
+    flags: TrainFlags, train_set: DetectionDataset, stride_px: int, batch_size: int, world: World
+) -> DataLoader[Sample]:
+    """Shuffled batches of this rank, of ``batch_size`` images each; with --multi-scale at sizes that ``stride_px`` divides."""
+    return build_loader(
+        train_set,
+        batch_size,
+        shuffle=True,
+        workers=flags.loading.workers,
+        seed=flags.training.seed,
+        rank=world.rank,
+        num_ranks=world.size,
+        sizes_px=multi_scale_sizes(flags.img, stride_px) if flags.sampling.multi_scale else (),
     )
 
 
