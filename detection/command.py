@@ -48,7 +48,7 @@ ALIASES = {
 """Other spellings of flags, YOLOv5's above all."""
 BARE = {"cache": "ram"}
 """What a flag means that is given without its value."""
-OF_THE_COMMAND_LINE_ALONE = ("debug", "resume")
+OF_THE_COMMAND_LINE_ALONE = ("debug", "resume", "closed_share")
 """Keys that older config.yaml files hold, and that say nothing about what to do again."""
 INTERRUPTED = 130
 """Exit code of a run that was interrupted."""

@@ -75,11 +75,30 @@ class TrainFlags(ScriptFlags):
 
 
 @dataclass(frozen=True)
+class WidthSettings:
+    """Widths after the cut, for sparse training those that a budget leads to."""
+
+    scope: Annotated[
+        Literal["global", "local", "isomorphic"],
+        "rank all channels together, keep the same share of each group, or of each class of like groups",
+    ] = "global"
+    round_to: Annotated[
+        int | None,
+        "kept widths are multiples of this many channels; else 8, for a latency 8 or 16, whichever measures faster",
+    ] = None
+    min_channels: Annotated[int, "every group keeps at least this many channels"] = 8
+    min_keep: Annotated[float, "every group keeps at least this share of its channels, 0 to 1"] = 0.0
+    overrides: Annotated[tuple[str, ...], "PATTERN=WIDTH, layers of a set width: a share (0.5) or a count (32)"] = ()
+    ignore: Annotated[tuple[str, ...], "patterns of layers that stay whole, such as 'model.24.*'"] = ()
+
+
+@dataclass(frozen=True)
 class SparseFlags(TrainFlags):
     """Options of sparse training."""
 
     run: RunSettings = RunSettings(project="runs/sparse")
     sparsity: SparsitySettings = SparsitySettings()
+    widths: WidthSettings = WidthSettings()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,25 +163,7 @@ class ScoreSettings:
     reduction: Annotated[Literal["mean", "max", "sum"] | None, "over a group's layers; else the criterion's own"] = None
     normalise: Annotated[Literal["mean", "max", "none"] | None, "within each layer; else the criterion's own"] = None
     taylor_batches: Annotated[int, "training batches whose gradients --criterion taylor averages"] = 8
-
-
-@dataclass(frozen=True)
-class WidthSettings:
-    """Widths after the cut."""
-
-    scope: Annotated[
-        Literal["global", "local", "isomorphic"],
-        "rank all channels together, keep the same share of each group, or of each class of like groups",
-    ] = "global"
     cost_aware: Annotated[bool, "rank by score per MAC (or parameter) saved"] = False
-    round_to: Annotated[
-        int | None,
-        "kept widths are multiples of this many channels; else 8, for a latency 8 or 16, whichever measures faster",
-    ] = None
-    min_channels: Annotated[int, "every group keeps at least this many channels"] = 8
-    min_keep: Annotated[float, "every group keeps at least this share of its channels, 0 to 1"] = 0.0
-    overrides: Annotated[tuple[str, ...], "PATTERN=WIDTH, layers of a set width: a share (0.5) or a count (32)"] = ()
-    ignore: Annotated[tuple[str, ...], "patterns of layers that stay whole, such as 'model.24.*'"] = ()
 
 
 @dataclass(frozen=True)

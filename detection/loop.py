@@ -136,10 +136,10 @@ class Loop:
     def round(self, number: int, start: Accepted) -> Accepted | None:
         """One round from the network accepted last; None where no cut was accepted."""
         flags = self.flags
-        sparse = sparse_flags(flags, start.weights)
-        trained = self.train(f"round{number}-sparse", sparse, start.carried)
         reached, whole = self.target.size(start.macs, start.latency), self.target.size(self.baseline["macs"], 1.0)
         target = round_target(reached, self.target.final(self.baseline), flags.rounds - number + 1)
+        sparse = sparse_flags(flags, start.weights, target / reached)  # of a latency's share about that of the MACs
+        trained = self.train(f"round{number}-sparse", sparse, start.carried)
         for attempt in range(1, flags.attempts + 1):
             name = f"round{number}-try{attempt}"
             print(

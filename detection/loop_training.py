@@ -32,9 +32,10 @@ from .training import train_in
 Kind = TypeVar("Kind", bound=TrainFlags)
 
 
-def sparse_flags(flags: IterateFlags, weights: Path) -> SparseFlags:
-    """The settings of a round's sparse training."""
-    common = SparseFlags(training=_training(flags, flags.sparse_epochs), sparsity=flags.sparsity)
+def sparse_flags(flags: IterateFlags, weights: Path, keep: float) -> SparseFlags:
+    """The settings of a round's sparse training, whose cut is to keep such a share of the network at ``weights``."""
+    sparsity, training = replace(flags.sparsity, keep_macs=keep), _training(flags, flags.sparse_epochs)
+    common = SparseFlags(training=training, sparsity=sparsity, widths=flags.widths)
     return with_pairs(_shared(common, flags, weights), [*flags.train, *flags.sparse])
 
 

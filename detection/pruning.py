@@ -35,6 +35,7 @@ from .network import (
     save_network,
 )
 from .unstructured import share_of_zeros, zero_smallest
+from .width_bounds import width_bounds
 
 TOLERANCE = 1e-4
 EXACT_TOLERANCE = 1e-6  # decoded boxes are float32 whatever the network computes in
@@ -138,21 +139,15 @@ def choose_plan(
     model, widths = inputs.network.model, flags.widths
     graph = slim.trace(model, example_image(flags.img))
     scores = scores_of(flags.score, model, graph, inputs, flags.seed)
-    bounds: dict[str, Any] = {
-        "min_channels": widths.min_channels,
-        "min_keep": widths.min_keep,
-        "scope": widths.scope,
-        "overrides": dict(width_override(text) for text in widths.overrides),
-        "ignore": widths.ignore,
-    }
+    bounds = width_bounds(widths)
     if search is None:
-        bounds |= {"round_to": widths.round_to or ROUND_TO, "cost_aware": widths.cost_aware}
+        bounds |= {"round_to": widths.round_to or ROUND_TO, "cost_aware": flags.score.cost_aware}
         return PlannedCut(graph, slim.make_plan(graph, scores, **vars(flags.target), **bounds), None)
 
     def plan_at(macs: int | None, round_to: int) -> slim.Plan:
         if macs is None:
             return slim.make_plan(graph, scores, threshold=float("inf"), round_to=round_to, **bounds)
-        return slim.make_plan(graph, scores, macs=macs, round_to=round_to, cost_aware=widths.cost_aware, **bounds)
+        return slim.make_plan(graph, scores, macs=macs, round_to=round_to, cost_aware=flags.score.cost_aware, **bounds)
 
     roundings = ROUNDINGS if widths.round_to is None else (widths.round_to,)
     floors = [f"--min-channels {widths.min_channels}", f"--round-to {' or '.join(map(str, roundings))}"]
@@ -202,17 +197,6 @@ def scores_of(
     )
     model.cpu()
     return scores
-
-
-def width_override(text: str) -> tuple[str, float]:
-    """'model.0*=0.5' or 'model.0*=32' as a pattern and a share or a count."""
-    pattern, _, width = text.rpartition("=")
-    try:
-        return pattern, int(width) if width.strip().isdigit() else float(width)
-    except ValueError as error:
-        raise SlimError(
-            f"--overrides {text}: expected PATTERN=WIDTH, such as 'model.0*=0.5' or 'model.0*=32'"
-        ) from error
 
 
 NOT_EVALUATED: dict[str, Any] = {"ap": None, "ap50": None, "ap75": None, "per_class": {}, "images": 0, "seconds": 0.0}

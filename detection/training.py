@@ -20,9 +20,9 @@ from engine import (
     Evaluation,
     FitResult,
     LossFunction,
+    OptimConfig,
     Sparsity,
     SparsitySettings,
-    TrainConfig,
     World,
     fit,
     learning_rate_sum,
@@ -43,7 +43,7 @@ from tracking import (
 from .command import flat, read, with_values
 from .datasets import open_data, real_images
 from .evaluator import Evaluator, draw_networks
-from .flags import FinetuneFlags, SparseFlags, TrainFlags
+from .flags import ROUND_TO, FinetuneFlags, SparseFlags, TrainFlags
 from .losses import add_teacher, fit_anchors, make_loss
 from .network import (
     Network,
@@ -57,6 +57,7 @@ from .network import (
     start_network,
     with_activation,
 )
+from .width_bounds import width_bounds
 
 MAY_CHANGE = {"device", "workers", "cache", "data_root", "download"}
 """Flags that a run may be resumed with: what it finds does not depend on them."""
@@ -130,9 +131,7 @@ def train_in(
         device=device,
         rect_stride_px=stride_px if flags.rect else None,
     )
-    sparsity = make_sparsity(
-        flags.sparsity if isinstance(flags, SparseFlags) else None, network.model, flags.training, len(loader)
-    )
+    sparsity = make_sparsity(flags, network.model, len(loader))
     begin_run(run, flags, network, train_set, val_set, world, is_new=resume_state is None)
     trained: nn.Module = network.model
     plain: Callable[[nn.Module], nn.Module] | None = None
@@ -276,7 +275,7 @@ def starting_network(flags: TrainFlags, names: tuple[str, ...]) -> Network:
     check_image_size(network.model, flags.img)
     if start.act != "keep":
         network = with_activation(network, start.act)
-    if isinstance(flags, SparseFlags):
+    if isinstance(flags, SparseFlags) and flags.sparsity.where != "norm-weight":
         graph = slim.trace(network.model, example_image(flags.img))
         slim.add_gates(network.model, graph, tie=flags.sparsity.tie)
     elif isinstance(flags, FinetuneFlags) and not flags.keep_gates:
@@ -284,23 +283,81 @@ def starting_network(flags: TrainFlags, names: tuple[str, ...]) -> Network:
     return network
 
 
-def make_sparsity(
-    settings: SparsitySettings | None, model: nn.Module, training: TrainConfig, steps: int
-) -> Sparsity | None:
+TRAVEL, BUDGET_TRAVEL = 2.0, 7.0
+"""How far an unopposed gate moves under ``--strength auto``, without and with a budget."""
+LARGEST_MOVE = 0.1
+"""How far a gate moves in one L1 step at most: closed in fewer than ten, it takes the network with it."""
+FEWEST_STEPS = 60
+"""Sparse steps with fewer of which the weights cannot follow the closing gates."""
+
+
+def make_sparsity(flags: TrainFlags, model: nn.Module, steps: int) -> Sparsity | None:
     """The L1 step of sparse training of so many steps an epoch; without one, trained gates are only kept at or above 0."""
-    if settings is None:
+    if not isinstance(flags, SparseFlags):
         trained = [vector for vector in slim.gate_vectors(model).values() if vector.requires_grad]
-        return Sparsity(slim.SmallestHalfL1(model, strength=0.0), None, None) if trained else None
-    start, share = settings.sparse_from, settings.closed_share
-    total_lr = learning_rate_sum(training.optim, steps, training.epochs, start)
-    strength = slim.strength_for(total_lr, settings.travel) if settings.strength == "auto" else settings.strength
-    l1 = slim.SmallestHalfL1(model, strength=strength, fraction=settings.fraction)
-    what = f"the smallest {settings.fraction:.0%} of each gate vector, from epoch {start}"
-    if share is None:
-        print(f"L1 step: strength {strength:.4g} on {what}")
-        return Sparsity(l1, from_epoch=start)
-    print(f"L1 step: on {what}, as strong as closes {share:.0%} of all gates")
-    return Sparsity(l1, slim.ClosedShareController(l1, share, total_lr), start)
+        return Sparsity(slim.SmallestHalfL1(model, strength=0.0), None) if trained else None
+    settings, training, start = flags.sparsity, flags.training, flags.sparsity.sparse_from
+    sparse_steps = steps * (training.epochs - start)
+    l1 = make_l1(flags, model, auto_strength(settings, training.optim, steps, training.epochs), sparse_steps, steps)
+    if settings.has_budget:
+        what = f"the channels beyond {settings.keep_macs:.0%} of the MACs"
+    else:
+        fraction = 0.5 if settings.fraction is None else settings.fraction
+        what = f"the smallest {fraction:.0%} of {'all gates' if settings.select == 'all' else 'each gate vector'}"
+    print(f"L1 step: strength {l1.strength:.4g} on {what}, from epoch {start}")
+    if l1.strength and settings.strength == "auto" and sparse_steps < FEWEST_STEPS:
+        print(
+            f"warning: gates close within {sparse_steps} steps, too few for the weights to follow; expected at least "
+            f"{FEWEST_STEPS}: give --epochs {start + -(-FEWEST_STEPS // steps)} or more, or a smaller --travel"
+        )
+    return Sparsity(l1, from_epoch=start)
+
+
+def auto_strength(settings: SparsitySettings, optim: OptimConfig, steps: int, epochs: int) -> float:
+    """The strength that is given, or for ``auto`` the one of the travel, as far as no step moves a gate too far."""
+    if settings.strength != "auto":
+        return settings.strength
+    travel = settings.travel or (BUDGET_TRAVEL if settings.has_budget else TRAVEL)
+    strength = slim.strength_for(learning_rate_sum(optim, steps, epochs, settings.sparse_from), travel)
+    if settings.penalty != "proximal":  # momentum takes each gradient 1 / (1 - momentum) times as far
+        return strength * (1 - optim.momentum)
+    return min(strength, LARGEST_MOVE / optim.lr)
+
+
+def make_l1(flags: SparseFlags, model: nn.Module, strength: float, sparse_steps: int, epoch_steps: int) -> slim.L1Step:
+    """What shrinks the gates, or the norms' weights, of a model with gates."""
+    settings = flags.sparsity
+    held = {"step": 1, "epoch": epoch_steps, "once": sparse_steps}[settings.rank_every]
+    if settings.has_budget:
+        return slim.BudgetL1(
+            model,
+            slim.trace(model, example_image(flags.img)),
+            macs=settings.keep_macs,
+            strength=strength,
+            steps=sparse_steps,
+            rank="magnitude" if settings.rank == "magnitude" else "gradient",
+            cost_aware=settings.rank == "gradient-per-mac",
+            options={"round_to": flags.widths.round_to or ROUND_TO, **width_bounds(flags.widths)},
+            penalty=settings.penalty,
+            rank_every=held,
+        )
+    return slim.SmallestHalfL1(
+        model,
+        strength=strength,
+        fraction=0.5 if settings.fraction is None else settings.fraction,
+        scope="all" if settings.select == "all" else "vector",
+        penalty=settings.penalty,
+        rank_every=held,
+        vectors=norm_weights(model, flags.img) if settings.where == "norm-weight" else None,
+    )
+
+
+def norm_weights(model: nn.Module, img: int) -> dict[str, nn.Parameter]:
+    """The weights of the batch norms that scale channels which can be pruned, by name."""
+    groups = [group for group in slim.trace(model, example_image(img)).groups if group.prunable]
+    layers = {m.layer for group in groups for m in group.members if m.role == "scale"}
+    norms = {path: model.get_submodule(path) for path in sorted(layers)}
+    return {path: norm.weight for path, norm in norms.items() if isinstance(norm, nn.BatchNorm2d)}
 
 
 def log_start(run: RunFolder, model: nn.Module, train_set: DetectionDataset, img: int) -> None:

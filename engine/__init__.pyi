@@ -17,7 +17,6 @@ from .settings import OptimConfig as OptimConfig
 from .settings import Precision as Precision
 from .settings import SparsitySettings as SparsitySettings
 from .settings import TrainConfig as TrainConfig
-from .sparsity import GateUpdater as GateUpdater
 from .sparsity import Sparsity as Sparsity
 from .state import TRAINING_STATE_KEY as TRAINING_STATE_KEY
 from .state import WARM_START_KEY as WARM_START_KEY

@@ -92,6 +92,8 @@ def train_one_epoch(state: TrainState, loss_fn: LossFunction, batches: Loader, e
                 scaler.update()  # half precision overflowed: a smaller scale, and nothing else moves
                 continue
             skipped_in_a_row = 0
+            if epoch.sparsity is not None:
+                epoch.sparsity.before_step(epoch.number)
             scaler.step(optimizer)
             state.scheduler.step()
             scaler.update()

@@ -63,19 +63,51 @@ class TrainConfig:
 class SparsitySettings:
     """Gates and the L1 step."""
 
+    select: Annotated[
+        Literal["budget", "vector", "all"],
+        "what the L1 step shrinks: the least important channels that must go to meet --keep-macs, or the smallest --fraction "
+        "of each gate vector, or of all together",
+    ] = "budget"
+    keep_macs: Annotated[
+        float, "with a budget: share of the MACs that the open channels shall cost in the end", "above 0 to 1"
+    ] = 0.4
+    rank: Annotated[
+        Literal["gradient-per-mac", "gradient", "magnitude"],
+        "with a budget: importance by gate times gradient, over the MACs that a channel costs or not, or by the gate alone",
+    ] = "gradient-per-mac"
+    fraction: Annotated[
+        float | None,
+        "part of the gates that the L1 step shrinks, the smallest; else 0.5. Alone it means --select vector",
+        "0 to 1",
+    ] = None
+    rank_every: Annotated[Literal["step", "epoch", "once"], "how long a choice of what shrinks stands"] = "step"
     strength: Annotated[
         float | Literal["auto"], "L1 step a unit of learning rate; auto closes the gates that it shrinks"
     ] = "auto"
-    travel: Annotated[float, "with --strength auto: how far an unopposed gate would move (gates start at 1)"] = 2.0
-    fraction: Annotated[float, "part of each gate vector that the L1 step shrinks: its smallest entries"] = 0.5
-    closed_share: Annotated[
-        float | None, "instead of --strength: raise or lower it so that this share of all gates is closed at the end"
+    travel: Annotated[
+        float | None,
+        "with --strength auto: how far an unopposed gate would move (gates start at 1); else 7 with a budget, which "
+        "comes down in steps, and 2 without",
+        "above 0",
     ] = None
+    penalty: Annotated[
+        Literal["proximal", "loss", "polarisation"],
+        "L1's proximal step, or a term of the loss: L1's or the polarisation regulariser's",
+    ] = "proximal"
+    where: Annotated[
+        Literal["activation", "norm", "norm-weight"],
+        "gates behind activations, or before them, behind the norms; or no gates: the batch norms' own weights shrink",
+    ] = "activation"
     sparse_from: Annotated[int, "first epoch with the L1 step; before it the gates find their order"] = 3
     tie: Annotated[Literal["group", "layer"], "one gate vector a group, or one an activation"] = "group"
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether a budget of MACs says what shrinks."""
+        return self.select == "budget" and self.fraction is None
+
     def __post_init__(self) -> None:
-        if self.closed_share is not None and self.strength != "auto":
+        if self.where == "norm-weight" and self.has_budget:
             from slim import SlimError
 
-            raise SlimError(f"--strength {self.strength:g} and --closed-share {self.closed_share:g}: give one of them")
+            raise SlimError("--where norm-weight: a budget needs gates; add --fraction F (network slimming: 1)")

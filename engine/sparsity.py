@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from torch import nn
 
-from slim import SmallestHalfL1, closed_gates_at_zero
+from slim import L1Step, closed_gates_at_zero
 
 from .evaluation import Evaluation
-
-
-class GateUpdater(Protocol):
-    """What changes the gates after an optimiser step: `slim.SmallestHalfL1` or `slim.ClosedShareController`."""
-
-    def step(self, lr: float) -> None: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -27,29 +18,24 @@ class Sparsity:
 
     Args:
         l1: takes the L1 step and measures the gates
-        controller: takes the step in place of `l1`, whose strength it sets; None for a fixed strength
         from_epoch: first epoch with the L1 step; before it, and with None in all epochs, gates are only kept at or above 0
     """
 
-    l1: SmallestHalfL1
-    controller: GateUpdater | None = None
+    l1: L1Step
     from_epoch: int | None = 0
-
-    @property
-    def gate_updater(self) -> GateUpdater:
-        """What takes the L1 step."""
-        return self.controller or self.l1
 
     def is_active(self, epoch: int) -> bool:
         """Whether the L1 step is taken in an epoch."""
         return self.from_epoch is not None and epoch >= self.from_epoch
 
+    def before_step(self, epoch: int) -> None:
+        """Add the penalty's gradient, where it is part of the loss, before an optimiser step of `epoch`; in place."""
+        if self.is_active(epoch):
+            self.l1.add_gradient()
+
     def step(self, epoch: int, lr: float) -> None:
         """Change the gates after an optimiser step of `epoch`, in place."""
-        if self.is_active(epoch):
-            self.gate_updater.step(lr)
-        else:
-            self.l1.project()
+        self.l1.step(lr if self.is_active(epoch) else 0.0)
 
     def masked_ap(self, model: nn.Module, evaluate: Callable[[nn.Module], Evaluation]) -> float | None:
         """AP with closed gates at exactly 0, as a cut leaves them; None where they all are 0 already."""
@@ -63,7 +49,7 @@ class Sparsity:
         if self.from_epoch is None:
             return {}
         return {
-            "loss/l1": self.l1.penalty(),
+            "loss/l1": self.l1.sum_of_selected(),
             "gates/strength": self.l1.strength if self.is_active(epoch) else 0.0,
             "gates/pull_over_gradient": over_gradient,
             "metrics/masked_ap": masked_ap,

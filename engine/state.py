@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from slim import SlimError
+from slim import L1Step, SlimError
 
 from .distributed import World
 from .optimiser import WeightAverage, build_optimizer, learning_rate_factor
 from .settings import Precision, TrainConfig
-from .sparsity import GateUpdater, Sparsity
+from .sparsity import Sparsity
 
 TRAINING_STATE_KEY = "training_state"
 WARM_START_KEY = "carried_state"
@@ -78,7 +78,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     average: WeightAverage
     dtype: torch.dtype = torch.float32
-    gate_updater: GateUpdater | None = None
+    l1: L1Step | None = None
     ddp: nn.Module | None = None
 
     @classmethod
@@ -105,7 +105,7 @@ class TrainState:
             scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
             average=WeightAverage(model, config.optim),
             dtype=dtype,
-            gate_updater=None if sparsity is None else sparsity.gate_updater,
+            l1=None if sparsity is None else sparsity.l1,
             ddp=ddp,
         )
 
@@ -122,7 +122,7 @@ class TrainState:
             "scheduler": {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"},
             "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict(),
-            "pull": None if self.gate_updater is None else self.gate_updater.state(),
+            "pull": None if self.l1 is None else self.l1.state(),
             "rng": world.gather(_pack_rng()),
         }
 
@@ -141,8 +141,8 @@ class TrainState:
             self.scheduler.load_state_dict({**packed["scheduler"], "lr_lambdas": [None]})
             if packed["scaler"] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(packed["scaler"])
-            if self.gate_updater is not None:
-                self.gate_updater.restore(packed["pull"])
+            if self.l1 is not None:
+                self.l1.restore(packed["pull"])
             if world.rank < len(packed["rng"]):
                 _unpack_rng(packed["rng"][world.rank])
             progress = packed["progress"]

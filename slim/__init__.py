@@ -32,7 +32,8 @@ from slim.propagate import cost as cost
 from slim.rules import register_rule as register_rule
 from slim.score import score as score
 from slim.solver import make_plan as make_plan
-from slim.sparsity import ClosedShareController as ClosedShareController
+from slim.sparsity import BudgetL1 as BudgetL1
+from slim.sparsity import L1Step as L1Step
 from slim.sparsity import SmallestHalfL1 as SmallestHalfL1
 from slim.sparsity import strength_for as strength_for
 from slim.surgery import apply_plan as apply_plan

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slim import CLOSED, ClosedShareController, Gate, SlimError, SmallestHalfL1, closed_gates_at_zero
+import slim
+from slim import CLOSED, BudgetL1, ChannelGraph, Gate, SlimError, SmallestHalfL1, closed_gates_at_zero
 
 SIZES = (16, 33, 64, 128)
-STEPS, LR = 260, 0.01
 
 
 class Gates(nn.Module):
@@ -18,89 +18,144 @@ class Gates(nn.Module):
         self.gates = nn.ModuleList(Gate([f"g{i}"], [nn.Parameter(torch.ones(size))]) for i, size in enumerate(SIZES))
 
 
-def resisting(share: float, stiffness: float, noise: float = 0.0) -> tuple[SmallestHalfL1, list[float]]:
-    """SGD on 0.5 * k * (gate - 1)^2 with k from 0 to ``stiffness``, under the controller; the strengths it used."""
-    random = torch.Generator().manual_seed(0)
-    sparsity = SmallestHalfL1(Gates(), strength=0.0)
-    lrs = [LR * (1 - 0.99 * step / STEPS) for step in range(STEPS)]
-    controller = ClosedShareController(sparsity, share, sum(lrs))
-    vectors = list(sparsity.vectors.values())
-    resistances = [stiffness * torch.rand(vector.shape, generator=random) ** 2 for vector in vectors]
-    strengths = []
-    for lr in lrs:
-        with torch.no_grad():
-            for vector, resistance in zip(vectors, resistances, strict=True):
-                jitter = noise * torch.randn(vector.shape, generator=random)
-                vector -= lr * (resistance * (vector - 1) + jitter)
-        controller.step(lr)
-        strengths.append(sparsity.strength)
-    return sparsity, strengths
+def chain() -> tuple[nn.Sequential, ChannelGraph, Tensor]:
+    """Two layers that can be cut, the first at four times the MACs of the second, with gates."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, bias=False), nn.ReLU(), nn.Conv2d(16, 16, 1, 2, bias=False), nn.ReLU(), nn.Conv2d(16, 2, 1)
+    )
+    x = torch.rand(2, 3, 9, 9)
+    graph = slim.trace(model, x)
+    slim.add_gates(model, graph)
+    return model, graph, x
 
 
-@pytest.mark.parametrize("share", [0.5, 0.4, 0.25, 0.1])
-@pytest.mark.parametrize(("stiffness", "noise"), [(0.01, 0.0), (0.5, 0.0), (5.0, 0.0), (0.5, 0.25)])
-def test_the_share_is_reached_whatever_the_resistance(share: float, stiffness: float, noise: float) -> None:
-    sparsity, _ = resisting(share, stiffness, noise)
-    assert sparsity.closed_share() == pytest.approx(share, abs=0.01)
+FINE = {"round_to": 1, "min_channels": 1}
 
 
-def test_more_resistance_takes_more_strength() -> None:
-    assert resisting(0.4, 5.0)[1][-1] > 4 * resisting(0.4, 0.01)[1][-1]
+def trained(sparsity: BudgetL1, steps: range, worth: dict[str, Tensor]) -> None:
+    """Steps in which the loss's gradient at each gate is the channel's worth."""
+    for _ in steps:
+        for name, vector in sparsity.vectors.items():
+            vector.grad = worth[name].clone()
+        sparsity.step(0.1)
 
 
-def test_the_strength_of_unopposed_gates_is_their_distance_over_the_learning_rates_left() -> None:
-    sparsity = SmallestHalfL1(Gates(), strength=0.0)
-    controller = ClosedShareController(sparsity, 0.5, total_lr=10.0)
-    controller.step(0.1)
-    assert sparsity.strength == pytest.approx(1 / 8)  # a travel of 1 in 80 % of the learning rates
-    controller.step(0.1)
-    assert sparsity.strength == pytest.approx((1 - 0.1 / 8) / 7.9, rel=1e-5)
-
-
-def test_only_the_smallest_of_all_are_shrunk_when_the_share_is_below_the_fraction() -> None:
-    sparsity = SmallestHalfL1(Gates(), strength=1.0)
+def test_a_budget_gives_each_layer_the_width_that_its_channels_are_worth() -> None:
+    model, graph, x = chain()
+    sparsity = BudgetL1(model, graph, macs=0.5, strength=1.0, steps=40, options=FINE)
+    worth = {"0": torch.arange(1.0, 17.0), "2": torch.full((16,), 0.1)}
+    trained(sparsity, range(40), worth)
+    closed = {name: (vector == 0).sum().item() for name, vector in sparsity.vectors.items()}
+    assert closed["2"] > 10 > closed["0"] > 0
+    # Those of the first layer are its least worthy.
+    assert (sparsity.vectors["0"] == 0).tolist() == [True] * closed["0"] + [False] * (16 - closed["0"])
+    plan = slim.make_plan(graph, slim.score(model, graph), macs=0.5, **FINE)
+    assert all((sparsity.vectors[g.name][list(g.removed)] == 0).all() for g in plan.groups)
     with torch.no_grad():
-        sparsity.vectors["g1"][:] = torch.linspace(0.2, 0.5, 33)
-    sparsity.limit = 10
+        assert torch.allclose(slim.apply_plan(model, plan)(x), model(x), atol=1e-6)
+
+
+def test_the_budget_falls_to_its_target_and_then_the_choice_stays() -> None:
+    model, graph, _ = chain()
+    sparsity = BudgetL1(model, graph, macs=0.4, strength=1.0, steps=50, options=FINE)
+    worth = {"0": torch.arange(1.0, 17.0), "2": torch.arange(1.0, 17.0)}
+    shares, counts = [], []
+    for _ in range(30):
+        shares.append(sparsity.budget())
+        trained(sparsity, range(1), worth)
+        counts.append(int(sparsity.selected().sum()))
+    assert shares[0] == pytest.approx(1 - 0.6 * (1 - (29 / 30) ** 2)) and shares[-1] == pytest.approx(0.4)
+    assert shares == sorted(shares, reverse=True) and counts[0] < counts[-1]
     chosen = sparsity.selected()
-    assert int(chosen.sum()) == 10
-    assert chosen[16:26].all()  # the ten smallest of g1
-    sparsity.limit = 20  # g1 may give its smaller half, 16, and the rest comes from equal gates in order
-    assert sparsity.selected()[:20].tolist() == [True] * 4 + [False] * 12 + [True] * 4
+    trained(sparsity, range(20), {name: values.flip(0) * 100 for name, values in worth.items()})
+    assert torch.equal(sparsity.selected(), chosen)
 
 
-def test_a_controller_continues_from_its_state() -> None:
-    def push(sparsity: SmallestHalfL1) -> None:
+def test_what_a_channel_costs_counts_unless_it_is_left_out() -> None:
+    model, graph, _ = chain()
+    worth, gone = {"0": 1.0, "2": 0.9}, {}
+    for cost_aware in (True, False):
+        sparsity = BudgetL1(model, graph, macs=0.9, strength=0.0, steps=1, cost_aware=cost_aware, options=FINE)
+        for name, vector in sparsity.vectors.items():
+            vector.grad = torch.full((16,), worth[name])
+        sparsity.observe()
+        gone[cost_aware] = {name: len(removed) for name, removed in sparsity.plan_at(0.9).items()}
+    assert gone[True]["0"] > 0 == gone[True]["2"] and gone[False]["2"] > gone[False]["0"]
+
+
+def test_a_budget_out_of_reach_is_told_before_the_training() -> None:
+    model, graph, _ = chain()
+    with pytest.raises(SlimError, match=r"macs=0\.001 cannot be reached"):
+        BudgetL1(model, graph, macs=0.001, strength=1.0, steps=1)
+    with pytest.raises(SlimError, match=r"macs is 1\.5"):
+        BudgetL1(model, graph, macs=1.5, strength=1.0, steps=1)
+
+
+@pytest.mark.parametrize("rank_every", [1, 7])
+def test_a_budget_continues_from_its_state(rank_every: int) -> None:
+    worth = {"0": torch.rand(16), "2": torch.rand(16)}
+
+    def make() -> BudgetL1:
+        model, graph, _ = chain()
+        return BudgetL1(model, graph, macs=0.4, strength=1.0, steps=40, options=FINE, rank_every=rank_every)
+
+    whole, first, second = make(), make(), make()
+    trained(whole, range(40), worth)
+    trained(first, range(11), worth)
+    with torch.no_grad():
+        for name, vector in second.vectors.items():
+            vector.copy_(first.vectors[name])
+    second.restore(first.state())
+    trained(second, range(29), worth)
+    assert torch.equal(whole.joined(), second.joined()) and torch.equal(whole.selected(), second.selected())
+
+
+def test_a_ranking_stands_for_as_long_as_it_is_asked_to() -> None:
+    fresh, once = (SmallestHalfL1(Gates(), strength=1.0, rank_every=n) for n in (1, 1000))
+    for sparsity in (fresh, once):
+        sparsity.step(0.1)
         with torch.no_grad():
             for vector in sparsity.vectors.values():
-                vector += 0.001
+                vector[: vector.numel() // 2] = 2.0
+        sparsity.step(0.1)
+    assert float(once.vectors["g0"].detach()[0]) == pytest.approx(1.9) and float(fresh.vectors["g0"].detach()[0]) == 2.0
 
-    whole = SmallestHalfL1(Gates(), strength=0.0)
-    controller = ClosedShareController(whole, 0.3, 1.0)
-    for _ in range(30):
-        controller.step(0.01)
-        push(whole)
-    middle, gates = controller.state(), whole.joined().clone()
-    again = SmallestHalfL1(Gates(), strength=7.0)
+
+def test_over_all_vectors_the_smallest_of_them_all_shrink() -> None:
+    sparsity = SmallestHalfL1(Gates(), strength=1.0, scope="all", fraction=33 / sum(SIZES))
     with torch.no_grad():
-        for vector, part in zip(again.vectors.values(), gates.split(list(SIZES)), strict=True):
-            vector.copy_(part)
-    resumed = ClosedShareController(again, 0.3, 1.0)
-    resumed.restore(middle)
-    for _ in range(60):
-        for c, p in ((controller, whole), (resumed, again)):
-            c.step(0.01)
-            push(p)
-    assert torch.equal(whole.joined(), again.joined()) and whole.strength == again.strength
+        sparsity.vectors["g1"].fill_(0.5)
+    assert sparsity.selected().tolist() == [False] * 16 + [True] * 33 + [False] * (64 + 128)
 
 
-def test_what_cannot_be_reached_is_refused() -> None:
-    sparsity = SmallestHalfL1(Gates(), strength=0.0)
-    for share in (0.0, 0.6):
-        with pytest.raises(SlimError, match=f"closed share {share}: expected above 0 and at most the fraction .* 0.5"):
-            ClosedShareController(sparsity, share, 1.0)
-    with pytest.raises(SlimError, match="rates of the sparse steps sum to 0"):
-        ClosedShareController(sparsity, 0.5, 0.0)
+def test_penalties_of_the_loss_add_their_gradient_and_leave_the_step_alone() -> None:
+    sparsity = SmallestHalfL1(Gates(), strength=3.0, penalty="loss")
+    before = gradients(sparsity, 0.5)[0].clone()
+    sparsity.add_gradient()
+    sparsity.step(0.1)
+    vector = sparsity.vectors["g0"]
+    assert (vector.grad - before).tolist() == [3.0] * 8 + [0.0] * 8 and vector.tolist() == [1.0] * 16
+    polarised = SmallestHalfL1(Gates(), strength=1.0, penalty="polarisation")
+    with torch.no_grad():
+        for vector in polarised.vectors.values():
+            vector.fill_(3.0)
+        polarised.vectors["g3"].fill_(1.0)  # 128 of 241 factors stand below the mean
+    polarised.add_gradient()
+    # t - (sign - mean of signs): what is small is drawn to 0, what is large away from the mean.
+    mean = (113 - 128) / 241
+    low, high = (polarised.vectors[name].grad for name in ("g3", "g0"))
+    assert low is not None and float(low[0]) == pytest.approx(1.2 + 1 + mean)
+    assert high is not None and float(high[0]) == pytest.approx(1.2 - 1 + mean)
+
+
+def test_weights_of_norms_shrink_towards_zero_from_both_sides() -> None:
+    norm = nn.BatchNorm2d(4)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([-0.3, 0.05, 2.0, -3.0]))
+    sparsity = SmallestHalfL1(norm, strength=1.0, vectors={"bn": norm.weight})
+    sparsity.step(0.1)
+    assert norm.weight.tolist() == pytest.approx([-0.2, 0.0, 2.0, -3.0])
 
 
 def gradients(sparsity: SmallestHalfL1, value: float) -> list[Tensor]:
