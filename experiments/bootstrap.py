@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from engine import match_detections
 from slim import SlimError, write_text_atomically
 
-from .comparisons import BOOTSTRAP_COLUMNS, ComparedRuns
+from .comparisons import BOOTSTRAP_COLUMNS, read_bootstrap
 
 CocoDict = dict[str, Any]
 
@@ -131,41 +130,42 @@ def bootstrap_difference(
 
 
 def append_bootstrap_rows(
-    path: str | Path,
+    path: Path,
     ground_truth: CocoDict,
-    pairs: Sequence[ComparedRuns],
+    pairs: pd.DataFrame,
     predictions: Callable[[str], Path],
     *,
     resamples: int = 1000,
 ) -> int:
-    """Compare each pair that `path` has no row of yet, and write the rows (`BOOTSTRAP_COLUMNS`) behind those that stand there.
+    """Compare each pair that `path` has no row of yet, and write the rows behind those that stand there.
 
     Args:
-        path: of `bootstrap.csv`; made where it is missing
-        ground_truth: of the split and data set of all pairs
-        pairs: such as `experiments.comparisons.compared_runs` gives
-        predictions: the predictions.json on that split by a run's hash
+        path: of bootstrap.csv; made where it is missing
+        ground_truth: of the one split and data set of all pairs
+        pairs: as `compared_runs` gives them
+        predictions: by a run's hash, its predictions.json on that split
         resamples: of the images
 
-    Returns the number of new rows.
+    Returns the number of new rows. Raises what `bootstrap_difference` raises.
     """
-    path = Path(path)
-    text = path.read_text(encoding="utf-8") if path.exists() else ",".join(BOOTSTRAP_COLUMNS) + "\n"
-    known = {(row["hash"], row["against_hash"], row["split"]) for row in csv.DictReader(io.StringIO(text))}
+    rows, key = read_bootstrap(path), ["hash", "against_hash", "split"]
+    new = pairs.drop_duplicates(key)
+    new = new[~pd.MultiIndex.from_frame(new[key]).isin(pd.MultiIndex.from_frame(rows[key]))]
 
-    @lru_cache(maxsize=8)
+    @cache
     def matches(run: str) -> ImageMatches:
         return ImageMatches(ground_truth, json.loads(predictions(run).read_text(encoding="utf-8")))
 
-    new = io.StringIO()
-    writer = csv.DictWriter(new, BOOTSTRAP_COLUMNS, lineterminator="\n")
-    pairs = [pair for pair in pairs if (pair.hash, pair.against_hash, pair.split) not in known]
-    for pair in pairs:
-        found = bootstrap_difference(matches(pair.hash), matches(pair.against_hash), resamples=resamples)
-        rounded = {name: f"{getattr(found, name):.6f}" for name in ("difference", "low", "high")}
-        writer.writerow({**asdict(pair), **rounded, "resamples": resamples})
-    write_text_atomically(path, text + new.getvalue())
-    return len(pairs)
+    found = [
+        asdict(bootstrap_difference(matches(run), matches(against), resamples=resamples))
+        for run, against in zip(new["hash"], new["against_hash"], strict=True)
+    ]
+    if found:
+        made = pd.concat([new.reset_index(drop=True), pd.DataFrame(found)], axis=1)
+        rows = pd.concat([rows, made], ignore_index=True)[list(BOOTSTRAP_COLUMNS)] if len(rows) else made
+        text = rows.to_csv(columns=list(BOOTSTRAP_COLUMNS), index=False, float_format="%.6f", lineterminator="\n")
+        write_text_atomically(path, text)
+    return len(found)
 
 
 def _class_matches(matching: Any, position: int) -> _ClassMatches:
@@ -181,5 +181,6 @@ def _class_matches(matching: Any, position: int) -> _ClassMatches:
     scores = np.concatenate([[], *(one["dtScores"] for one in found)])
     image = np.repeat(np.arange(images), [0 if one is None else len(one["dtScores"]) for one in of_image])
     order = np.argsort(-scores, kind="mergesort")  # pycocotools' own, for ties
-    true, false = (matched & ~ignored)[:, order], (~matched & ~ignored)[:, order]
+    # Over all areas nothing is ignored but what lies in a crowd, and that is matched.
+    true, false = (matched & ~ignored)[:, order], ~matched[:, order]
     return _ClassMatches(image[order], true.astype(np.int64), false.astype(np.int64), objects)

@@ -17,16 +17,14 @@ from .statistics import Equivalence, PairedDifference, equivalence, holm, paired
 
 BOOTSTRAP = "bootstrap.csv"
 """Of the files with results the one that is not rows of runs."""
-NUMBERS = ("seed", "ap", "ap50", "ap75", "cliff_ap", "macs", "params", "epochs", "training_macs", "seconds")
+NUMBERS = ("ap", "ap50", "ap75", "cliff_ap", "macs", "params", "epochs", "training_macs", "seconds")
 COLUMNS = (
     *("hash", "grid", "method", "keep", "axes", "seed", "parent", "data", "split", "class", "ap", "ap50", "ap75"),
     *("cliff_ap", "macs", "params", "epochs", "training_macs", "seconds", "commit", "hardware", "versions"),
 )
 """Of the rows, one a run, split and class (empty: all classes). AP 0..1; MACs of one image; seconds of the whole chain."""
-BOOTSTRAP_COLUMNS = (
-    *("grid", "keep", "axes", "seed", "data", "split", "method", "against"),
-    *("difference", "low", "high", "resamples", "hash", "against_hash"),
-)
+PAIR_COLUMNS = ("grid", "keep", "axes", "seed", "data", "split", "method", "against", "hash", "against_hash")
+BOOTSTRAP_COLUMNS = (*PAIR_COLUMNS[:8], "difference", "low", "high", "resamples", *PAIR_COLUMNS[8:])
 """Of `bootstrap.csv`, one a pair of runs: AP of ``hash`` minus that of ``against_hash``, over resamples of the images."""
 
 
@@ -71,33 +69,15 @@ class TableSpec:
 
 
 @dataclass(frozen=True)
-class ComparedRuns:
-    """Two runs whose predictions are compared, as `results/bootstrap.csv` names them; ``hash`` minus ``against_hash``."""
-
-    grid: str
-    keep: str
-    axes: str
-    seed: int
-    data: str
-    split: str
-    method: str
-    against: str
-    hash: str
-    against_hash: str
-
-
-@dataclass(frozen=True)
 class Contrast:
     """One row against the reference of its block.
 
     Attributes:
-        row: label of the row
         runs: (run, run of the reference) of each seed that both have, as rows of the CSV
         difference: of AP, the row's minus the reference's
         adjusted_p: Holm's, over all contrasts of the table; None where there is no test
     """
 
-    row: str
     runs: list[tuple[Any, Any]]
     difference: PairedDifference
     adjusted_p: float | None = None
@@ -137,9 +117,8 @@ def read_rows(folder: Path) -> pd.DataFrame:
     return rows
 
 
-def read_bootstrap(folder: Path) -> pd.DataFrame:
-    """The rows of ``folder``/bootstrap.csv; none where it is missing."""
-    path = folder / BOOTSTRAP
+def read_bootstrap(path: Path) -> pd.DataFrame:
+    """The rows of a bootstrap.csv; none where it is missing."""
     if not path.exists():
         return pd.DataFrame(columns=list(BOOTSTRAP_COLUMNS))
     return _read_csv(path, BOOTSTRAP_COLUMNS, ("difference", "low", "high"))
@@ -160,13 +139,19 @@ def read_specs(folder: Path) -> list[TableSpec]:
 def blocks_of(spec: TableSpec, rows: pd.DataFrame) -> list[Block]:
     """The table as data: blocks (``keep`` descending), their rows, and all comparisons, corrected over the table.
 
-    Raises SlimError where a row of a block has two runs of one seed.
+    Raises SlimError where a row of a block has two runs of one seed, or the row to compare with isn't there.
     """
     runs = select(spec, rows)
     columns = _values(spec, runs, spec.columns) if spec.columns else pd.Series("", index=runs.index)
     labels = _values(spec, runs, spec.rows)
     labels = labels.where(labels != "", runs["method"])
     order = [*spec.order, *(label for label in _ordered(labels) if label not in spec.order)]
+    for name in (spec.against, spec.equivalent.to if spec.equivalent else ""):
+        if name and len(runs) and name not in order:
+            raise SlimError(
+                f"grid {spec.grid}, table {spec.name}: no row {name} to compare with; expected one of {', '.join(order)} "
+                "(where its runs are still to come, name it in `order`)"
+            )
     values = _ordered(columns[columns != ""])
     blocks = []
     for value in (reversed(values) if spec.columns == "keep" else values) if values else [""]:
@@ -186,26 +171,28 @@ def select(spec: TableSpec, rows: pd.DataFrame) -> pd.DataFrame:
     return runs
 
 
-def compared_runs(spec: TableSpec, rows: pd.DataFrame) -> list[ComparedRuns]:
-    """The pairs of runs behind a table's differences: what `append_bootstrap_rows` takes."""
-    return [
-        ComparedRuns(
-            *(run["grid"], run["keep"] or reference["keep"], run["axes"], int(run["seed"]), run["data"], run["split"]),
-            *(run["method"], reference["method"], run["hash"], reference["hash"]),
-        )
+def compared_runs(spec: TableSpec, rows: pd.DataFrame) -> pd.DataFrame:
+    """The pairs of runs behind a table's differences (`PAIR_COLUMNS`): what `append_bootstrap_rows` takes."""
+    pairs = [
+        {
+            **{name: run[name] for name in PAIR_COLUMNS if name in run},
+            **{"keep": run["keep"] or reference["keep"], "against": reference["method"]},
+            "against_hash": reference["hash"],
+        }
         for block in blocks_of(spec, rows)
         for contrast in block.contrasts.values()
         for run, reference in contrast.runs
     ]
+    return pd.DataFrame(pairs, columns=list(PAIR_COLUMNS))
 
 
 def _read_csv(path: Path, columns: tuple[str, ...], numbers: tuple[str, ...]) -> pd.DataFrame:
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     if missing := [name for name in columns if name not in frame]:
         raise SlimError(f"{path}: no column {', '.join(missing)}; expected {', '.join(columns)}")
-    for name in numbers:
+    for name in ("seed", *numbers):
         try:
-            frame[name] = pd.to_numeric(frame[name].replace("", None)).astype(float)
+            frame[name] = pd.to_numeric(frame[name].replace("", None)).astype(int if name == "seed" else float)
         except ValueError as error:
             raise SlimError(f"{path}: column {name}: {error}; expected numbers or nothing") from None
     return frame
@@ -223,8 +210,13 @@ def _spec(path: Path, entry: Mapping[str, Any]) -> TableSpec:
         name: tuple(map(str, values if isinstance(values, list) else [values]))
         for name, values in given.get("where", {}).items()
     }
+    if "against" in given:
+        given["against"] = str(given["against"])
     if "equivalent" in given:
-        given["equivalent"] = EquivalenceSpec(**given["equivalent"])
+        claim = given["equivalent"]
+        if not isinstance(claim, dict) or "to" not in claim or claim.keys() - {"to", "margin"}:
+            raise SlimError(f"{path}: table {given['name']}: equivalent: {claim}; expected {{to: ROW, margin: 0.01}}")
+        given["equivalent"] = EquivalenceSpec(str(claim["to"]), float(claim.get("margin", 0.01)))
     return TableSpec(path.stem, **given)
 
 
@@ -273,7 +265,7 @@ def _contrasts(spec: TableSpec, by_label: Mapping[str, pd.DataFrame]) -> dict[st
         return {}
     reference = by_label[spec.against]
     pairs = {label: list(_paired(runs, reference)) for label, runs in by_label.items() if label != spec.against}
-    return {label: Contrast(label, of, paired_difference(*_aps(of))) for label, of in pairs.items() if of}
+    return {label: Contrast(of, paired_difference(*_aps(of))) for label, of in pairs.items() if of}
 
 
 def _equivalences(

@@ -113,4 +113,4 @@ def _differences(sample: Sequence[float], reference: Sequence[float]) -> np.ndar
 
 
 def _has_spread(differences: np.ndarray) -> bool:
-    return len(differences) > 1 and float(np.ptp(differences)) > _NO_SPREAD
+    return float(np.ptp(differences)) > _NO_SPREAD

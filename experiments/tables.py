@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ from PIL import Image
 from detection.command import run_script
 from slim import SlimError, write_atomically, write_text_atomically
 
-from .comparisons import Block, Contrast, TableSpec, blocks_of, read_bootstrap, read_rows, read_specs, select
+from .comparisons import BOOTSTRAP, Block, Contrast, TableSpec, blocks_of, read_bootstrap, read_rows, read_specs, select
 
 MISSING = "–"
 SIGNIFICANT = 0.05
@@ -93,7 +94,7 @@ def make_tables(root: Path, *, check: bool = False) -> list[Path]:
     With ``check`` nothing is written, and a SlimError names what differs.
     """
     results = root / "experiments" / "results"
-    rows, bootstrap = read_rows(results), read_bootstrap(results)
+    rows, bootstrap = read_rows(results), read_bootstrap(results / BOOTSTRAP)
     tables = {spec.name: make_table(spec, rows, bootstrap) for spec in read_specs(root / "experiments" / "grids")}
     docs, differs, written = root / "docs", [], []
     for document in sorted([*root.glob("README.md"), *docs.glob("*.md")]):
@@ -104,19 +105,15 @@ def make_tables(root: Path, *, check: bool = False) -> list[Path]:
             write_text_atomically(document, after)
             written.append(document)
     for name, table in tables.items():
-        latex, plot = docs / "tables" / f"{name}.tex", docs / "plots" / f"{name}.png"
         if not table.points:
             continue
-        if not latex.exists() or latex.read_text(encoding="utf-8") != table.latex():
-            differs.append(str(latex.relative_to(root)))
-            if not check:
-                write_text_atomically(latex, table.latex())
-                written.append(latex)
-        if _digest_in(plot) != _digest(table):
-            differs.append(str(plot.relative_to(root)))
-            if not check:
-                draw(table, plot)
-                written.append(plot)
+        latex, plot = docs / "tables" / f"{name}.tex", docs / "plots" / f"{name}.png"
+        same_latex = latex.exists() and latex.read_text(encoding="utf-8") == table.latex()
+        stale = [*([] if same_latex else [latex]), *([] if _digest_in(plot) == _digest(table) else [plot])]
+        differs += [str(path.relative_to(root)) for path in stale]
+        for path in [] if check else stale:
+            write_text_atomically(path, table.latex()) if path == latex else draw(table, path)
+            written.append(path)
     if check and differs:
         raise SlimError(f"tables that differ from their rows: {'; '.join(differs)}; run `make tables`")
     return written
@@ -159,7 +156,7 @@ def _cells(
     """A line of the table by column; an en dash where nothing is known."""
     contrast = block.contrasts.get(label)
     shares = [macs / dense[data] for macs, data in zip(runs["macs"], runs["data"], strict=True) if data in dense]
-    macs = f"{runs['macs'].mean() / 1e9:.3g} G" + (f" ({sum(shares) / len(shares):.1%})" if shares else "")
+    macs = f"{runs['macs'].mean() / 1e9:.3g} G" + (f" ({100 * np.mean(shares):.1f} %)" if shares else "")
     compared = {
         f"Δ to {spec.against}, 95 % over seeds": _difference(contrast, len(runs)),
         f"Δ to {spec.against}, 95 % over images": _over_images(contrast, bootstrap),
@@ -201,13 +198,15 @@ def _difference(contrast: Contrast | None, runs: int) -> str:
 def _over_images(contrast: Contrast | None, bootstrap: pd.DataFrame) -> str:
     """The ends of the bootstrap's interval, each a mean over the seeds that have one."""
     pairs = [] if contrast is None else [(run["hash"], other["hash"], run["split"]) for run, other in contrast.runs]
-    keys = bootstrap[["hash", "against_hash", "split"]].apply(tuple, axis=1) if len(bootstrap) else pd.Series()
-    found = bootstrap[keys.isin(pairs)] if len(bootstrap) else bootstrap
+    keys = pd.MultiIndex.from_frame(bootstrap[["hash", "against_hash", "split"]])
+    found = bootstrap[keys.isin(pairs)]
     return f"[{found['low'].mean():+.4f}, {found['high'].mean():+.4f}]" if len(found) else MISSING
 
 
 def _block_title(spec: TableSpec, block: Block) -> str:
-    return f"{float(block.value):.3g} of the MACs" if spec.columns == "keep" else f"{spec.columns} {block.value}"
+    return (
+        f"{100 * float(block.value):.3g} % of the MACs" if spec.columns == "keep" else f"{spec.columns} {block.value}"
+    )
 
 
 def _notes(spec: TableSpec, blocks: list[Block], runs: pd.DataFrame) -> list[str]:
@@ -231,7 +230,7 @@ def _notes(spec: TableSpec, blocks: list[Block], runs: pd.DataFrame) -> list[str
             f"Δ: AP minus that of {spec.against}, paired by seed; * p < {SIGNIFICANT} of the paired t test, after Holm's "
             f"correction for {tests} comparisons."
         )
-    seeds = ", ".join(str(int(seed)) for seed in sorted(set(runs["seed"])))
+    seeds = ", ".join(str(seed) for seed in sorted(set(runs["seed"])))
     facts = [f"`python -m experiments.run experiments/grids/{spec.grid}.yaml`", f"{len(runs)} runs", f"seeds {seeds}"]
     facts += [_each(runs["hardware"]), _each(runs["versions"]), f"commit {_each(runs['commit'].str[:7])}"]
     if spec.runs is not None and spec.runs > len(runs):

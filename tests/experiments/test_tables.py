@@ -156,7 +156,7 @@ tables:
         run("gate", "0.3", 0, 0.7, "fraction=0.5 tie=group", split="test", **{"class": "disc"}),
         run("gate", "0.3", 0, 0.6, "fraction=0.5 tie=group", split="test", grid="other"),
     ]
-    root = write(tmp_path, rows, spec.replace("against: 0.5", "against: '0.5'"))
+    root = write(tmp_path, rows, spec)
     make_tables(root)
     lines = [line.split(" | ")[:3] for line in text_of(root).splitlines() if line.startswith("| ")]
     assert lines[0][:2] == ["| fraction", "AP test"]
@@ -219,6 +219,12 @@ def test_markers_that_cannot_be_filled(tmp_path: Path, document: str, message: s
             r"row l1 at keep 0\.3 has runs l1-0\.3--0, l1-0\.3-tie=layer-0",
         ),
         (ROWS, SPEC.replace("columns: keep", "columns: keeps"), "table small: no axis 'keeps'"),
+        (
+            ROWS,
+            SPEC.replace("against: gate", "against: gates"),
+            "table small: no row gates to compare with; .* dense, gate",
+        ),
+        (ROWS, SPEC.replace("to: dense", "of: dense"), r"table small: equivalent: .*; expected \{to: ROW"),
         (ROWS, SPEC.replace("order:", "sort:"), r"tiny\.yaml: tables: no key sort; expected name, "),
         (ROWS, SPEC.replace("    title: A small table\n", ""), r"tiny\.yaml: tables: an entry without title"),
         (ROWS, SPEC + SPEC.replace("\ntables:\n", ""), "table small stands in grid tiny, too"),
