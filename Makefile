@@ -1,18 +1,19 @@
 # make demo: set up, then the main job on shapes that the project draws itself; make test: set up, then the tests;
 # make quick: the tests that a change in a minute deserves; make test-long: tests of minutes each (processes killed, data sets exchanged);
-# make zoo: the pruning library on many networks of others (about ten minutes); make bench: slim's speed.
+# make zoo: the pruning library on many networks of others (about ten minutes); make bench: slim's speed;
+# make tables: the tables and plots of docs/ from the rows of experiments/results.
 # Every one takes PYTHON=python3.13, say, and keeps an environment for it beside the default one.
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick test-long zoo bench lint clean
+.PHONY: demo test quick test-long zoo bench tables lint clean
 
 $(STAMP): setup.cfg
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77"
-	$(PY) -m pip install --quiet --editable '.[detect,test]'
+	$(PY) -m pip install --quiet --editable '.[detect,experiments,test]'
 	touch $@
 
 demo: $(STAMP)
@@ -36,12 +37,15 @@ test-long: $(STAMP)
 	$(PY) -m pytest -n 2 -m long
 
 zoo: $(STAMP)
-	$(PY) -m pip install --quiet --editable '.[detect,test,zoo]'
+	$(PY) -m pip install --quiet --editable '.[detect,experiments,test,zoo]'
 	$(PY) -m pytest -n 2 -m zoo
 
 bench: $(STAMP)
 	$(PY) -m pip install --quiet --editable '.[detect,bench]'
 	$(PY) -m benchmarks.slim_speed
+
+tables: $(STAMP)
+	$(PY) -m experiments.tables
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -5,6 +5,7 @@ from .evaluation import Evaluation as Evaluation
 from .evaluation import coco_ap as coco_ap
 from .evaluation import evaluate as evaluate
 from .evaluation import evaluating as evaluating
+from .evaluation import match_detections as match_detections
 from .evaluation import save_coco_json as save_coco_json
 from .optimiser import Frozen as Frozen
 from .optimiser import WeightAverage as WeightAverage

@@ -126,13 +126,8 @@ def coco_ap(
     ]
     if not detections:
         return 0.0, 0.0, 0.0, {name: 0.0 for _, name in classes}
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = COCO()
-        truth.dataset = _normalised(ground_truth)
-        truth.createIndex()
-        matching = COCOeval(truth, truth.loadRes([dict(found) for found in detections]), "bbox")
-        matching.params.catIds = [category["id"] for category in ground_truth["categories"]]
-        matching.evaluate()
+    matching = match_detections(ground_truth, detections)
+    with contextlib.redirect_stdout(io.StringIO()):
         matching.accumulate()
         matching.summarize()
     ap, ap50, ap75 = (float(value) for value in matching.stats[:3])
@@ -140,6 +135,18 @@ def coco_ap(
     precision = matching.eval["precision"][:, :, :, 0, -1]
     per_class = {name: float(np.mean(precision[:, :, position])) for position, name in classes}
     return ap, ap50, ap75, per_class
+
+
+def match_detections(ground_truth: CocoDict, detections: list[CocoDict]) -> COCOeval:
+    """COCO results matched with the ground truth image by image, not yet accumulated; there must be one at least."""
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth = COCO()
+        truth.dataset = _normalised(ground_truth)
+        truth.createIndex()
+        matching = COCOeval(truth, truth.loadRes([dict(found) for found in detections]), "bbox")
+        matching.params.catIds = [category["id"] for category in ground_truth["categories"]]
+        matching.evaluate()
+    return matching
 
 
 def save_coco_json(detections: list[CocoDict], path: str | Path) -> None:
