@@ -13,16 +13,12 @@ import yaml
 
 from slim import SlimError
 
+from .rows import COLUMNS
 from .statistics import Equivalence, PairedDifference, equivalence, holm, paired_difference
 
 BOOTSTRAP = "bootstrap.csv"
 """Of the files with results the one that is not rows of runs."""
 NUMBERS = ("ap", "ap50", "ap75", "cliff_ap", "macs", "params", "epochs", "training_macs", "seconds")
-COLUMNS = (
-    *("hash", "grid", "method", "keep", "axes", "seed", "parent", "data", "split", "class", "ap", "ap50", "ap75"),
-    *("cliff_ap", "macs", "params", "epochs", "training_macs", "seconds", "commit", "hardware", "versions"),
-)
-"""Of the rows, one a run, split and class (empty: all classes). AP 0..1; MACs of one image; seconds of the whole chain."""
 PAIR_COLUMNS = ("grid", "keep", "axes", "seed", "data", "split", "method", "against", "hash", "against_hash")
 BOOTSTRAP_COLUMNS = (*PAIR_COLUMNS[:8], "difference", "low", "high", "resamples", *PAIR_COLUMNS[8:])
 """Of `bootstrap.csv`, one a pair of runs: AP of ``hash`` minus that of ``against_hash``, over resamples of the images."""
