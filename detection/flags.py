@@ -41,6 +41,11 @@ class NetworkSettings:
         str, "checkpoint to start from (ours or a published YOLOv5 .pt); '' trains --cfg from scratch"
     ] = ""
     cfg: Annotated[str, "model description, used without --weights"] = "models/yolov5n.yaml"
+    width_multiple: Annotated[
+        float | None,
+        "instead of that of --cfg: factor of all widths, which are rounded up to multiples of 8",
+        "above 0",
+    ] = None
     act: Annotated[
         Literal["keep", "silu", "hardswish", "relu"],
         "activation of all blocks; swapped where --weights have another, which costs AP until trained on",
@@ -49,6 +54,13 @@ class NetworkSettings:
         tuple[str, ...], "layers left as they are: a count from the first, indices or paths as model.1.*"
     ] = ()
     noautoanchor: Annotated[bool, "keep the anchors even where they fit the training boxes badly"] = False
+
+    def __post_init__(self) -> None:
+        if self.width_multiple is not None and self.weights:
+            _refuse(
+                f"--width-multiple {self.width_multiple:g}: the widths are those of --weights {self.weights}; it goes with --cfg "
+                "and --weights ''"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,12 +140,19 @@ class FinetuneFlags(TrainFlags):
 
     run: RunSettings = RunSettings(project="runs/finetune")
     keep_gates: Annotated[bool, "train on with the gates of the checkpoint instead of folding them first"] = False
+    reinit: Annotated[bool, "take only the structure of --weights: its widths, with all weights drawn anew"] = False
     qat: QatSettings = QatSettings()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.qat.qat and self.keep_gates:
             _refuse("--qat and --keep-gates: gates are folded before a network is quantised; leave one out")
+        if self.reinit and not self.network.weights:
+            _refuse(
+                "--reinit: draws the weights of a checkpoint's structure anew; add --weights, or leave it out for --cfg"
+            )
+        if self.reinit and self.keep_gates:
+            _refuse("--reinit and --keep-gates: gates are folded before weights are drawn anew; leave one out")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import slim
 from data import Augment, DataConfig
-from engine import TRAINING_STATE_KEY, Frozen, World, freeze
+from engine import TRAINING_STATE_KEY, Frozen, World, freeze, seed_generators
 from models import (
     YOLO,
     LossGains,
@@ -22,6 +22,7 @@ from models import (
     has_activation,
     import_checkpoint,
     load_description,
+    reinitialise,
     renew_head,
     swap_activations,
     transfer_weights,
@@ -100,15 +101,33 @@ def imported_network(path: str | Path) -> Network:
     return Network(model, make_build(model, names), str(report))
 
 
-def start_network(weights: str, cfg: str, names: Sequence[str]) -> Network:
+def start_network(weights: str, cfg: str, names: Sequence[str], width_multiple: float | None = None) -> Network:
     """The network that a training starts from: ``weights`` where given, else ``cfg`` from scratch.
 
-    Weights of other classes keep their structure and get a head for ``names``, see ``with_classes``.
+    Weights of other classes keep their structure and get a head for ``names``, see ``with_classes``. ``width_multiple``
+    takes the place of that of ``cfg``.
     """
-    if not weights:
-        model = build_model(load_description(cfg), len(names))
-        return Network(model, make_build(model, names), f"{cfg} from scratch", new_head=True)
-    return with_classes(read_network(weights), names)
+    if weights:
+        return with_classes(read_network(weights), names)
+    description = load_description(cfg)
+    if width_multiple is not None:
+        description = {**description, "width_multiple": width_multiple}
+    model = build_model(description, len(names))
+    width = "" if width_multiple is None else f" with width_multiple {width_multiple:g}"
+    return Network(model, make_build(model, names), f"{cfg} from scratch{width}", new_head=True)
+
+
+def from_scratch(network: Network, seed: int) -> Network:
+    """The structure alone: gates folded, widths and anchors kept, all weights drawn anew as the builder draws them.
+
+    Liu et al., "Rethinking the Value of Network Pruning" (ICLR 2019), train a pruned structure so, for as many epochs as
+    the network that was pruned (scratch-E) or with as much computation (scratch-B).
+    """
+    model = slim.fold_gates(network.model)
+    seed_generators(seed)  # reading a checkpoint draws, too: what it drew decides nothing here
+    reinitialise(model)
+    note = f"{network.note}\nweights: drawn anew, seed {seed}; widths and anchors are the checkpoint's".strip()
+    return Network(model, network.build, note, new_head=True)
 
 
 def with_classes(network: Network, names: Sequence[str]) -> Network:

@@ -51,6 +51,7 @@ from .network import (
     choose_device,
     example_image,
     freeze_layers,
+    from_scratch,
     head_path,
     read_network,
     save_network,
@@ -271,13 +272,15 @@ def resumed(flags: TrainFlags, run: RunFolder) -> TrainFlags:
 def starting_network(flags: TrainFlags, names: tuple[str, ...]) -> Network:
     """The network in the state in which its training begins: gates placed, kept or folded."""
     start = flags.network
-    network = start_network(start.weights, start.cfg, names)
+    network = start_network(start.weights, start.cfg, names, start.width_multiple)
     check_image_size(network.model, flags.img)
     if start.act != "keep":
         network = with_activation(network, start.act)
+    if isinstance(flags, FinetuneFlags) and flags.reinit:
+        network = from_scratch(network, flags.training.seed)
     if isinstance(flags, SparseFlags) and flags.sparsity.where != "norm-weight":
         graph = slim.trace(network.model, example_image(flags.img))
-        slim.add_gates(network.model, graph, tie=flags.sparsity.tie)
+        slim.add_gates(network.model, graph, tie=flags.sparsity.tie, where=flags.sparsity.where)
     elif isinstance(flags, FinetuneFlags) and not flags.keep_gates:
         network.model = slim.fold_gates(network.model)
     return network

@@ -23,12 +23,15 @@ from detection.command import CommandError, as_words, flags_of, flat, read
 from detection.flags import FinetuneFlags, PruneFlags, SparseFlags, ValFlags
 from slim import SlimError
 
+from .torch_pruning import TorchPruningFlags
+
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULTS = Path(__file__).with_name("defaults.json")
 SCRIPTS: dict[str, Any] = {
     "train_sparse": SparseFlags,
     "finetune": FinetuneFlags,
     "prune": PruneFlags,
+    "torch_pruning": TorchPruningFlags,
     "val": ValFlags,
 }
 TRAININGS = ("train_sparse", "finetune")

@@ -7,6 +7,7 @@ from .anchors import anchor_fit as anchor_fit
 from .anchors import refit_anchors as refit_anchors
 from .blocks import fuse_norms as fuse_norms
 from .builder import build_model as build_model
+from .builder import reinitialise as reinitialise
 from .checkpoint_import import Imported as Imported
 from .checkpoint_import import import_checkpoint as import_checkpoint
 from .description import load_description as load_description

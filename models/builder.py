@@ -81,6 +81,22 @@ def build_model(description: Mapping[str, Any], num_classes: int | None = None) 
     return model
 
 
+def reinitialise(model: YOLO) -> None:
+    """Draw all weights anew as ``build_model`` does for a network of these widths, in place; the anchors stay.
+
+    From one random state a network as wide as its description gets the very weights that ``build_model`` gives it. ModelError
+    for a model with parameters that no module of its own draws, such as gates.
+    """
+    drawn = [module for module in model.modules() if callable(getattr(module, "reset_parameters", None))]
+    known = {id(parameter) for module in drawn for parameter in module.parameters(recurse=False)}
+    strange = next((name for name, parameter in model.named_parameters() if id(parameter) not in known), None)
+    if strange is not None:
+        raise ModelError(f"{strange}: belongs to no layer that the builder initialises; fold gates first")
+    for module in drawn:
+        module.reset_parameters()  # type: ignore[operator]
+    model.detect.add_prior()
+
+
 def _short_name(spec: LayerSpec) -> str:
     return spec.block.removeprefix("torch.").removeprefix("nn.")
 

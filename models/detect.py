@@ -56,12 +56,16 @@ class Detect(nn.Module):
             _logger.warning("anchors are listed against the order of the strides %s: taken in reverse", stride_px)
             self.anchors.copy_(self.anchors.flip(0))
         self.anchors /= self.anchors.new_tensor(self.stride_px).view(-1, 1, 1)
-        with torch.no_grad():
-            for conv, stride in zip(self.m, self.stride_px, strict=True):
-                assert isinstance(conv, nn.Conv2d) and conv.bias is not None
-                bias = conv.bias.view(self.anchors.shape[1], -1)
-                bias[:, 4] += math.log(8 / (640 / stride) ** 2)
-                bias[:, 5:] += math.log(0.6 / (self.num_classes - 0.99999))
+        self.add_prior()
+
+    @torch.no_grad()
+    def add_prior(self) -> None:
+        """Add the prior to biases that were just drawn, in place; see ``calibrate``."""
+        for conv, stride in zip(self.m, self.stride_px, strict=True):
+            assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+            bias = conv.bias.view(self.anchors.shape[1], -1)
+            bias[:, 4] += math.log(8 / (640 / stride) ** 2)
+            bias[:, 5:] += math.log(0.6 / (self.num_classes - 0.99999))
 
     def set_anchors(self, anchors_px: Tensor) -> None:
         """Replace the anchors, in place: as many as there are, [..., 2] in pixels, the smallest to the finest level.

@@ -1,6 +1,6 @@
-"""Gates: learnable per-channel factors placed after activations.
+"""Gates: learnable per-channel factors placed after activations, or before them, behind the norm.
 
-After the activation, gate 0 means that the map *is* 0, so removing the channel changes nothing; a batch norm's weight is
+At either place gate 0 means that the map *is* 0, so removing the channel changes nothing; a batch norm's weight is
 followed by a bias and a non-linearity and promises no such thing.
 """
 
@@ -150,7 +150,11 @@ def closed_gates_at_zero(model: nn.Module) -> Iterator[bool]:
 
 
 def add_gates(
-    model: nn.Module, graph: ChannelGraph, *, tie: Literal["group", "layer"] = "group"
+    model: nn.Module,
+    graph: ChannelGraph,
+    *,
+    tie: Literal["group", "layer"] = "group",
+    where: Literal["activation", "norm"] = "activation",
 ) -> dict[str, nn.Parameter]:
     """Put a gate, all factors 1, behind every activation whose channels can be pruned; in place and idempotent.
 
@@ -161,12 +165,15 @@ def add_gates(
         model: the model that was traced
         graph: what ``slim.trace`` found in it
         tie: "group" gives all gates of one group one shared vector, "layer" each gate its own
+        where: "norm" puts the gates before the activations instead, behind the norm or, without one, behind the layer; not
+            where the activation makes something of 0, such as a softplus. They scale what the activation bends, so they
+            fold back into norm or layer where its slope is not constant
 
     Returns:
         The gate vectors, FP32 [channels of the group], by group name (``group@module`` where a group has several).
 
     Raises:
-        SlimError: for another ``tie``, and when the graph has no channels that can be pruned.
+        SlimError: for another ``tie`` or ``where``, and when no channels that can be pruned pass a place for a gate.
 
     Example:
         >>> import slim, torch
@@ -178,11 +185,13 @@ def add_gates(
     """
     if tie not in ("group", "layer"):
         raise SlimError(f"tie is {tie!r}; expected 'group' or 'layer'")
+    if where not in ("activation", "norm"):
+        raise SlimError(f"where is {where!r}; expected 'activation' or 'norm'")
     if gates_in(model):
         return gate_vectors(model)
     shared: dict[str, nn.Parameter] = {}
     device = next(model.parameters()).device
-    for site in graph.gate_sites:
+    for site in graph.gate_sites if where == "activation" else graph.norm_sites:
         numbers = list(dict.fromkeys(group for group, _ in site.channels))
         groups = [graph.groups[n] for n in numbers]
         frozen = next((g for g in groups if not g.prunable), None)
@@ -197,7 +206,12 @@ def add_gates(
         gate = Gate([g.name for g in groups], vectors, gate_index(site, numbers, [g.size for g in groups]), site.axis)
         attach_gate(model.get_submodule(site.path), gate.to(device))
     if not shared:
-        raise SlimError("no gate could be placed: the graph has no channels that can be pruned; see graph.report()")
+        what = (
+            "no channels that can be pruned"
+            if where == "activation"
+            else "none that can be pruned before an activation"
+        )
+        raise SlimError(f"no gate could be placed: the graph has {what}; see graph.report()")
     model.slim_example, model.slim_layers = graph.example, graph.layers  # type: ignore[assignment]
     return gate_vectors(model)
 

@@ -154,6 +154,8 @@ class ChannelGraph:
     example: Example | None
     unused: tuple[str, ...] = ()
     """Layers with parameters that did not run (such as heads that only train): no cut reaches them."""
+    norm_sites: tuple[GateSite, ...] = ()
+    """Where gates go that come before the activations: behind the norms, and behind layers without one."""
 
     @cached_property
     def macs(self) -> int:

@@ -59,6 +59,7 @@ def build_graph(run: ChannelPropagation, example_inputs: Any) -> tuple[ChannelGr
         freezing_ops=tuple(FreezingOp(o, p, why, group_names(groups, owners, x)) for o, p, why, x in run.freezing_ops),
         example=example_spec(example_inputs),
         unused=tuple(layer for layer in layers if layer not in used),
+        norm_sites=tuple(find_norm_sites(run, owners)),
     )
     return graph, owners
 
@@ -107,6 +108,20 @@ def find_gate_sites(run: ChannelPropagation, owners: Tensor) -> list[GateSite]:
     sites = [site for path in dict.fromkeys(activations) if (site := site_at(run, owners, path))]
     layers = ungated_layers(run, {site.path for site in sites})
     return sites + [site for path in layers if (site := site_at(run, owners, path))]
+
+
+def find_norm_sites(run: ChannelPropagation, owners: Tensor) -> list[GateSite]:
+    """Where gates go that come before the activations: behind layers whose channels reach a reader, of a convolution and its
+    norm behind the norm.
+
+    Groups that meet an activation module with f(0) != 0, such as a softplus, have none: a gate before it would close nothing.
+    """
+    shifted = {key for kind, _, _, outputs in run.flow if kind == "end" for key in outputs}
+    behind = [tensor for outputs in run.module_outputs.values() for tensor in outputs if id(tensor) in shifted]
+    labels = [found for tensor in behind if (found := run.get(tensor)) is not None]
+    barred = {group for found in labels for group in owners[found.flatten()][:, 0].tolist()}
+    sites = [site for path in ungated_layers(run, set()) if (site := site_at(run, owners, path))]
+    return [site for site in sites if barred.isdisjoint(group for group, _ in site.channels)]
 
 
 def site_at(run: ChannelPropagation, owners: Tensor, path: str) -> GateSite | None:

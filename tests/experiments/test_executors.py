@@ -22,7 +22,20 @@ from experiments.store import ROOT
 pytestmark = pytest.mark.long
 EPOCHS = 40
 WAIT = 300
-FIGURES = ("hash", "method", "keep", "seed", "parent", "split", "class", "ap", "ap50", "cliff_ap", "macs", "training_macs")
+FIGURES = (
+    "hash",
+    "method",
+    "keep",
+    "seed",
+    "parent",
+    "split",
+    "class",
+    "ap",
+    "ap50",
+    "cliff_ap",
+    "macs",
+    "training_macs",
+)
 
 
 @pytest.fixture
@@ -127,7 +140,9 @@ def test_submitit_gives_the_same_rows(grid: Path, tmp_path: Path, whole: list[tu
 def cluster() -> Iterator[tuple[Any, list[Any]]]:
     """Two nodes of one core each on the loopback address, and a head that runs nothing."""
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="ray is not installed (extra ray)")
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "node_ip_address": "127.0.0.1"})
+    cluster = cluster_utils.Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "node_ip_address": "127.0.0.1"}
+    )
     try:
         yield cluster, [cluster.add_node(num_cpus=1) for _ in range(2)]
     finally:

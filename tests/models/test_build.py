@@ -262,3 +262,24 @@ def test_damaged_description_file(tmp_path, content, message):
 def test_missing_description_file(tmp_path):
     with pytest.raises(models.ModelError, match="cannot be read"):
         models.load_description(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", ["yolov5n", "yolov5s-csp", "yolov5s-ghost"])
+def test_reinitialised_is_built_anew(name):
+    description = {**models.load_description(FILES / f"{name}.yaml"), "width_multiple": 0.1}
+    torch.manual_seed(1)
+    fresh = models.build_model(description, 3)
+    other = models.build_model(description, 3)
+    with torch.no_grad():
+        other.train()(torch.rand(2, 3, 64, 64))
+    torch.manual_seed(1)
+    models.reinitialise(other)
+    found = other.state_dict()
+    assert all(torch.equal(tensor, found[key]) for key, tensor in fresh.state_dict().items())
+
+
+def test_parameters_of_no_layer_are_not_left_as_they_were(tiny):
+    model = models.build_model(tiny)
+    model.model[0].extra = nn.Parameter(torch.ones(3))
+    with pytest.raises(models.ModelError, match=r"model\.0\.extra: belongs to no layer"):
+        models.reinitialise(model)
