@@ -1,8 +1,7 @@
-"""The same rows from every executor, whatever is killed on the way. Real processes, a real Ray cluster on the loopback address."""
+"""The same rows from every executor, whatever is killed on the way: real processes, a real Ray cluster on the loopback address."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib.util
 import os
@@ -103,6 +102,7 @@ def test_killed_at_once_the_same_command_continues(grid: Path, tmp_path: Path, w
     process = start(grid, folder)
     hit = in_the_middle(folder)
     process.kill()
+    process.wait()
     # The scripts that it had started go on, and hold their claims: what follows waits for them.
     finished(start(grid, folder), folder)
     assert figures(folder) == whole
@@ -131,6 +131,7 @@ def test_submitit_gives_the_same_rows(grid: Path, tmp_path: Path, whole: list[tu
     process = start(grid, folder, *flags)
     hit = in_the_middle(folder)
     process.kill()
+    process.wait()
     finished(start(grid, folder, *flags), folder)
     assert figures(folder) == whole
     assert_nothing_was_lost_or_done_twice(folder, hit.name)
@@ -154,11 +155,9 @@ def test_ray_finishes_when_a_node_is_killed_in_the_middle_of_a_run(
 ) -> None:
     (ray_cluster, nodes), folder = cluster, tmp_path / "ray"
     process = start(grid, folder, "--executor", "ray", "--address", ray_cluster.address)
-    with contextlib.ExitStack() as stack:
-        stack.callback(process.kill)
-        hit = in_the_middle(folder)
-        ray_cluster.remove_node(nodes[0], allow_graceful=False)
-        finished(process, folder)
+    hit = in_the_middle(folder)
+    ray_cluster.remove_node(nodes[0], allow_graceful=False)
+    finished(process, folder)
     assert figures(folder) == whole
     assert_nothing_was_lost_or_done_twice(folder, hit.name)
     assert os.listdir(folder / "store" / "claims")
