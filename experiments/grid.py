@@ -1,7 +1,7 @@
 """Grids as data: from a YAML file to a frozen list of runs, each known by a hash of what decides its result.
 
 A grid's methods are chains of stages, each one of this project's scripts with flags. Values of the form ``$name`` stand for
-an axis (a method runs once for every combination of the axes that it names) and ``@method`` for the network that another
+an axis (a method runs once for every combination of the axes that it names, or for the points that it lists) and ``@method`` for the network that another
 method leaves with the same axes and seed. Two stages with the same hash are one node, in whatever grid, so that what chains
 share, such as a dense network or one sparse training under several cuts, is trained once.
 """
@@ -41,7 +41,7 @@ DECIDE_NOTHING = {
 }
 """Flags that leave the last epoch's network as it is, and files, of which the content decides."""
 KEYS = {"name", "data", "weights", "flags", "seeds", "splits", "axes", "methods", "epochs", "tables"}
-METHOD_KEYS = {"stages", "seeds", "epochs"}
+METHOD_KEYS = {"stages", "seeds", "epochs", "points"}
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def expand(grid: Mapping[str, Any], data_of: Any, weights_digest: str) -> list[R
 def _runs_of(grid: Mapping[str, Any], method: str, data: Data, weights_digest: str) -> Iterator[Run]:
     content, axes = grid["methods"][method], grid["axes"]
     used = [name for name in axes if name in _variables(grid, content["stages"])]
-    for values in itertools.product(*(axes[name] for name in used)):
-        chosen = dict(zip(used, values, strict=True))
+    product = (dict(zip(used, values, strict=True)) for values in itertools.product(*(axes[name] for name in used)))
+    for chosen in content.get("points", product):
         for seed in content.get("seeds", grid["seeds"]):
             stages = _chain(grid, method, chosen, seed, data, weights_digest)
             last = stages[-1]
@@ -162,7 +162,7 @@ def _runs_of(grid: Mapping[str, Any], method: str, data: Data, weights_digest: s
             ]
             run = Run(grid["name"], method, tuple(chosen.items()), seed, stages, tuple(tests))
             budget = content.get("epochs", grid.get("epochs"))
-            if budget is not None and run.epochs != budget:
+            if budget not in (None, "any", run.epochs):
                 raise SlimError(
                     f"{grid['name']}: {run} trains for {run.epochs} epochs, the budget is {budget}; give the method its own "
                     "epochs: where it may differ"
@@ -206,11 +206,12 @@ def _node(
     known = flags_of(SCRIPTS[script]())
     shared = {name.replace("-", "_"): value for name, value in grid["flags"].items()}
     flags = {name: value for name, value in shared.items() if name in known} | dict(given) | {"seed": seed}
-    try:
-        settings = read(SCRIPTS[script](), as_words(flags))
-    except CommandError as error:
-        raise SlimError(f"{grid['name']}: {script}: {str(error).removeprefix('command line: ')}") from error
     from_checkpoint = "weights" not in parents and "weights" not in flags
+    files = dict.fromkeys([*parents, *(["weights"] if from_checkpoint else [])], "-")
+    try:
+        settings = read(SCRIPTS[script](), as_words(flags | files))
+    except (CommandError, SlimError) as error:
+        raise SlimError(f"{grid['name']}: {script}: {str(error).removeprefix('command line: ')}") from error
     recorded = json.loads(DEFAULTS.read_text(encoding="utf-8"))[script]
     values = json.loads(json.dumps(flat(settings)))
     decisive = {n: v for n, v in values.items() if n not in DECIDE_NOTHING and (n not in recorded or recorded[n] != v)}

@@ -1,4 +1,4 @@
-"""The same rows from every executor, whatever is killed on the way: real processes, a real Ray cluster on the loopback address."""
+"""The same rows from every executor, whatever is killed on the way: real processes, and a real Ray cluster on this machine."""
 
 from __future__ import annotations
 
@@ -138,8 +138,11 @@ def test_submitit_gives_the_same_rows(grid: Path, tmp_path: Path, whole: list[tu
 
 
 @pytest.fixture
-def cluster() -> Iterator[tuple[Any, list[Any]]]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[Any]]]:
     """Two nodes of one core each on the loopback address, and a head that runs nothing."""
+    monkeypatch.setenv(
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
+    )  # Ray's word for: not this machine's address, the loopback one
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="ray is not installed (extra ray)")
     cluster = cluster_utils.Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "node_ip_address": "127.0.0.1"}
