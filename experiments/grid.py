@@ -1,9 +1,9 @@
 """Grids as data: from a YAML file to a frozen list of runs, each known by a hash of what decides its result.
 
-A grid's methods are chains of stages, each one of this project's scripts with flags. Values of the form ``$name`` stand for
-an axis (a method runs once for every combination of the axes that it names, or for the points that it lists) and ``@method`` for the network that another
-method leaves with the same axes and seed. Two stages with the same hash are one node, in whatever grid, so that what chains
-share, such as a dense network or one sparse training under several cuts, is trained once.
+A grid's methods are chains of stages, each one of this project's scripts with flags. A method runs once for every
+combination of the axes that its stages name as ``$name``, or for the points that it lists; ``@method`` stands for the network
+that another method leaves with the same axes and seed. Two stages with the same hash are one node, in whatever grid, so that
+what chains share, such as a dense network or one sparse training under several cuts, is trained once.
 """
 
 from __future__ import annotations
