@@ -207,7 +207,7 @@ def _node(
     shared = {name.replace("-", "_"): value for name, value in grid["flags"].items()}
     flags = {name: value for name, value in shared.items() if name in known} | dict(given) | {"seed": seed}
     from_checkpoint = "weights" not in parents and "weights" not in flags
-    files = dict.fromkeys([*parents, *(["weights"] if from_checkpoint else [])], "-")
+    files = {"data": data.file, **dict.fromkeys([*parents, *(["weights"] if from_checkpoint else [])], "-")}
     try:
         settings = read(SCRIPTS[script](), as_words(flags | files))
     except (CommandError, SlimError) as error:
