@@ -32,8 +32,8 @@ from .grid import TRAININGS, Data, Node, Run, expand, read_grid
 from .rows import FORWARD_AND_BACKWARD, RESULTS, add_rows, read_rows, rows_of
 from .store import NodeFailed, Task, failure, forget_failure, is_done, metrics_of
 
-MACS_PER_SECOND, SECONDS_AN_IMAGE, SECONDS_A_NODE = 3.4e10, 0.018, 25.0
-"""Of one core in training, what each image costs besides, and a script's start with its evaluation: YOLOv5n at 320 pixels in
+MACS_PER_SECOND, SECONDS_AN_IMAGE, SECONDS_A_PIXEL, SECONDS_A_NODE = 3.4e10, 0.004, 1.4e-7, 25.0
+"""Of one core in training, what each image and its pixels cost besides, and a script's start with its evaluation: YOLOv5n in
 bfloat16 on a Xeon with AVX-512, where the estimate is in the rows' own proportion once there are some."""
 
 
@@ -124,7 +124,8 @@ def estimated_seconds(plan: Plan, flags: GridFlags) -> dict[str, float]:
     images = {Path(node.data.file).stem: node.data.train_images for node in plan.nodes.values()}
     rows = [row for row in read_rows(results_file(plan.grid, flags)) if row["data"] in images and float(row["seconds"])]
     ratios = [
-        float(row["seconds"]) / training_seconds(float(row["training_macs"]), int(row["epochs"]) * images[row["data"]])
+        float(row["seconds"])
+        / training_seconds(float(row["training_macs"]), int(row["epochs"]) * images[row["data"]], img)
         for row in rows
     ]
     slower = median(ratios) if ratios else 1.0
@@ -137,13 +138,15 @@ def estimated_seconds(plan: Plan, flags: GridFlags) -> dict[str, float]:
         if is_done(flags.store, key):
             continue
         seen = node.data.train_images * node.epochs
-        found[key] = SECONDS_A_NODE + slower * training_seconds(FORWARD_AND_BACKWARD * keep[key] * dense * seen, seen)
+        found[key] = SECONDS_A_NODE + slower * training_seconds(
+            FORWARD_AND_BACKWARD * keep[key] * dense * seen, seen, img
+        )
     return found
 
 
-def training_seconds(macs: float, images: int) -> float:
-    """Of one core, for so many MACs, gradients included, on so many images."""
-    return macs / MACS_PER_SECOND + images * SECONDS_AN_IMAGE
+def training_seconds(macs: float, images: int, img: int) -> float:
+    """Of one core, for so many MACs, gradients included, on so many images of ``img`` pixels a side."""
+    return macs / MACS_PER_SECOND + images * (SECONDS_AN_IMAGE + SECONDS_A_PIXEL * img**2)
 
 
 def summary(plan: Plan, seconds: dict[str, float], flags: GridFlags) -> str:
