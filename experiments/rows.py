@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from slim import write_text_atomically
 
@@ -70,13 +72,20 @@ def read_rows(file: str | Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def add_rows(file: str | Path, new: Iterable[dict[str, Any]], order: Sequence[str]) -> None:
-    """Add a run's rows to a file, whole or not at all; runs stand in the order of their keys in ``order``, others first."""
-    rows = [*read_rows(file), *({c: str(row.get(c, "")) for c in COLUMNS} for row in new)]
-    place = {key: number for number, key in enumerate(order)}
-    rows.sort(key=lambda row: place.get(row["hash"], -1))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text_atomically(Path(file), stream.getvalue())
+def add_rows(file: str | Path, new: Sequence[dict[str, Any]], order: Sequence[str]) -> None:
+    """Put a run's rows into a file, in place of older ones of that run; whole, or not at all.
+
+    Runs stand in the order of their keys in ``order``, those that it lacks first.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        kept = [row for row in read_rows(file) if row["hash"] not in {row["hash"] for row in new}]
+        rows = [*kept, *({c: str(row.get(c, "")) for c in COLUMNS} for row in new)]
+        place = {key: number for number, key in enumerate(order)}
+        rows.sort(key=lambda row: place.get(row["hash"], -1))
+        stream = io.StringIO()
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text_atomically(file, stream.getvalue())
