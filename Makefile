@@ -16,8 +16,12 @@ $(STAMP): setup.cfg
 	$(PY) -m pip install --quiet --editable '.[detect,experiments,test]'
 	touch $@
 
+DEMO := dense slim
 demo: $(STAMP)
-	$(PY) -m experiments.slimming
+	$(PY) -m experiments.run experiments/grids/demo.yaml --store runs/demo --results runs/demo
+	$(PY) benchmark.py --weights $(DEMO:%=runs/demo/by-name/demo/%-seed=0-shapes/weights/last.pt) --img 128 --project runs/demo --name benchmark
+	$(PY) export.py --weights runs/demo/by-name/demo/slim-seed=0-shapes/weights/last.pt --img 128 --data data/shapes.yaml \
+		--out runs/demo/slim.onnx --project runs/demo --name export
 
 # Two test processes on two cores: a thread each, which doesn't spin where a test asks for more.
 test quick test-long zoo: export OMP_NUM_THREADS = 1

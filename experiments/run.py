@@ -30,7 +30,7 @@ from slim import SlimError
 from .executors import Executor, LocalExecutor, RayExecutor, SubmititExecutor
 from .grid import TRAININGS, Data, Node, Run, expand, read_grid
 from .rows import FORWARD_AND_BACKWARD, RESULTS, add_rows, read_rows, rows_of
-from .store import NodeFailed, Task, failure, forget_failure, is_done, metrics_of
+from .store import NodeFailed, Task, failure, forget_failure, is_done, link_run, metrics_of
 
 MACS_PER_SECOND, SECONDS_AN_IMAGE, SECONDS_A_PIXEL, SECONDS_A_NODE = 3.4e10, 0.004, 1.4e-7, 25.0
 """Of one core in training, what each image and its pixels cost besides, and a script's start with its evaluation: YOLOv5n in
@@ -58,10 +58,11 @@ class GridFlags:
 
 @dataclass
 class Plan:
-    """What is to be done for a grid: runs without rows, and the nodes that they need, parents first."""
+    """What is to be done for a grid: of the chosen runs those without rows, and the nodes that they need, parents first."""
 
     grid: dict[str, Any]
     runs: list[Run]
+    chosen: list[Run]
     missing: list[Run]
     weights: str
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -90,7 +91,7 @@ def make_plan(path: str, flags: GridFlags) -> Plan:
         raise SlimError(f"--only {' '.join(flags.only)}: selects none of {len(runs)} runs, such as {runs[0]}")
     done = {(row["hash"], row["split"]) for row in read_rows(results_file(grid, flags))}
     missing = [run for run in chosen if not all((run.key, split) in done for split, _ in run.evaluations)]
-    plan = Plan(grid, runs, missing, weights)
+    plan = Plan(grid, runs, chosen, missing, weights)
     known = {node.key: node for run in runs for node in run.nodes}
 
     def need(node: Node) -> None:
@@ -198,6 +199,7 @@ def execute(plan: Plan, flags: GridFlags, executor: Executor) -> dict[str, str]:
             for run in plan.missing:
                 if run.key not in written and all(is_done(store, node.key) for node in run.nodes):
                     add_rows(results_file(plan.grid, flags), rows_of(run, store), plan.order())
+                    link_run(store, run)
                     written.add(run.key)
                     bar.write(f"{run}: AP {metrics_of(store, run.evaluations[0][1].key)['ap']:.4f}")
             for key, node in list(waiting.items()):
@@ -236,17 +238,33 @@ def run_grid(path: str, flags: GridFlags) -> None:
     """A grid's command; SlimError at its end where runs failed."""
     plan = make_plan(path, flags)
     print(summary(plan, estimated_seconds(plan, flags), flags))
-    if flags.dry_run or not plan.missing:
+    if flags.dry_run:
         return
-    executor = make_executor(flags)
-    try:
-        failed = execute(plan, flags, executor)
-    finally:
-        executor.close()
+    failed: dict[str, str] = {}
+    if plan.missing:
+        executor = make_executor(flags)
+        try:
+            failed = execute(plan, flags, executor)
+        finally:
+            executor.close()
+    print(table(plan, flags))
     if failed:
         runs = [run for run in plan.missing if any(node.key in failed for node in run.nodes)]
         reason = next(iter(failed.values()))
         raise SlimError(f"{len(runs)} of {len(plan.missing)} runs failed: {reason}; --retry-failed runs them again")
+
+
+def table(plan: Plan, flags: GridFlags) -> str:
+    """The rows of the selected runs, all classes together, as Markdown; for means and intervals see experiments.tables."""
+    keys = {run.key: run for run in plan.chosen}
+    rows = [row for row in read_rows(results_file(plan.grid, flags)) if row["hash"] in keys and not row["class"]]
+    columns = ("run", "split", "AP", "AP50", "AP right after the cut", "M MACs", "M parameters", "epochs")
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for row in rows:
+        aps = (row[name] and f"{float(row[name]):.4f}" for name in ("ap", "ap50", "cliff_ap"))
+        costs = f"{int(row['macs']) / 1e6:.1f}", f"{int(row['params']) / 1e6:.3f}", row["epochs"]
+        lines.append(f"| {' | '.join([str(keys[row['hash']]), row['split'], *aps, *costs])} |")
+    return "\n".join(lines)
 
 
 def cli(argv: list[str] | None = None) -> int:

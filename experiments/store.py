@@ -4,6 +4,7 @@
     STORE/running/<key>/       what is not finished yet; a training continues from it
     STORE/failed/<key>.json    what failed and why
     STORE/claims/<key>         locked while a process works on it
+    STORE/by-name/<grid>/...   links to the finished runs' last folders
 
 The folder may be shared by several machines, if their file system supports locks (NFS 4 does).
 """
@@ -30,7 +31,7 @@ from detection.benchmark_table import processor_name
 from detection.command import INTERRUPTED, as_words
 from slim import SlimError, write_text_atomically
 
-from .grid import ROOT, TRAININGS, Node
+from .grid import ROOT, TRAININGS, Node, Run
 
 PRUNED = ("prune", "torch_pruning")
 """Scripts that leave weights/pruned.pt."""
@@ -83,6 +84,14 @@ def network_of(store: str | Path, key: str) -> Path:
     folder = Path(store) / key / "run" / "weights"
     pruned = folder / "pruned.pt"
     return pruned if pruned.is_file() else folder / "last.pt"
+
+
+def link_run(store: str | Path, run: Run) -> None:
+    """Show a finished run under its words: STORE/by-name/<grid>/<method keep=0.3 seed=0> leads to its last stage's run folder."""
+    name = Path(store) / "by-name" / run.grid / str(run).replace(" ", "-")
+    name.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        name.symlink_to(Path("..") / ".." / run.key / "run")
 
 
 def metrics_of(store: str | Path, key: str) -> dict[str, Any]:

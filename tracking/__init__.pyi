@@ -9,7 +9,6 @@ from .plots import read_png as read_png
 from .plots import save_png as save_png
 from .plots import side_by_side as side_by_side
 from .plots import summarise_gates as summarise_gates
-from .report import COMPARISON_FILE as COMPARISON_FILE
 from .report import write_report as write_report
 from .run_folder import CUT_METRIC_KEYS as CUT_METRIC_KEYS
 from .run_folder import METRIC_KEYS as METRIC_KEYS

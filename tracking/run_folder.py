@@ -159,7 +159,7 @@ class RunFolder:
     def write_config(self, config: Mapping[str, Any], script: str | None = None) -> None:
         """The resolved configuration; dataclasses, paths and tuples become plain YAML.
 
-        ``script``, such as 'prune.py' or 'experiments.slimming', is noted in a comment on the first line, since the
+        ``script``, such as 'prune.py' or 'experiments.torch_pruning', is noted in a comment on the first line, since the
         file itself holds a script's flags and nothing else.
         """
         text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)

@@ -143,6 +143,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[Any]]]:
     monkeypatch.setenv(
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
     )  # Ray's word for: not this machine's address, the loopback one
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="ray is not installed (extra ray)")
     cluster = cluster_utils.Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "node_ip_address": "127.0.0.1"}

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from experiments import grid as grid_module
 from experiments import run, store
+from experiments.comparisons import read_specs
+from experiments.grid import DEFAULTS, Data, expand, read_grid, record_defaults
 from experiments.rows import read_rows
 
 Grid = Callable[..., Path]
@@ -49,6 +53,60 @@ def test_every_node_runs_once_and_its_rows_are_the_scripts_own_figures(
     assert command(grid, tmp_path) == 0 and executed == before
     # Rows alone are enough: another machine, without the folders, runs nothing twice.
     assert command(grid, tmp_path, "--store", str(tmp_path / "elsewhere")) == 0 and executed == before
+
+
+def test_finished_runs_stand_in_a_table_and_under_their_names(
+    write_grid: Grid, executed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(write_grid(splits=["val"]), tmp_path, "--only", "dense") == 0
+    (row,) = [row for row in read_rows(tmp_path / "results" / "small.csv") if not row["class"]]
+    costs = f"{int(row['macs']) / 1e6:.1f} | {int(row['params']) / 1e6:.3f}"
+    assert f"| dense seed=0 tiny | val | {float(row['ap']):.4f} | " in capsys.readouterr().out.splitlines()[-1]
+    assert command(write_grid(splits=["val"]), tmp_path, "--only", "dense") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" |  | {costs} | 3 |")
+    weights = tmp_path / "store" / "by-name" / "small" / "dense-seed=0-tiny" / "weights" / "last.pt"
+    assert weights.resolve() == tmp_path / "store" / row["hash"] / "run" / "weights" / "last.pt"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((store.ROOT / "experiments" / "grids").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_every_grid_can_be_meant_and_keeps_its_budget(file: Path) -> None:
+    runs = expand(read_grid(file), lambda name: Data(name, "digest", 100), "digest")
+    assert len({run.key for run in runs}) == len(runs)
+    for spec in read_specs(file.parent):
+        if spec.grid == file.stem:
+            assert {*spec.order} <= {run.method for run in runs}, spec.name
+
+
+def test_hashes_rest_on_recorded_defaults() -> None:
+    """A new flag must be recorded with the default that changes nothing: python -m experiments.grid."""
+    assert record_defaults() == json.loads(DEFAULTS.read_text())
+
+
+def test_a_key_follows_what_decides_and_nothing_else(write_grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys(changed: dict[str, Any] | None = None, digest: str = "data", weights: str = "") -> list[str]:
+        grid = read_grid(write_grid(**(changed or {})))
+        return [run.key for run in expand(grid, lambda name: Data(name, digest, 16), weights)]
+
+    before = keys()
+    flags = read_grid(write_grid())["flags"]
+    assert keys({"flags": flags | {"workers": 3, "eval-every": 2}}) == before
+    for other in (
+        keys({"flags": flags | {"lr": 0.02}}),
+        keys({"seeds": [1]}),
+        keys(digest="other"),
+        keys(weights="other"),
+    ):
+        assert not set(other) & set(before)
+    # A new default of a flag that the grid doesn't name makes other runs of it; naming the old one keeps them.
+    recorded = json.loads(DEFAULTS.read_text())
+    for script in recorded:
+        recorded[script].pop("lr", None)
+    changed = write_grid().with_name("defaults.json")
+    changed.write_text(json.dumps(recorded))
+    monkeypatch.setattr(grid_module, "DEFAULTS", changed)
+    assert not set(keys()) & set(before)
 
 
 def test_dry_run_tells_runs_epochs_and_hours_and_runs_nothing(

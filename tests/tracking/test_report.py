@@ -254,44 +254,6 @@ def test_the_chart_of_candidates_names_each_in_both_panels(tmp_path: Path, monke
     assert [line.get_xydata().tolist()[0] for line in axes[1].lines][:3] == [[10.0, 0.6], [8.0, 0.61], [5.0, 0.5]]
 
 
-def test_comparison_shows_its_networks_and_their_detections(tmp_path: Path) -> None:
-    rows = [
-        {
-            "step": "dense",
-            "ap": 0.6,
-            "test_ap": 0.5,
-            "macs": 60e6,
-            "params": 2e6,
-            "milliseconds": 9.0,
-            "folder": "dense",
-        },
-        {
-            "step": "cut",
-            "ap": 0.5,
-            "test_ap": None,
-            "macs": 30e6,
-            "params": 1e6,
-            "milliseconds": None,
-            "folder": "gone",
-        },
-    ]
-    run = made_run(tmp_path / "x", "experiments.slimming")
-    (run.path / "rows.json").write_text(json.dumps(rows))
-    dense = made_run(run.path / "dense")
-    Image.new("RGB", (30, 20), "red").save(dense.path / "detections.png")
-    write_report(dense)
-    report = Report.of(run)
-    assert report.problems == []
-    assert report.rows("Networks")[1:] == [
-        ["[dense](dense/report.html)", "0.6000", "–", "0.5000", "60.0", "100.0%", "2.000", "9.0"],
-        ["cut", "0.5000", "–", "–", "30.0", "50.0%", "1.000", "–"],
-    ]
-    page = (run.path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "<em>The same images: dense</em>" in page
-    (run.path / "rows.json").write_text("{}")
-    assert "expected a list" in Report.of(run).problems[0]
-
-
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [

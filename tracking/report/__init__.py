@@ -14,14 +14,12 @@ from ..run_folder import RunFolder
 from . import sections, several
 from .contents import Contents
 from .markdown import escape
-from .several import COMPARISON_FILE
 
-__all__ = ["COMPARISON_FILE", "write_report"]
+__all__ = ["write_report"]
 
 LOGGER = logging.getLogger(__name__)
 _SECTIONS: dict[str, Callable[[Contents], list[str]]] = {
     "Summary": sections.summary,
-    "Networks": several.comparison,
     "Before and after": sections.before_after,
     "Candidates": several.candidates,
     "Phases": several.phases,

@@ -1,4 +1,4 @@
-"""The sections about several runs together: the slimming loop, and a comparison of networks."""
+"""The sections about the slimming loop: its candidates and phases."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from typing import Any
 
 from ..plots import plot_trade_off
 from ..run_folder import number
-from .contents import Contents, is_accepted, read_json
+from .contents import Contents, is_accepted
 from .markdown import ABSENT, duration, link, share, table, written
-
-COMPARISON_FILE = "rows.json"
-"""A comparison's networks, the baseline first: step, ap, ap50, test_ap, macs, params, milliseconds, folder."""
 
 
 def candidates(contents: Contents) -> list[str]:
@@ -61,23 +58,6 @@ def phases(contents: Contents) -> list[str]:
     total = duration(sum(seconds for *_, seconds in contents.phases))
     columns = ("phase", ">AP", ">M MACs", ">M parameters", ">gates closed", ">seconds")
     return [f"All phases: {total}, of those that were interrupted their last attempt alone.", table(columns, rows)]
-
-
-def comparison(contents: Contents) -> list[str]:
-    """The networks of a comparison: cost against AP, a row for each, and their detections on the same images."""
-    rows: list[dict[str, Any]] = contents.read(COMPARISON_FILE, read_json, list)
-    if not rows:
-        return []
-    cells, pictures = [], []
-    for row in rows:
-        label = str(row.get("step", ""))
-        aps = (written(row, key) for key in ("ap", "ap50", "test_ap"))
-        cells.append((_report_link(contents, row, label), *aps, *_costs(row, rows[0], "milliseconds")))
-        if folder := _folder(row):
-            pictures += contents.picture(contents.path / folder / "detections.png", f"The same images: {label}")
-    by_label = {str(row.get("step", "")): row for row in rows}
-    columns = ("network", ">AP val", ">AP50 val", ">AP test", *_COSTS, ">ms an image")
-    return [table(columns, cells), *_trade_off(contents, by_label, "milliseconds", {}), *pictures]
 
 
 _COSTS = (">M MACs", ">share", ">M parameters")
