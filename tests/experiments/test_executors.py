@@ -17,6 +17,7 @@ import pytest
 
 from experiments.rows import read_rows
 from experiments.store import ROOT
+from tests.conftest import Once
 
 pytestmark = pytest.mark.long
 EPOCHS = 40
@@ -89,10 +90,9 @@ def assert_nothing_was_lost_or_done_twice(folder: Path, hit: str) -> None:
 
 
 @pytest.fixture
-def whole(grid: Path, tmp_path: Path) -> list[tuple[str, ...]]:
+def whole(grid: Path, once: Once) -> list[tuple[str, ...]]:
     """The figures of a run that nothing interrupted."""
-    folder = tmp_path / "whole"
-    finished(start(grid, folder), folder)
+    folder = once("whole-grid", lambda folder: finished(start(grid, folder), folder))
     assert len(figures(folder)) == 3 * 2 * 5  # runs, splits, all classes together and each of four
     return figures(folder)
 
