@@ -17,6 +17,7 @@ from slim.targets import Target, WidthConstraint, WidthCosts, Widths, unreachabl
 
 Scope = Literal["global", "local", "isomorphic"]
 SCOPES = ("global", "local", "isomorphic")
+KNAPSACK_PASSES = 4
 
 
 def make_plan(
@@ -57,8 +58,9 @@ def make_plan(
         scope: "global" ranks all channels against each other; "local" keeps the same ratio of every group; "isomorphic"
             ranks channels within classes of groups of like structure, of which each keeps the same ratio (Fang et al.,
             "Isomorphic Pruning for Vision Models", ECCV 2024)
-        cost_aware: rank by score per MAC or parameter that one channel of the full network saves: the greedy answer to the
-            knapsack that Shen et al. pose for latency ("Structural Pruning via Latency-Saliency Knapsack", NeurIPS 2022)
+        cost_aware: rank by score per MAC or parameter that one channel saves, in the full network and then in the planned
+            one: greedy answers to the knapsack that Shen et al. pose for latency ("Structural Pruning via Latency-Saliency
+            Knapsack", NeurIPS 2022), of which the one that keeps the largest sum of scores counts
         overrides: {pattern of a group's or producing layer's name: keep ratio (float) or channels (int)}; the first that
             matches sets the group's exact width, past rounding, floors and ranking
         ignore: patterns of groups that stay whole, before all else
@@ -99,9 +101,11 @@ def make_plan(
             c.at_least(int((scores[c.group.name] >= target.value).sum())) if c.ranked else c.floor for c in constraints
         ]
     else:
+        classes = classes_of(graph, list(values), scope)
         if cost_aware:
-            values = {n: per_unit_saved(v, n, costs, target) for n, v in values.items()}
-        widths = solve(target, constraints, costs, Ranking(values, classes_of(graph, list(values), scope)))
+            widths = solve_knapsack(target, constraints, costs, values, classes)
+        else:
+            widths = solve(target, constraints, costs, Ranking(values, classes))
     chosen = [
         keep_best(constraint.group, flat(scores[constraint.group.name]), width)
         for constraint, width in zip(constraints, widths, strict=True)
@@ -134,9 +138,33 @@ def flat(values: Tensor) -> Tensor:
     return values.detach().double().cpu()
 
 
-def per_unit_saved(values: Tensor, number: int, costs: WidthCosts, target: Target) -> Tensor:
-    """Scores over what one output channel of the group saves at full width; what saves nothing goes last."""
-    saved = -costs.change(target.kind, costs.sizes, number, costs.sizes[number] - 1) / costs.each[number]
+def solve_knapsack(
+    target: Target,
+    constraints: list[WidthConstraint],
+    costs: WidthCosts,
+    values: dict[int, Tensor],
+    classes: list[list[int]],
+) -> Widths:
+    """The widths that keep the largest sum of scores, of some greedy answers.
+
+    What a channel saves depends on how many others its layers keep: first it is measured in the full network, then at the
+    widths of the answer before.
+    """
+    best: tuple[float, Widths] | None = None
+    widths = costs.sizes
+    for _ in range(KNAPSACK_PASSES):
+        per_unit = {n: per_unit_saved(v, n, costs, target, widths) for n, v in values.items()}
+        widths = solve(target, constraints, costs, Ranking(per_unit, classes))
+        kept = sum(float(v.sort(descending=True).values[: widths[n]].sum()) for n, v in values.items())
+        if best is None or kept > best[0]:
+            best = kept, widths
+    assert best is not None
+    return best[1]
+
+
+def per_unit_saved(values: Tensor, number: int, costs: WidthCosts, target: Target, widths: Widths) -> Tensor:
+    """Scores over what one output channel of the group saves at these widths; what saves nothing goes last."""
+    saved = -costs.change(target.kind, widths, number, widths[number] - 1) / costs.each[number]
     return values / saved if saved else torch.full_like(values, inf)
 
 

@@ -372,3 +372,23 @@ def test_any_plan_is_within_target_rounding_and_floors(
 
 def sum_of_channels(graph: slim.ChannelGraph) -> int:
     return sum(g.size * g.per_channel for g in graph.groups if g.prunable)
+
+
+def test_costs_at_the_planned_widths_find_more_than_those_of_the_full_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(
+        *(layer for width in ((3, 16), (16, 64), (64, 16), (16, 64)) for layer in (nn.Conv2d(*width, 1), nn.ReLU())),
+        nn.Conv2d(64, 2, 1),
+    )
+    graph = slim.trace(model, torch.zeros(1, 3, 4, 4))
+    gains = []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        scores = {g.name: torch.rand(g.size, generator=generator) for g in graph.groups if g.prunable}
+        kept = []
+        for passes in (1, 4):
+            monkeypatch.setattr(slim.solver, "KNAPSACK_PASSES", passes)
+            plan = slim.make_plan(graph, scores, macs=0.3, cost_aware=True, **FINE)
+            assert plan.macs[1] <= 0.3 * plan.macs[0]
+            kept.append(sum(float(scores[g.name][list(g.keep)].sum()) for g in plan.groups))
+        gains.append(kept[1] - kept[0])
+    assert min(gains) >= 0 and max(gains) > 0.1
