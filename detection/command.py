@@ -48,8 +48,10 @@ ALIASES = {
 """Other spellings of flags, YOLOv5's above all."""
 BARE = {"cache": "ram"}
 """What a flag means that is given without its value."""
-OF_THE_COMMAND_LINE_ALONE = ("debug", "resume", "closed_share")
+OF_THE_COMMAND_LINE_ALONE = ("debug", "resume")
 """Keys that older config.yaml files hold, and that say nothing about what to do again."""
+GONE = ("closed_share",)
+"""Flags that are no more: older config.yaml files may name them as long as they say nothing with them."""
 INTERRUPTED = 130
 """Exit code of a run that was interrupted."""
 
@@ -127,7 +129,7 @@ def read(defaults: Flags, words: Sequence[str], description: str = "") -> Flags:
             if unused and os.environ.get("RANK", "0") == "0":
                 print(f"{file}: not used: {', '.join(unused)}")
         else:
-            unused = list(OF_THE_COMMAND_LINE_ALONE)
+            unused = [*OF_THE_COMMAND_LINE_ALONE, *(name for name in GONE if content.get(name) is None)]
         try:
             used = {name: value for name, value in content.items() if name not in unused}
             parser.parse_args(_spelled(as_words(used), flags), found)
