@@ -240,6 +240,12 @@ def test_keys_of_older_files_are_taken(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("closed_share: 0.3\n")
     with pytest.raises(CommandError, match="--closed-share: unknown flag"):
         parse(SparseFlags, "", ["--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "c.yaml").write_text("cost_aware: false\nrounds: 2\n")
+    assert parse(IterateFlags, "", ["--config", str(tmp_path / "c.yaml")]).rounds == 2
+    (tmp_path / "c.yaml").write_text("cost_aware: true\n")
+    assert parse(PruneFlags, "", ["--config", str(tmp_path / "c.yaml")]).score.cost_aware
+    with pytest.raises(CommandError, match="--cost-aware: unknown flag"):
+        parse(IterateFlags, "", ["--config", str(tmp_path / "c.yaml")])
 
 
 def test_spellings_of_yolov5_are_taken() -> None:

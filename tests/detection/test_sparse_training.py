@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from torch import nn
 
 import slim
-from detection.flags import FinetuneFlags, SparseFlags, WidthSettings
-from detection.network import example_image
-from detection.training import auto_strength, make_sparsity, norm_weights
+from detection.flags import FinetuneFlags, NetworkSettings, SparseFlags, WidthSettings
+from detection.network import example_image, make_build, save_network
+from detection.training import auto_strength, make_sparsity, norm_weights, starting_network
 from engine import OptimConfig, SparsitySettings, TrainConfig, learning_rate_sum
-from models import build_model, load_description
+from models import YOLO, build_model, load_description
 from slim import BudgetL1, SlimError, SmallestHalfL1
 from tests.scripts.runs import ROOT
 
@@ -22,7 +23,7 @@ STEPS = 10
 """Of an epoch."""
 
 
-def network(gated: bool = True) -> nn.Module:
+def network(gated: bool = True) -> YOLO:
     """The narrowest YOLOv5."""
     description = {**load_description(ROOT / "models" / "yolov5n.yaml"), "width_multiple": 0.02, "depth_multiple": 0.1}
     model = build_model(description, 3)
@@ -110,6 +111,14 @@ def test_without_sparse_training_gates_are_only_kept_at_or_above_0() -> None:
     made.step(0, 0.1)
     assert float(first.detach()[0]) == 0 and float(first.detach()[1]) == 1
     assert make_sparsity(FinetuneFlags(), network(gated=False), STEPS) is None
+
+
+def test_network_slimming_folds_the_gates_of_its_checkpoint(tmp_path: Path) -> None:
+    model = network()
+    save_network(tmp_path / "gated.pt", model, make_build(model, ["a", "b", "c"]))
+    of_norms = flags(where="norm-weight", fraction=1.0)
+    start = replace(of_norms, network=NetworkSettings(weights=str(tmp_path / "gated.pt")))
+    assert not slim.gate_vectors(starting_network(start, ("a", "b", "c")).model)
 
 
 def test_network_slimming_needs_a_fraction() -> None:
