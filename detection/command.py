@@ -48,8 +48,10 @@ ALIASES = {
 """Other spellings of flags, YOLOv5's above all."""
 BARE = {"cache": "ram"}
 """What a flag means that is given without its value."""
-OF_THE_COMMAND_LINE_ALONE = ("debug", "resume", "closed_share")
+OF_THE_COMMAND_LINE_ALONE = ("debug", "resume")
 """Keys that older config.yaml files hold, and that say nothing about what to do again."""
+GONE = {"closed_share": None, "cost_aware": False}
+"""Flags that are no more, or not of every script: older config.yaml files may hold them with these values, their defaults."""
 INTERRUPTED = 130
 """Exit code of a run that was interrupted."""
 
@@ -127,7 +129,8 @@ def read(defaults: Flags, words: Sequence[str], description: str = "") -> Flags:
             if unused and os.environ.get("RANK", "0") == "0":
                 print(f"{file}: not used: {', '.join(unused)}")
         else:
-            unused = list(OF_THE_COMMAND_LINE_ALONE)
+            gone = [name for name, value in GONE.items() if name not in flags and content.get(name) == value]
+            unused = [*OF_THE_COMMAND_LINE_ALONE, *gone]
         try:
             used = {name: value for name, value in content.items() if name not in unused}
             parser.parse_args(_spelled(as_words(used), flags), found)

@@ -88,7 +88,7 @@ class TrainFlags(ScriptFlags):
 
 @dataclass(frozen=True)
 class WidthSettings:
-    """Widths after the cut, for sparse training those that a budget leads to."""
+    """Widths after the cut, or that a budget of sparse training leads to."""
 
     scope: Annotated[
         Literal["global", "local", "isomorphic"],
@@ -277,6 +277,8 @@ class IterateFlags(ScriptFlags):
     def __post_init__(self) -> None:
         if self.latency.given and self.macs is not None:
             _refuse("--macs and a latency: give one target")
+        if self.sparsity.keep_macs != SparsitySettings.keep_macs:
+            _refuse("--keep-macs: each round's follows from --macs; give that, or --sparse keep-macs=X for all")
 
     def resolved(self) -> IterateFlags:
         """With the values of flags that were not given."""

@@ -138,7 +138,8 @@ class Loop:
         flags = self.flags
         reached, whole = self.target.size(start.macs, start.latency), self.target.size(self.baseline["macs"], 1.0)
         target = round_target(reached, self.target.final(self.baseline), flags.rounds - number + 1)
-        sparse = sparse_flags(flags, start.weights, target / reached)  # of a latency's share about that of the MACs
+        # A share of the latency is about that of the MACs. The last cut may have gone further than this one is to.
+        sparse = sparse_flags(flags, start.weights, min(1.0, target / reached))
         trained = self.train(f"round{number}-sparse", sparse, start.carried)
         for attempt in range(1, flags.attempts + 1):
             name = f"round{number}-try{attempt}"

@@ -281,7 +281,7 @@ def starting_network(flags: TrainFlags, names: tuple[str, ...]) -> Network:
     if isinstance(flags, SparseFlags) and flags.sparsity.where != "norm-weight":
         graph = slim.trace(network.model, example_image(flags.img))
         slim.add_gates(network.model, graph, tie=flags.sparsity.tie, where=flags.sparsity.where)
-    elif isinstance(flags, FinetuneFlags) and not flags.keep_gates:
+    elif isinstance(flags, SparseFlags) or (isinstance(flags, FinetuneFlags) and not flags.keep_gates):
         network.model = slim.fold_gates(network.model)
     return network
 

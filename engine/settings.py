@@ -69,7 +69,9 @@ class SparsitySettings:
         "of each gate vector, or of all together",
     ] = "budget"
     keep_macs: Annotated[
-        float, "with a budget: share of the MACs that the open channels shall cost in the end", "above 0 to 1"
+        float,
+        "with a budget: share of the MACs that the open channels cost in the end; iterate.py takes it from its own target",
+        "above 0 to 1",
     ] = 0.4
     rank: Annotated[
         Literal["gradient-per-mac", "gradient", "magnitude"],
@@ -98,7 +100,7 @@ class SparsitySettings:
         Literal["activation", "norm", "norm-weight"],
         "gates behind activations, or before them, behind the norms; or no gates: the batch norms' own weights shrink",
     ] = "activation"
-    sparse_from: Annotated[int, "first epoch with the L1 step; before it the gates find their order"] = 3
+    sparse_from: Annotated[int, "first epoch with the L1 step; before it the gates find their order", "at least 0"] = 3
     tie: Annotated[Literal["group", "layer"], "one gate vector a group, or one an activation"] = "group"
 
     @property

@@ -97,8 +97,8 @@ class L1Step:
             chosen = self._chosen = self.selected()
             self._steps += 1
             if self.penalty == "proximal":
-                factors = self.joined()
-                shrunk = factors.abs().sub_(chosen * (lr * self.strength)).clamp_min_(0.0).mul_(factors.sign())
+                factors, most = self.joined(), chosen * (lr * self.strength)
+                shrunk = factors - factors.clamp(-most, most)  # what reaches 0 is +0, whatever its sign was
                 torch._foreach_copy_(list(self.vectors.values()), list(shrunk.split(self._sizes)))
         if self._are_gates:
             torch._foreach_clamp_min_(list(self.vectors.values()), 0.0)
@@ -115,10 +115,11 @@ class L1Step:
     def strength_over_gradient(self) -> float | None:
         """Strength over the mean magnitude of the loss's gradient at the factors that are shrunk; above 1 they close.
 
-        Read it between a backward pass and the next ``zero_grad``. None where there is no gradient.
+        Read it between a backward pass and the next ``zero_grad``. None where there is no gradient, or where the penalty's
+        is part of it.
         """
         gradients = [vector.grad for vector in self.vectors.values() if vector.grad is not None]
-        if len(gradients) < len(self.vectors):
+        if len(gradients) < len(self.vectors) or self.penalty != "proximal":
             return None
         opposed = float(torch.cat(gradients)[self.selected()].abs().mean())
         return self.strength / opposed if opposed > 0 else None
@@ -133,7 +134,8 @@ class L1Step:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state``, in place."""
-        self.strength, self._steps, self._chosen = state["strength"], state.get("steps", 0), state.get("chosen")
+        self.strength, self._steps, chosen = state["strength"], state.get("steps", 0), state.get("chosen")
+        self._chosen = None if chosen is None else chosen.to(self.joined().device)  # states are read on the CPU
 
 
 class SmallestHalfL1(L1Step):
@@ -258,6 +260,7 @@ class BudgetL1(L1Step):
         self.graph, self.macs, self.total_steps, self.rank = graph, macs, max(1, steps), rank
         self.options = {"cost_aware": cost_aware, **(options or {})}
         self.importance: dict[str, Tensor] = {}
+        self._observed = False
         self._groups = {name: name.partition("@")[0] for name in self.vectors}
         self.plan_at(macs)  # a target out of reach is told before the training
 
@@ -285,8 +288,8 @@ class BudgetL1(L1Step):
         return found
 
     def budget(self) -> float:
-        """The share of the MACs that this step aims at."""
-        left = max(0.0, 1 - (self._steps + 1) / (CLOSING * self.total_steps))
+        """The share of the MACs that a choice made now aims at: that of the last step for which it stands."""
+        left = max(0.0, 1 - (self._steps + self.rank_every) / (CLOSING * self.total_steps))
         return 1 - (1 - self.macs) * (1 - left**2)
 
     def plan_at(self, macs: float) -> dict[str, tuple[int, ...]]:
@@ -306,8 +309,17 @@ class BudgetL1(L1Step):
         return torch.cat(parts)
 
     @torch.no_grad()
+    def add_gradient(self) -> None:
+        if self.penalty != "proximal":
+            self.observe()  # the loss's gradients, before the penalty's is among them
+            self._observed = True
+        super().add_gradient()
+
+    @torch.no_grad()
     def step(self, lr: float) -> None:
-        self.observe()
+        if not self._observed:
+            self.observe()
+        self._observed = False
         super().step(lr)
 
     def state(self) -> dict[str, Any]:

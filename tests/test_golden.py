@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from data import make_shapes
+from tests.scripts.runs import HALF
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -60,7 +61,7 @@ def made(folder: Path) -> tuple[dict[str, Any], str]:
     common = ["--data", data, "--img", 64, "--project", folder]
     train = [*common, "--batch-size", 8, "--workers", 0, "--precision", "float32", "--eval-every", 2, "--epochs", 2]
     cfg = ["--cfg", ROOT / "models" / "yolov5n.yaml"]
-    run("train_sparse", *train, *cfg, "--sparse-from", 1, "--name", "sparse")
+    run("train_sparse", *train, *cfg, "--sparse-from", 1, *HALF, "--name", "sparse")
     sparse = folder / "sparse" / "weights" / "last.pt"
     run("prune", *common, "--weights", sparse, "--macs", 0.5, "--name", "cut")
     run("finetune", *train, "--weights", folder / "cut" / "weights" / "pruned.pt", "--name", "tuned")

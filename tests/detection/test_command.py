@@ -152,6 +152,11 @@ def test_two_flags_of_one_name_are_a_defect() -> None:
         (["--epochs", "1.5"], "--epochs 1.5: expected a whole number"),
         (["--strength", "big"], "--strength big: expected a number or auto"),
         (["--tie", "all"], "--tie all: expected group or layer"),
+        (["--select", "half"], "--select half: expected budget or vector or all;"),
+        (["--keep-macs", "0"], "--keep-macs 0: expected above 0 to 1;"),
+        (["--fraction", "1.5"], "--fraction 1.5: expected 0 to 1;"),
+        (["--travel", "0"], "--travel 0: expected above 0;"),
+        (["--sparse-from", "-1"], "--sparse-from -1: expected at least 0;"),
         (["--lr"], "--lr expected one argument"),
         (["--lr", "0"], "--lr 0: expected above 0;"),
         (["--lr", "inf"], "--lr inf: expected above 0;"),
@@ -228,9 +233,19 @@ def as_plain(values: dict[str, object]) -> dict[str, object]:
 
 
 def test_keys_of_older_files_are_taken(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("pull_from: 2\nresume: true\ndebug: true\n")
+    (tmp_path / "c.yaml").write_text("pull_from: 2\nresume: true\ndebug: true\nfraction: 0.5\nclosed_share: null\n")
     found = parse(SparseFlags, "", ["--config", str(tmp_path / "c.yaml")])
     assert found.sparsity.sparse_from == 2 and found.resume is False
+    assert not found.sparsity.has_budget, "such a run shrank the smallest half"
+    (tmp_path / "c.yaml").write_text("closed_share: 0.3\n")
+    with pytest.raises(CommandError, match="--closed-share: unknown flag"):
+        parse(SparseFlags, "", ["--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "c.yaml").write_text("cost_aware: false\nrounds: 2\n")
+    assert parse(IterateFlags, "", ["--config", str(tmp_path / "c.yaml")]).rounds == 2
+    (tmp_path / "c.yaml").write_text("cost_aware: true\n")
+    assert parse(PruneFlags, "", ["--config", str(tmp_path / "c.yaml")]).score.cost_aware
+    with pytest.raises(CommandError, match="--cost-aware: unknown flag"):
+        parse(IterateFlags, "", ["--config", str(tmp_path / "c.yaml")])
 
 
 def test_spellings_of_yolov5_are_taken() -> None:

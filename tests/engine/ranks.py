@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import slim
 from detection.command import run_on_all_ranks
-from engine import OptimConfig, Sparsity, TrainConfig, World, fit, learning_rate_sum, read_training_state
+from engine import OptimConfig, Sparsity, TrainConfig, World, fit, read_training_state
 from engine.batch_norm import synchronised_norms
 from models import DetectionLoss, LossGains, build_model, load_description
 from slim import SlimError
@@ -110,8 +110,8 @@ def gated_steps(out: Path, world: World) -> None:
     """Sparse training in which batch norms are each rank's own, and what would be cut after it."""
     model, config = yolo(), TrainConfig(2, OptimConfig(lr=0.05), precision="float32")
     slim.add_gates(model, slim.trace(model, torch.zeros(1, 3, 64, 64)))
-    l1 = slim.SmallestHalfL1(model, strength=1.0)
-    controller = slim.ClosedShareController(l1, 0.4, learning_rate_sum(config.optim, 3, 2, 0))
+    graph, floors = slim.trace(model, torch.zeros(1, 3, 64, 64)), {"round_to": 1, "min_channels": 1}
+    l1 = slim.BudgetL1(model, graph, macs=0.7, strength=20.0, steps=6, options=floors)
     saved: dict[str, Any] = {}
 
     def keep(path: Path, average: nn.Module, state: dict[str, Any] | None) -> None:
@@ -127,14 +127,13 @@ def gated_steps(out: Path, world: World) -> None:
         run=RunFolder(out / "gated"),
         save=keep,
         device="cpu",
-        sparsity=Sparsity(l1, controller),
+        sparsity=Sparsity(l1),
         world=world,
     )
-    graph = slim.trace(model, torch.zeros(1, 3, 64, 64))
-    plan = slim.make_plan(graph, slim.score(model, graph, "gate"), macs=0.8, min_channels=1, round_to=1)
+    plan = slim.make_plan(graph, slim.score(model, graph, "gate"), macs=0.7, **floors)
     gates = {name: gate.detach() for name, gate in slim.gate_vectors(model).items()}
     found = {"model": model.state_dict(), "average": saved["average"].state_dict(), "gates": gates}
-    found |= {"controller": controller.state(), "plan": plan.to_json(), "files": sorted(set(saved) - {"average"})}
+    found |= {"l1": l1.state(), "plan": plan.to_json(), "files": sorted(set(saved) - {"average"})}
     torch.save(found, out / f"gated{world.rank}.pt")
 
 

@@ -10,30 +10,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import OptimConfig, Sparsity, TrainConfig, fit, learning_rate_sum, read_training_state
+from engine import Sparsity, TrainConfig, fit, read_training_state
 from engine.interruption import Interruption
-from slim import ClosedShareController
 from tests.engine.test_training import assert_same, tiny
-from tests.engine.tiny_detector import RecordingL1, TinyDetector, TinyLoader, save, squared_loss, weight_sum
+from tests.engine.tiny_detector import TinyDetector, TinyLoader, budget_l1, save, squared_loss, weight_sum
 from tracking import RunFolder
 
 
-def sparse(model: TinyDetector) -> Sparsity:
-    l1 = RecordingL1(model)
-    return Sparsity(l1, ClosedShareController(l1, 0.5, learning_rate_sum(OptimConfig(), 4, 3, 1)), from_epoch=1)
-
-
-def train(model: TinyDetector, run: RunFolder, loss_fn: Any = squared_loss, **options: Any) -> Any:
+def train(model: TinyDetector, run: RunFolder, loss_fn: Any = squared_loss, rank_every: int = 1, **options: Any) -> Any:
+    sparsity = Sparsity(budget_l1(model, 8, rank_every=rank_every), from_epoch=1)
     common: dict[str, Any] = {"config": TrainConfig(epochs=3), "evaluate": weight_sum, "save": save, "device": "cpu"}
-    return fit(model, loss_fn, TinyLoader(4), run=run, sparsity=sparse(model), **{**common, **options})
+    return fit(model, loss_fn, TinyLoader(4), run=run, sparsity=sparsity, **{**common, **options})
 
 
+@pytest.mark.parametrize("rank_every", [1, 3])
 @pytest.mark.parametrize(("signal_number", "at_step"), [(signal.SIGINT, 6), (signal.SIGTERM, 2), (signal.SIGINT, 12)])
 def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_run_continues_bit_for_bit(
-    tmp_path: Path, signal_number: int, at_step: int
+    tmp_path: Path, signal_number: int, at_step: int, rank_every: int
 ) -> None:
     whole, whole_run = tiny(), RunFolder.create(tmp_path, "whole")
-    train(whole, whole_run)
+    train(whole, whole_run, rank_every=rank_every)
 
     steps = []
 
@@ -48,14 +44,14 @@ def test_a_signal_saves_in_the_middle_of_an_epoch_and_the_run_continues_bit_for_
     with pytest.raises(
         KeyboardInterrupt, match=f"stopped after batch {(at_step - 1) % 4 + 1} of epoch {(at_step - 1) // 4}"
     ):
-        train(tiny(), run, signalled)
+        train(tiny(), run, signalled, rank_every)
     assert signal.getsignal(signal.SIGINT) is before
     assert len(steps) == at_step
     state = read_training_state(run.last)
     progress, (epoch, batch) = state["progress"], divmod(at_step - 1, 4)
     assert (progress["next_epoch"], progress["so_far"]["batches"]) == (epoch, batch + 1)
     resumed = tiny(seed=9)
-    train(resumed, run, resume_state=state)
+    train(resumed, run, rank_every=rank_every, resume_state=state)
     assert_same(resumed.state_dict(), whole.state_dict())
     assert_same(read_training_state(run.last), read_training_state(whole_run.last))
     rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.read_rows()] for r in (run, whole_run)]
@@ -99,9 +95,9 @@ def test_other_threads_train_without_handlers() -> None:
     assert seen == [False]
 
 
-def test_the_controllers_state_travels_with_the_run(tmp_path: Path) -> None:
+def test_importance_and_choice_travel_with_the_run(tmp_path: Path) -> None:
     model, run = tiny(), RunFolder.create(tmp_path, "run")
     train(model, run)
     state = read_training_state(run.last)["pull"]
-    assert state["spent_lr"] > 0 and state["strength"] > 0
-    assert torch.equal(model.gate_vector.sort().values[:2], torch.zeros(2))
+    assert (state["strength"], state["steps"]) == (99.0, 8) and float(state["importance"]["conv"].min()) > 0
+    assert torch.equal(model.gate_vector == 0, state["chosen"]) and int(state["chosen"].sum()) == 2

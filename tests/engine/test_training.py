@@ -173,7 +173,7 @@ def test_order_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     )
     factor = learning_rate_factor(config.optim, 1, 2)
     step = ["zero_grad", "forward", "loss", "scale", "backward", "unscale", "clip", "step", "update scaler"]
-    assert calls == [*step, "project", "average", *step, ("L1 step", 0.01 * factor(1)), "average"]
+    assert calls == [*step, ("L1 step", 0.0), "average", *step, ("L1 step", 0.01 * factor(1)), "average"]
 
 
 def test_first_step_is_plain_sgd_with_clipping(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import TRAINING_STATE_KEY, Evaluation
-from slim import Gate, SmallestHalfL1, write_atomically
+from slim import BudgetL1, Gate, SmallestHalfL1, trace, write_atomically
 
 
 class TinyDetector(nn.Module):
@@ -21,7 +21,7 @@ class TinyDetector(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4)
-        self.gate = Gate(["g"], [nn.Parameter(torch.ones(4))])
+        self.gate = Gate(["conv"], [nn.Parameter(torch.ones(4))])
         self.drop = nn.Dropout2d(0.3)
         self.head = nn.Conv2d(4, 6, 1)
 
@@ -76,7 +76,7 @@ class TinyLoader:
 
 
 class RecordingL1(SmallestHalfL1):
-    """The L1 step on the gate of a TinyDetector; writes down what is called, with what."""
+    """The L1 step on the gate of a TinyDetector; writes down with what learning rate it is taken."""
 
     def __init__(self, model: TinyDetector, strength: float = 0.0, calls: list[Any] | None = None) -> None:
         super().__init__(model, strength=strength)
@@ -86,10 +86,12 @@ class RecordingL1(SmallestHalfL1):
         self.calls.append(("L1 step", lr))
         super().step(lr)
 
-    def project(self) -> None:
-        if not (self.calls and isinstance(self.calls[-1], tuple)):  # a step ends with it
-            self.calls.append("project")
-        super().project()
+
+def budget_l1(model: TinyDetector, steps: int, **options: Any) -> BudgetL1:
+    """The L1 step that closes half of a TinyDetector's gate, those of least importance."""
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    fine = {"round_to": 1, "min_channels": 1}
+    return BudgetL1(model, graph, macs=0.5, strength=99.0, steps=steps, options=fine, **options)
 
 
 def save(path: Path, model: nn.Module, state: dict[str, Any] | None) -> None:

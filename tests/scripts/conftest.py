@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Once
-from tests.scripts.runs import ROOT, SMALL, Done, Runner
+from tests.scripts.runs import HALF, ROOT, SMALL, Done, Runner
 
 
 @pytest.fixture
@@ -29,14 +29,14 @@ def script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(scope="session")
 def sparse_run(tiny: Path, once: Once) -> Path:
-    """The run folder of two epochs of sparse training, the second with the pull."""
+    """The run folder of two epochs of sparse training, the second with the L1 step on the smallest half."""
     return once("sparse", lambda project: sparse_training(tiny, ROOT / "models" / "yolov5n.yaml", project, "s")) / "s"
 
 
 def sparse_training(data: Path, cfg: Path, project: Path, name: str) -> None:
     import train_sparse
 
-    arguments = ["--data", data, "--cfg", cfg, *SMALL, "--epochs", 2, "--sparse-from", 1]
+    arguments = ["--data", data, "--cfg", cfg, *SMALL, "--epochs", 2, "--sparse-from", 1, *HALF]
     assert train_sparse.cli([*map(str, arguments), "--project", str(project), "--name", name]) == 0
 
 

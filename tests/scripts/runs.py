@@ -9,6 +9,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("circle", "square", "triangle", "cross")
 SMALL = ("--img", 64, "--batch-size", 8, "--workers", 0)
+HALF = ("--fraction", 0.5, "--strength", 2 / 0.0035)
+"""The smallest half of each gate vector, closed by the only two sparse steps of a tiny run, whose rates sum to 0.0035: a
+travel of 2, where ``auto`` moves no gate by more than 0.1 a step."""
+FINE = ("--min-channels", 1, "--round-to", 1)
+"""Floors that let a tiny network reach a budget."""
 SMALL_ANCHORS = [[6, 6, 9, 9], [14, 14, 20, 20]]
 """Pixels, level by level; they suit the tiny set's boxes."""
 

@@ -82,13 +82,16 @@ def test_iterate_hands_its_settings_to_every_step() -> None:
          "--train", "mosaic=0", "--sparse", "lr=0.1", "--finetune", "lr=0.3", "--prune", "criterion=l1", "scope=local"],
     )  # fmt: skip
     weights = Path("w.pt")
-    sparse, tuned = sparse_flags(flags, weights), finetune_flags(flags, weights, 7)
+    sparse, tuned = sparse_flags(flags, weights, 0.7), finetune_flags(flags, weights, 7)
     cut = prune_flags(flags, weights, 5, None)
     for handed in (sparse, tuned, cut):
         assert handed.dataset.classes == ("cross",) and handed.dataset.single_cls and handed.loading.cache == "none"
     assert sparse.training.epochs == flags.sparse_epochs and tuned.training.epochs == 7 and tuned.keep_gates
     assert (sparse.training.optim.lr, tuned.training.optim.lr) == (0.1, 0.3)
     assert sparse.augment.mosaic == tuned.augment.mosaic == 0 and sparse.sparsity.tie == "layer"
+    assert sparse.sparsity.has_budget and sparse.sparsity.keep_macs == 0.7 and sparse.widths.min_channels == 3
+    halves = sparse_flags(replace(flags, sparse=("fraction=0.5",)), weights, 0.7).sparsity
+    assert not halves.has_budget and halves.fraction == 0.5
     assert (cut.score.criterion, cut.widths.scope, cut.widths.min_channels) == ("l1", "local", 3)
     assert cut.target.macs == 5 and cut.recalibrate == flags.recalibrate and cut.weights == "w.pt"
     by_latency = replace(flags, latency=LatencySettings(latency_ms=3))

@@ -172,6 +172,8 @@ def test_pruning_options_that_do_not_fit(script: Runner, tmp_path: Path, sparse_
         (("--no-such-flag", 1), ("--no-such-flag",)),
         (("--epochs", 3, "--sparse-from", 3), ("--sparse-from 3", "--epochs 3")),
         (("--tie", "all"), ("tie", "all")),
+        (("--keep-macs", 0.01), ("macs=0.01 cannot be reached", "floors")),
+        (("--where", "norm-weight"), ("--where norm-weight", "--fraction")),
         (("--lr", -1), ("--lr -1", "above 0")),
         (("--label-smoothing", 2), ("--label-smoothing 2:", "0 to 1")),
         (("--freeze", 26), ("--freeze 26", "0 to 25")),

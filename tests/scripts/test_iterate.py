@@ -91,6 +91,27 @@ def test_every_phase_is_a_folder_and_every_candidate_a_row(loop: Path) -> None:
     assert all(float(row["ms"]) > 0 for row in rows(loop))
 
 
+def test_the_budget_of_a_round_is_what_its_cut_aims_at(loop: Path) -> None:
+    dense, first, *_ = (float(row["macs"]) for row in rows(loop))
+    budgets = [RunFolder(loop / f"round{number}-sparse").read_config() for number in (1, 2)]
+    assert budgets[0]["keep_macs"] == pytest.approx(0.5**0.5)
+    assert budgets[1]["keep_macs"] * first == pytest.approx(0.5 * dense)
+    assert {config["fraction"] for config in budgets} == {None}
+
+
+def test_a_loop_that_is_there_already_keeps_what_it_has(
+    small_run: Path, tiny: Path, script: Runner, tmp_path: Path
+) -> None:
+    """The first cut, to multiples of 16, goes further than the last one is to."""
+    steps = ["--rounds", 2, "--macs", 0.97, "--round-to", 16, "--sparse-epochs", 2, "--recovery-epochs", 0]
+    steps += ["--finetune-epochs", 0, "--export", "none", "--max-drop", 1]
+    done = script("iterate", *arguments(small_run / "weights" / "best.pt", tiny, tmp_path, *steps))
+    assert done.code == 0, done.err
+    _, first, second, _ = (float(row["keep_macs"]) for row in rows(tmp_path / "loop"))
+    assert first == second < 0.97
+    assert RunFolder(tmp_path / "loop" / "round2-sparse").read_config()["keep_macs"] == 1
+
+
 def test_the_board_shows_widths_over_rounds(loop: Path) -> None:
     board = EventAccumulator(str(loop))
     board.Reload()
@@ -278,6 +299,7 @@ def test_a_damaged_phase_is_named_with_its_remedy(begun: Path, small_run: Path, 
         (["--rounds", 0], "--rounds 0: expected at least 1"),
         (["--macs", 0], "--macs 0: expected above 0 to 1"),
         (["--attempts", 0], "--attempts 0: expected at least 1"),
+        (["--keep-macs", 0.5], "--keep-macs: each round's follows from --macs"),
         (["--train", "learning-rate=1"], "learning-rate"),
         (["--train", "lr"], "lr: expected name=value"),
     ],

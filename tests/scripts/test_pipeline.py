@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import slim
 from detection.network import build_network, read_network, save_network
-from tests.scripts.runs import NAMES, ROOT, SMALL, Runner
+from tests.scripts.runs import FINE, HALF, NAMES, ROOT, SMALL, Runner
 from tests.slim.networks import Shifted
 
 METRICS = {"ap", "ap50", "ap75", "per_class", "params", "macs", "images", "seconds"}
@@ -100,7 +102,7 @@ def test_resumed_equals_uninterrupted(
             raise KeyboardInterrupt
         return original(state, loss_fn, batches, epoch)
 
-    arguments = ("--data", tiny, *SMALL, "--epochs", 2, "--sparse-from", 1, "--project", tmp_path, "--name", "s")
+    arguments = ("--data", tiny, *SMALL, "--epochs", 2, "--sparse-from", 1, *HALF, "--project", tmp_path, "--name", "s")
     monkeypatch.setattr(engine.training, "train_one_epoch", interrupted)
     assert script("train_sparse", *arguments).code == 130
     monkeypatch.setattr(engine.training, "train_one_epoch", original)
@@ -313,35 +315,88 @@ def test_threshold_cuts_closed_gates_alone(script: Runner, tmp_path: Path, spars
     assert {g.name: len(g.removed) for g in plan.groups if g.removed} == {"model.1.conv": 9}
 
 
-def test_a_controller_closes_the_share_that_is_asked_for(
-    script: Runner, tiny: Path, small_cfg: Path, tmp_path: Path
-) -> None:
-    common = (
-        "--data",
-        tiny,
-        "--cfg",
-        small_cfg,
-        *SMALL,
-        "--epochs",
-        4,
-        "--sparse-from",
-        1,
-        "--eval-every",
-        9,
-        "--project",
-        tmp_path,
+BUDGET = ("--epochs", 6, "--sparse-from", 1, "--keep-macs", 0.5, *FINE, "--strength", 150, "--eval-every", 9,
+          "--mosaic", 0, "--scale", 0, "--translate", 0)  # fmt: skip
+"""Ten steps by a budget, which close their channels."""
+
+
+@pytest.fixture(scope="module")
+def budget_run(tiny: Path, small_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sparse training whose gates are brought down to half of the MACs."""
+    import train_sparse
+
+    where = ("--project", tmp_path_factory.mktemp("budget"), "--name", "s")
+    assert (
+        train_sparse.cli([str(word) for word in ("--data", tiny, "--weights", small_weights, *SMALL, *BUDGET, *where)])
+        == 0
     )
-    done = script("train_sparse", *common, "--closed-share", 0.3, "--name", "s")
+    return Path(where[1]) / "s"
+
+
+def test_a_cut_to_the_budget_of_the_training_takes_closed_channels_alone(
+    budget_run: Path, script: Runner, tiny: Path, tmp_path: Path
+) -> None:
+    weights = budget_run / "weights" / "last.pt"
+    common = ("--weights", weights, "--data", tiny, "--img", 64, "--project", tmp_path, "--name", "cut")
+    done = script("prune", *common, "--macs", 0.5, *FINE)
     assert done.code == 0, done.err
-    assert metrics(tmp_path / "s")["closed_share"] == pytest.approx(0.3, abs=0.01)
-    scalars = events(tmp_path / "s").Tags()["scalars"]
+    plan = slim.Plan.from_json((tmp_path / "cut" / "plan.json").read_text())
+    gates = slim.gate_vectors(read_network(weights).model)
+    assert not any(bool(gates[group.name][list(group.removed)].any()) for group in plan.groups)
+    kept = {len(group.keep) / group.size for group in plan.groups}
+    assert len(kept) > 3, "other layers, other widths"
+    found = metrics(tmp_path / "cut")
+    assert found["pruned_ap"] == found["masked_ap"] == metrics(budget_run)["ap"] > 0  # type: ignore[operator]
+    assert 0.45 < found["macs"] / found["before"]["macs"] <= 0.5  # type: ignore[index, operator]
+    scalars = events(budget_run).Tags()["scalars"]
     assert {"gates/strength", "gates/pull_over_gradient", "gates/closed_share", "metrics/masked_ap"} <= set(scalars)
-    for more, words in (
-        (("--closed-share", 0.7), "closed share 0.7: expected above 0 and at most the fraction that is shrunk, 0.5"),
-        (("--closed-share", 0.3, "--strength", 2), "--strength 2 and --closed-share 0.3: give one of them"),
-    ):
-        done = script("train_sparse", *common, *more, "--name", "bad")
-        assert done.code == 1 and done.err.count("\n") == 1 and words in done.err
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_budget_interrupted_in_the_middle_of_an_epoch_is_resumed_bit_for_bit(
+    budget_run: Path, script: Runner, tiny: Path, small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = slim.BudgetL1.step, []
+
+    def signalled(self: slim.BudgetL1, lr: float) -> None:
+        steps.append(lr)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(self, lr)
+
+    where = ("--project", tmp_path, "--name", "s")
+    with monkeypatch.context() as patched:
+        patched.setattr(slim.BudgetL1, "step", signalled)
+        done = script("train_sparse", "--data", tiny, "--weights", small_weights, *SMALL, *BUDGET, *where)
+    assert done.code == 130 and "stopped after batch 1 of epoch 2" in done.err
+    done = script("train_sparse", "--resume", *where)
+    assert done.code == 0, done.err
+    whole, resumed = (torch.load(f / "weights" / "last.pt", weights_only=True) for f in (budget_run, tmp_path / "s"))
+    assert all(torch.equal(v, resumed["state_dict"][k]) for k, v in whole["state_dict"].items())
+    first, second = (content["training_state"]["pull"] for content in (whole, resumed))
+    assert first["steps"] == second["steps"] == 10 and torch.equal(first["chosen"], second["chosen"])
+    assert all(torch.equal(values, second["importance"][name]) for name, values in first["importance"].items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--penalty", "loss", "--select", "all"), "on the smallest 50% of all gates, from epoch 0"),
+        (("--where", "norm-weight", "--fraction", 1), "on the smallest 100% of each gate vector, from epoch 0"),
+    ],
+)
+@pytest.mark.usefixtures("no_plots")
+def test_other_ways_to_shrink(
+    flags: tuple[object, ...], said: str, script: Runner, tiny: Path, small_cfg: Path, tmp_path: Path
+) -> None:
+    common = ("--data", tiny, "--cfg", small_cfg, *SMALL, "--epochs", 1, "--sparse-from", 0, "--project", tmp_path)
+    done = script("train_sparse", *common, "--strength", 20, *flags)
+    assert done.code == 0 and said in done.out and "warning" not in done.out, done.err
+    model = read_network(tmp_path / "exp" / "weights" / "last.pt").model
+    assert bool(slim.gate_vectors(model)) == ("--penalty" in flags)
+    norm = model.get_submodule("model.0.bn")
+    assert (float(norm.weight.detach().mean()) < 0.9) == ("norm-weight" in flags)
+    assert metrics(tmp_path / "exp")["closed_share"] == 0
 
 
 def test_out_of_memory_names_the_batch_size_to_try(tiny: Path, tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def test_frozen_layers_of_a_sparse_training(small_run: Path, tiny: Path, script:
     """Weights, statistics and gates of the first three layers stay bit for bit; the others move."""
     weights = small_run / "weights" / "last.pt"
     done = script(
-        "train_sparse", "--weights", weights, "--data", tiny, *SMALL, "--epochs", 1, "--sparse-from", 0, "--freeze", 3,
-        "--project", tmp_path, "--name", "f",
+        "train_sparse", "--weights", weights, "--data", tiny, *SMALL, "--epochs", 1, "--sparse-from", 0, "--fraction", 0.5,
+        "--freeze", 3, "--project", tmp_path, "--name", "f",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "frozen: model.0, model.1, model.2:" in done.out

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -92,6 +94,33 @@ def test_a_budget_out_of_reach_is_told_before_the_training() -> None:
         BudgetL1(model, graph, macs=1.5, strength=1.0, steps=1)
 
 
+@pytest.mark.parametrize("rank_every", [7, 13, 40])
+def test_a_choice_that_stands_aims_at_the_last_of_its_steps(rank_every: int) -> None:
+    """The last choice is one for the target, however long it stands: chosen once, it is so from the beginning."""
+    model, graph, _ = chain()
+    sparsity = BudgetL1(model, graph, macs=0.4, strength=1.0, steps=40, options=FINE, rank_every=rank_every)
+    assert (sparsity.budget() == pytest.approx(0.4)) == (rank_every == 40)
+    trained(sparsity, range(40), {"0": torch.arange(1.0, 17.0), "2": torch.arange(1.0, 17.0)})
+    removed = sparsity.plan_at(0.4)
+    assert int(sparsity.selected().sum()) == sum(map(len, removed.values()))
+    assert all((sparsity.vectors[name][list(channels)] == 0).all() for name, channels in removed.items())
+
+
+@pytest.mark.parametrize("penalty", ["loss", "polarisation"])
+def test_importance_is_of_the_loss_without_the_penalty(penalty: Literal["loss", "polarisation"]) -> None:
+    model, graph, _ = chain()
+    sparsity = BudgetL1(model, graph, macs=0.4, strength=5.0, steps=4, options=FINE, penalty=penalty)
+    for lr in (0.0, 0.1, 0.1):
+        for vector in sparsity.vectors.values():
+            vector.grad = torch.full((16,), 0.25)
+        if lr:
+            sparsity.add_gradient()
+            assert any(float((vector.grad - 0.25).abs().max()) > 1 for vector in sparsity.vectors.values())
+        sparsity.step(lr)
+    assert all(torch.allclose(values, torch.full((16,), 0.0625).double()) for values in sparsity.importance.values())
+    assert sparsity.strength_over_gradient() is None
+
+
 @pytest.mark.parametrize("rank_every", [1, 7])
 def test_a_budget_continues_from_its_state(rank_every: int) -> None:
     worth = {"0": torch.rand(16), "2": torch.rand(16)}
@@ -109,6 +138,14 @@ def test_a_budget_continues_from_its_state(rank_every: int) -> None:
     second.restore(first.state())
     trained(second, range(29), worth)
     assert torch.equal(whole.joined(), second.joined()) and torch.equal(whole.selected(), second.selected())
+
+
+def test_a_choice_that_is_restored_is_where_the_gates_are() -> None:
+    """States are read on the CPU."""
+    first, second = (SmallestHalfL1(Gates().to(device), strength=1.0, rank_every=9) for device in ("cpu", "meta"))
+    first.step(0.1)
+    second.restore(first.state())
+    assert second.selected().device.type == "meta"
 
 
 def test_a_ranking_stands_for_as_long_as_it_is_asked_to() -> None:
@@ -156,6 +193,16 @@ def test_weights_of_norms_shrink_towards_zero_from_both_sides() -> None:
     sparsity = SmallestHalfL1(norm, strength=1.0, vectors={"bn": norm.weight})
     sparsity.step(0.1)
     assert norm.weight.tolist() == pytest.approx([-0.2, 0.0, 2.0, -3.0])
+
+
+def test_a_gate_that_was_negative_becomes_a_plain_zero() -> None:
+    """-0 equals 0, but its bits are others."""
+    sparsity = SmallestHalfL1(Gates(), strength=1.0)
+    with torch.no_grad():
+        sparsity.vectors["g0"][:3] = torch.tensor([-0.05, -0.5, 0.05])
+    sparsity.step(0.1)
+    low = sparsity.vectors["g0"].detach()[:3]
+    assert low.tolist() == [0.0, 0.0, 0.0] and not bool(low.signbit().any())
 
 
 def gradients(sparsity: SmallestHalfL1, value: float) -> list[Tensor]:
