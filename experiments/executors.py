@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import queue
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -49,7 +50,7 @@ class LocalExecutor:
         cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
         self.capacity = at_once
         self.threads = max(1, len(cpus) // at_once)
-        self._pool = ThreadPoolExecutor(at_once)
+        self._pool, self._stop = ThreadPoolExecutor(at_once), threading.Event()
         self._slots: queue.SimpleQueue[tuple[int, ...]] = queue.SimpleQueue()
         for n in range(at_once):
             self._slots.put(tuple(cpus[(n * self.threads + i) % len(cpus)] for i in range(self.threads)))
@@ -60,7 +61,7 @@ class LocalExecutor:
     def _run(self, task: Task) -> str:
         slot = self._slots.get()
         try:
-            return run_node(replace(task, threads=self.threads, cpus=slot))
+            return run_node(replace(task, threads=self.threads, cpus=slot), self._stop)
         finally:
             self._slots.put(slot)
 
@@ -69,6 +70,7 @@ class LocalExecutor:
         return [(handle, _raised(handle)) for handle in done]
 
     def close(self) -> None:
+        self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
 

@@ -16,8 +16,10 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -128,8 +130,8 @@ def claimed(store: Path, key: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def run_node(task: Task) -> str:
-    """Run a node unless it is done, here and now; returns its key.
+def run_node(task: Task, stop: threading.Event | None = None) -> str:
+    """Run a node unless it is done, here and now; returns its key. Once ``stop`` is set its script is interrupted.
 
     Raises NodeFailed when its script ends with an error, of this try or an earlier one, and KeyboardInterrupt when it is
     interrupted; a later call continues then.
@@ -143,7 +145,7 @@ def run_node(task: Task) -> str:
         folder = store / "running" / node.key
         folder.mkdir(parents=True, exist_ok=True)
         started = time.time()
-        code = execute(command_of(task, folder), folder / "log.txt", task, descriptor)
+        code = execute(command_of(task, folder), folder / "log.txt", task, descriptor, stop)
         if code in (INTERRUPTED, -2, -15):
             raise KeyboardInterrupt(f"{node.script} {node.key}")
         if code:
@@ -180,7 +182,7 @@ def command_of(task: Task, folder: Path) -> list[str]:
     return [*start, *files, *flags, *here]
 
 
-def execute(command: Sequence[str], log: Path, task: Task, descriptor: int) -> int:
+def execute(command: Sequence[str], log: Path, task: Task, descriptor: int, stop: threading.Event | None = None) -> int:
     """A script's exit code; its output is added to a log. An interruption is handed on, and waited for."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(task.threads),
@@ -190,17 +192,26 @@ def execute(command: Sequence[str], log: Path, task: Task, descriptor: int) -> i
     with log.open("a", encoding="utf-8") as out:
         print("$ python", *command, file=out, flush=True)
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=out, stderr=out, pass_fds=[descriptor]
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=out,
+            pass_fds=[descriptor],
+            start_new_session=True,  # a terminal's Ctrl-C comes once, from here: a second one would leave at once
         )
         try:
             if task.cpus and hasattr(os, "sched_setaffinity"):
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(process.pid, task.cpus)
-            return process.wait()
+            while process.poll() is None and not (stop and stop.is_set()):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
         finally:
             if process.poll() is None:
-                process.terminate()
+                process.send_signal(signal.SIGINT)
                 process.wait()
+        return process.returncode
 
 
 def last_line(log: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import importlib.util
 import os
 import signal
@@ -152,6 +153,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[Any]]]:
         yield cluster, [cluster.add_node(num_cpus=1) for _ in range(2)]
     finally:
         cluster.shutdown()
+        for process in gc.get_objects():  # Ray looks after none of its processes' ends
+            if isinstance(process, subprocess.Popen):
+                process.wait(WAIT)
 
 
 def test_ray_finishes_when_a_node_is_killed_in_the_middle_of_a_run(
