@@ -54,12 +54,16 @@ class GridFlags:
     weights: Annotated[str, "the checkpoint that chains start from; else the grid's"] = ""
     data_root: Annotated[str | None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets"] = None
     retry_failed: Annotated[bool, "run again what failed before"] = False
+    bootstrap: Annotated[
+        bool, "also compare, on resampled images, the pairs of the grid's tables whose predictions are in --store"
+    ] = False
 
 
 @dataclass
 class Plan:
     """What is to be done for a grid: of the chosen runs those without rows, and the nodes that they need, parents first."""
 
+    path: Path
     grid: dict[str, Any]
     runs: list[Run]
     chosen: list[Run]
@@ -91,7 +95,7 @@ def make_plan(path: str, flags: GridFlags) -> Plan:
         raise SlimError(f"--only {' '.join(flags.only)}: selects none of {len(runs)} runs, such as {runs[0]}")
     done = {(row["hash"], row["split"]) for row in read_rows(results_file(grid, flags))}
     missing = [run for run in chosen if not all((run.key, split) in done for split, _ in run.evaluations)]
-    plan = Plan(grid, runs, chosen, missing, weights)
+    plan = Plan(Path(path), grid, runs, chosen, missing, weights)
     known = {node.key: node for run in runs for node in run.nodes}
 
     def need(node: Node) -> None:
@@ -248,6 +252,8 @@ def run_grid(path: str, flags: GridFlags) -> None:
         finally:
             executor.close()
     print(table(plan, flags))
+    if flags.bootstrap:
+        print(f"{compare_on_resamples(plan, flags)} pairs compared on resampled images")
     if failed:
         runs = [run for run in plan.missing if any(node.key in failed for node in run.nodes)]
         reason = next(iter(failed.values()))
@@ -265,6 +271,31 @@ def table(plan: Plan, flags: GridFlags) -> str:
         costs = f"{int(row['macs']) / 1e6:.1f}", f"{int(row['params']) / 1e6:.3f}", row["epochs"]
         lines.append(f"| {' | '.join([str(keys[row['hash']]), row['split'], *aps, *costs])} |")
     return "\n".join(lines)
+
+
+def compare_on_resamples(plan: Plan, flags: GridFlags) -> int:
+    """Add rows to bootstrap.csv for the pairs that the grid's tables compare, and of which both predictions are here."""
+    from .bootstrap import append_bootstrap_rows
+    from .comparisons import BOOTSTRAP, compared_runs, read_specs
+    from .comparisons import read_rows as read_frame
+
+    rows, count = read_frame(Path(flags.results)), 0
+    for spec in read_specs(plan.path.parent):
+        if spec.grid != plan.grid["name"]:
+            continue
+        nodes = {run.key: node.key for run in plan.runs for split, node in run.evaluations if split == spec.split}
+        files = {key: Path(flags.store) / node / "run" / "predictions.json" for key, node in nodes.items()}
+        here = {key for key, file in files.items() if file.is_file()}
+        pairs = compared_runs(spec, rows)
+        pairs = pairs[pairs["hash"].isin(here) & pairs["against_hash"].isin(here)].assign(split=spec.split)
+        for run in {run.stages[0].data.file: run for run in plan.runs}.values():
+            of_data = pairs[pairs["data"] == Path(run.stages[0].data.file).stem]
+            config = open_data(DataSettings(data=run.stages[0].data.file, data_root=flags.data_root))
+            truth = DetectionDataset(
+                config, spec.split, plan.grid["flags"].get("img", 320), cache="none"
+            ).ground_truth()
+            count += append_bootstrap_rows(Path(flags.results) / BOOTSTRAP, truth, of_data, files.__getitem__)
+    return count
 
 
 def cli(argv: list[str] | None = None) -> int:
