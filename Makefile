@@ -38,6 +38,7 @@ quick: $(STAMP)
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not long and not zoo" $(QUICK)
 
 test-long: $(STAMP)
+	$(PY) -m pip install --quiet --editable '.[detect,experiments,test,bench,ray,slurm]'
 	$(PY) -m pytest -n 2 -m long
 
 zoo: $(STAMP)
