@@ -78,13 +78,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Run:
-    """A chain of nodes and the evaluations of what it leaves, one a split."""
+    """A chain of nodes and the evaluations of what it leaves, one a split; ``others`` are those of the teachers' chains."""
 
     grid: str
     method: str
     axes: tuple[tuple[str, Any], ...]
     seed: int
     stages: tuple[Node, ...]
+    others: tuple[Node, ...]
     evaluations: tuple[tuple[str, Node], ...]
 
     @property
@@ -99,7 +100,7 @@ class Run:
 
     @property
     def nodes(self) -> list[Node]:
-        return [*self.stages, *(node for _, node in self.evaluations)]
+        return [*self.others, *self.stages, *(node for _, node in self.evaluations)]
 
     @property
     def epochs(self) -> int:
@@ -154,13 +155,13 @@ def _runs_of(grid: Mapping[str, Any], method: str, data: Data, weights_digest: s
     product = (dict(zip(used, values, strict=True)) for values in itertools.product(*(axes[name] for name in used)))
     for chosen in content.get("points", product):
         for seed in content.get("seeds", grid["seeds"]):
-            stages = _chain(grid, method, chosen, seed, data, weights_digest)
+            stages, others = _chain(grid, method, chosen, seed, data, weights_digest)
             last = stages[-1]
             tests = [
                 (s, _node("val", {"split": s, "save_json": True}, {"weights": last.key}, grid, seed, data, ""))
                 for s in grid["splits"]
             ]
-            run = Run(grid["name"], method, tuple(chosen.items()), seed, stages, tuple(tests))
+            run = Run(grid["name"], method, tuple(chosen.items()), seed, stages, others, tuple(tests))
             budget = content.get("epochs", grid.get("epochs"))
             if budget not in (None, "any", run.epochs):
                 raise SlimError(
@@ -172,9 +173,11 @@ def _runs_of(grid: Mapping[str, Any], method: str, data: Data, weights_digest: s
 
 def _chain(
     grid: Mapping[str, Any], method: str, axes: Mapping[str, Any], seed: int, data: Data, weights_digest: str
-) -> tuple[Node, ...]:
-    """The stages of a method as nodes, each with the network of the one before."""
+) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """The stages of a method as nodes, each with the network of the one before; and the nodes of the chains that it takes
+    networks from."""
     chain: list[Node] = []
+    others: list[Node] = []
     for stage in grid["methods"][method]["stages"]:
         if not isinstance(stage, dict) or len(stage) != 1 or next(iter(stage)) not in SCRIPTS:
             raise SlimError(
@@ -188,10 +191,12 @@ def _chain(
                 other = value[1:]
                 if other not in grid["methods"]:
                     raise SlimError(f"{grid['name']}: {method}: {value} names no method of this grid")
-                parents[name] = _chain(grid, other, axes, seed, data, weights_digest)[-1].key
+                theirs, further = _chain(grid, other, axes, seed, data, weights_digest)
+                others += [*further, *theirs]
+                parents[name] = theirs[-1].key
                 del flags[name]
         chain.append(_node(script, flags, parents, grid, seed, data, weights_digest))
-    return tuple(chain)
+    return tuple(chain), tuple(others)
 
 
 def _node(

@@ -15,7 +15,6 @@ from slim import write_text_atomically
 from .grid import Run
 from .store import facts_of, metrics_of
 
-RESULTS = Path(__file__).with_name("results")
 COLUMNS = (
     *("hash", "grid", "method", "keep", "axes", "seed", "parent", "data", "split", "class", "ap", "ap50", "ap75"),
     *("cliff_ap", "macs", "params", "epochs", "training_macs", "seconds", "commit", "hardware", "versions"),
