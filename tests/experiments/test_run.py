@@ -68,6 +68,30 @@ def test_finished_runs_stand_in_a_table_and_under_their_names(
     assert weights.resolve() == tmp_path / "store" / row["hash"] / "run" / "weights" / "last.pt"
 
 
+def test_pairs_of_a_table_are_compared_on_resampled_images_once(
+    write_grid: Grid, executed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = {"name": "t", "title": "T", "columns": "keep", "against": "gate"}
+    grid = write_grid(splits=["val"], axes={"keep": [0.7]}, tables=[spec])
+    assert command(grid, tmp_path, "--bootstrap") == 0
+    assert "1 pairs compared" in capsys.readouterr().out
+    gate, dense = (row["hash"] for row in read_rows(tmp_path / "results" / "small.csv") if not row["class"])
+    (row,) = read_rows(tmp_path / "results" / "bootstrap.csv")
+    assert (row["hash"], row["against_hash"], row["split"], row["resamples"]) == (dense, gate, "val", "1000")
+    assert command(grid, tmp_path, "--bootstrap") == 0 and "0 pairs compared" in capsys.readouterr().out
+
+
+def test_a_teacher_is_trained_first_though_its_own_run_is_not_asked_for(
+    write_grid: Grid, executed: list[str], tmp_path: Path
+) -> None:
+    taught = {"seeds": [1], "stages": [{"finetune": {"epochs": 3, "teacher": "@dense"}}]}
+    grid = write_grid(splits=["val"], methods={"dense": [{"finetune": {"epochs": 3}}], "taught": taught})
+    assert command(grid, tmp_path, "--only", "taught") == 0
+    assert executed == ["finetune", "finetune", "val"]
+    (row,) = [row for row in read_rows(tmp_path / "results" / "small.csv") if not row["class"]]
+    assert (row["method"], row["seed"], row["parent"], row["epochs"]) == ("taught", "1", "", "3")
+
+
 @pytest.mark.parametrize(
     "file", sorted((store.ROOT / "experiments" / "grids").glob("*.yaml")), ids=lambda file: file.stem
 )
