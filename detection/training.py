@@ -302,7 +302,9 @@ def make_sparsity(flags: TrainFlags, model: nn.Module, steps: int) -> Sparsity |
     settings, training, start = flags.sparsity, flags.training, flags.sparsity.sparse_from
     sparse_steps = steps * (training.epochs - start)
     l1 = make_l1(flags, model, auto_strength(settings, training.optim, steps, training.epochs), sparse_steps, steps)
-    if settings.has_budget:
+    if settings.penalty == "polarisation":
+        what = "all gates, by polarisation"
+    elif settings.has_budget:
         what = f"the channels beyond {settings.keep_macs:.0%} of the MACs"
     else:
         fraction = 0.5 if settings.fraction is None else settings.fraction
@@ -322,8 +324,8 @@ def auto_strength(settings: SparsitySettings, optim: OptimConfig, steps: int, ep
         return settings.strength
     travel = settings.travel or (BUDGET_TRAVEL if settings.has_budget else TRAVEL)
     strength = slim.strength_for(learning_rate_sum(optim, steps, epochs, settings.sparse_from), travel)
-    if settings.penalty != "proximal":  # momentum takes each gradient 1 / (1 - momentum) times as far
-        return strength * (1 - optim.momentum)
+    if settings.penalty != "proximal":  # SGD's momentum takes each gradient 1 / (1 - momentum) times as far
+        return strength * (1 - optim.momentum if optim.optimizer == "sgd" else 1)
     return min(strength, LARGEST_MOVE / optim.lr)
 
 

@@ -167,7 +167,7 @@ def fold_gates(model: Model, example_inputs: Any = None) -> Model:
     """
     folded = copy.deepcopy(model)
     if any(bool((vector < 0).any()) for vector in gate_parameters(folded)):
-        raise SlimError("a gate is negative; call SmallestHalfL1.project() (or step) after every optimizer step")
+        raise SlimError("a gate is negative; call L1Step.step(0) (or step) after every optimizer step")
     while gate_parameters(folded):
         run = GatePropagation(folded)
         for tensor in run.run(example_inputs_of(folded) if example_inputs is None else example_inputs):

@@ -264,17 +264,20 @@ class BudgetL1(L1Step):
         self._groups = {name: name.partition("@")[0] for name in self.vectors}
         self.plan_at(macs)  # a target out of reach is told before the training
 
+    @torch.no_grad()
     def observe(self) -> None:
         """Take the gradients of this step into the running mean of importance, in place."""
+        found = {name: vector for name, vector in self.vectors.items() if vector.grad is not None}
+        if not found:
+            return
+        # One copy to the CPU, on which plans are made.
+        joined = torch.cat([v.detach() * v.grad for v in found.values() if v.grad is not None]).double().cpu()
         products: dict[str, Tensor] = {}
-        for name, vector in self.vectors.items():
-            if vector.grad is None:
-                continue
-            product, group = (vector.detach() * vector.grad).double().cpu(), self._groups[name]
+        for name, product in zip(found, joined.split([v.numel() for v in found.values()]), strict=True):
+            group = self._groups[name]
             products[group] = products[group] + product if group in products else product
         for group, product in products.items():
-            known = self.importance.get(group)
-            squared = product.square()
+            known, squared = self.importance.get(group), product.square()
             self.importance[group] = squared if known is None else known.lerp_(squared, 1 - MEMORY)
 
     def scores(self) -> dict[str, Tensor]:
