@@ -47,16 +47,18 @@ def execute(schedule: Schedule, flags: GridFlags, executor: Executor) -> dict[st
         forget_failure(store, key)
     running: dict[Any, Node] = {}
     written: set[str] = set()
-    with tqdm(
-        total=round(sum(seconds.values())), unit="s", bar_format="{desc} {percentage:3.0f}% [{elapsed}<{remaining}]"
-    ) as bar:
+    layout = "{desc} {percentage:3.0f}% [{elapsed}<{remaining}]"
+    # In a log no bar, only a line for each run.
+    with tqdm(total=round(sum(seconds.values())), bar_format=layout, disable=None) as bar:
         while True:
             for run in schedule.missing:
                 if run.key not in written and all(is_done(store, node.key) for node in run.nodes):
                     add_rows(flags.results_file(schedule.grid["name"]), rows_of(run, store), schedule.order())
                     link_run(store, run)
                     written.add(run.key)
-                    bar.write(f"{run}: AP {metrics_of(store, run.evaluations[0][1].key)['ap']:.4f}")
+                    ap = metrics_of(store, run.evaluations[0][1].key)["ap"]
+                    bar.write(f"{run}: AP {ap:.4f}; {len(written)} of {len(schedule.missing)} runs")
+                    sys.stdout.flush()
             for key, node in list(waiting.items()):
                 parents = [parent for _, parent in node.parents]
                 why = failure(store, key) or next(
