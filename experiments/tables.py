@@ -84,7 +84,7 @@ class Table:
             lines += [*(head if position == 0 else []), body[0], *([title] if block.value else []), *body[1:]]
         notes = "".join(f"% {note}\n" for note in self.notes)
         text = "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]).replace("±", r"$\pm$").replace(MISSING, "--")
-        text = re.sub(r"(?<=[ \[])([+-]\d+\.\d+)", r"$\1$", text.replace("Δ", r"$\Delta$").replace("10¹⁵", "$10^{15}$"))
+        text = re.sub(r"(?<=[ \[])([+-]\d+\.\d+)", r"$\1$", text.replace("Δ", r"$\Delta$").replace("10¹²", "$10^{12}$"))
         return f"% {self.spec.title}; made by: python -m experiments.tables\n{notes}{text}\n"
 
 
@@ -169,7 +169,7 @@ def _cells(
         "AP right after the cut": _mean(runs["cliff_ap"], "{:.4f}"),
         "MACs": macs if runs["macs"].notna().any() else MISSING,
         "M parameters": _mean(runs["params"] / 1e6, "{:.3f}"),
-        "10¹⁵ MACs of training": _mean(runs["training_macs"] / 1e15, "{:.3g}"),
+        "10¹² MACs of training": _mean(runs["training_macs"] / 1e12, "{:,.1f}"),
         "hours, all seeds": f"{runs['seconds'].sum() / 3600:.1f}" if runs["seconds"].notna().any() else MISSING,
     }
     return {spec.rows: label, **cells}

@@ -40,7 +40,7 @@ def run(method: str, keep: str, seed: int, ap: float, axes: str = "", **more: An
     """A row of 1 GMAC, or of the share that it keeps of it, and of half an hour."""
     share = float(keep or 1)
     facts = {"grid": "tiny", "method": method, "keep": keep, "axes": axes, "seed": seed, "data": "shapes"}
-    cost = {"macs": 1e9 * share, "params": 2e6 * share, "epochs": 60, "training_macs": 4e15 * share, "seconds": 1800}
+    cost = {"macs": 1e9 * share, "params": 2e6 * share, "epochs": 60, "training_macs": 4e12 * share, "seconds": 1800}
     made_by = {"commit": "0123456789abcdef", "hardware": "2 cores", "versions": "torch 2.9"}
     measured = {"split": "val", "class": "", "ap": ap, "ap50": ap + 0.3, "ap75": ap, "cliff_ap": 0.1 if keep else ""}
     return {"hash": f"{method}-{keep}-{axes}-{seed}", "parent": "", **facts, **measured, **cost, **made_by, **more}
@@ -82,9 +82,9 @@ def test_every_cell_of_a_table(tmp_path: Path) -> None:
         "docs/tables/small.tex",
         "docs/plots/small.png",
     ]
-    columns = "AP50 | AP right after the cut | MACs | M parameters | 10¹⁵ MACs of training | hours, all seeds"
+    columns = "AP50 | AP right after the cut | MACs | M parameters | 10¹² MACs of training | hours, all seeds"
     head = f"| method | AP val | Δ to gate, 95 % over seeds | {columns} |\n{'| --- ' * 9}|\n"
-    dense = "0.9200 | – | 1 G (100.0 %) | 2.000 | 4 | 1.5"
+    dense = "0.9200 | – | 1 G (100.0 %) | 2.000 | 4.0 | 1.5"
     missing = f"| scratch {'| – ' * 8}|\n"
     assert text_of(root) == (
         "before\n<!-- table small -->\n**A small table**\n\n30 % of the MACs\n\n"
