@@ -73,8 +73,17 @@ def in_the_middle(folder: Path) -> Path:
     raise AssertionError((folder / "out.txt").read_text())
 
 
-def figures(folder: Path) -> list[tuple[str, ...]]:
-    return [tuple(row[name] for name in FIGURES) for row in read_rows(folder / "results" / "small.csv")]
+Figures = tuple[list[tuple[str, ...]], dict[str, list[dict[str, str]]]]
+
+
+def figures(folder: Path) -> Figures:
+    """The rows, and of every training all epochs to the last digit of its losses."""
+    rows = [tuple(row[name] for name in FIGURES) for row in read_rows(folder / "results" / "small.csv")]
+    epochs = {}
+    for file in (folder / "store").glob("*/run/results.csv"):
+        with file.open(newline="") as stream:
+            epochs[file.parents[1].name] = [row | {"seconds": ""} for row in csv.DictReader(stream)]
+    return rows, epochs
 
 
 def assert_nothing_was_lost_or_done_twice(folder: Path, hit: str) -> None:
@@ -91,14 +100,16 @@ def assert_nothing_was_lost_or_done_twice(folder: Path, hit: str) -> None:
 
 
 @pytest.fixture
-def whole(grid: Path, once: Once) -> list[tuple[str, ...]]:
+def whole(grid: Path, once: Once) -> Figures:
     """The figures of a run that nothing interrupted."""
     folder = once("whole-grid", lambda folder: finished(start(grid, folder), folder))
-    assert len(figures(folder)) == 3 * 2 * 5  # runs, splits, all classes together and each of four
-    return figures(folder)
+    rows, epochs = figures(folder)
+    assert len(rows) == 3 * 2 * 5  # runs, splits, all classes together and each of four
+    assert sorted(map(len, epochs.values())) == [1, 1, EPOCHS, EPOCHS + 1]
+    return rows, epochs
 
 
-def test_killed_at_once_the_same_command_continues(grid: Path, tmp_path: Path, whole: list[tuple[str, ...]]) -> None:
+def test_killed_at_once_the_same_command_continues(grid: Path, tmp_path: Path, whole: Figures) -> None:
     folder = tmp_path / "local"
     process = start(grid, folder)
     hit = in_the_middle(folder)
@@ -111,7 +122,7 @@ def test_killed_at_once_the_same_command_continues(grid: Path, tmp_path: Path, w
 
 
 def test_interrupted_the_scripts_save_and_the_same_command_continues(
-    grid: Path, tmp_path: Path, whole: list[tuple[str, ...]]
+    grid: Path, tmp_path: Path, whole: Figures
 ) -> None:
     folder = tmp_path / "local"
     process = start(grid, folder)
@@ -127,7 +138,7 @@ def test_interrupted_the_scripts_save_and_the_same_command_continues(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed (extra slurm)")
-def test_submitit_gives_the_same_rows(grid: Path, tmp_path: Path, whole: list[tuple[str, ...]]) -> None:
+def test_submitit_gives_the_same_rows(grid: Path, tmp_path: Path, whole: Figures) -> None:
     folder, flags = tmp_path / "submitit", ("--executor", "submitit", "--cluster", "local")
     process = start(grid, folder, *flags)
     hit = in_the_middle(folder)
@@ -154,12 +165,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[Any]]]:
     finally:
         cluster.shutdown()
         for process in gc.get_objects():  # Ray looks after none of its processes' ends
-            if isinstance(process, subprocess.Popen):
+            if type(process) is subprocess.Popen:
                 process.wait(WAIT)
 
 
 def test_ray_finishes_when_a_node_is_killed_in_the_middle_of_a_run(
-    grid: Path, tmp_path: Path, whole: list[tuple[str, ...]], cluster: tuple[Any, list[Any]]
+    grid: Path, tmp_path: Path, whole: Figures, cluster: tuple[Any, list[Any]]
 ) -> None:
     (ray_cluster, nodes), folder = cluster, tmp_path / "ray"
     process = start(grid, folder, "--executor", "ray", "--address", ray_cluster.address)
