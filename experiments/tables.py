@@ -204,6 +204,8 @@ def _over_images(contrast: Contrast | None, bootstrap: pd.DataFrame) -> str:
 
 
 def _block_title(spec: TableSpec, block: Block) -> str:
+    if not block.value:  # of the rows so far none has one
+        return f"no {spec.columns} yet"
     return (
         f"{100 * float(block.value):.3g} % of the MACs" if spec.columns == "keep" else f"{spec.columns} {block.value}"
     )
