@@ -79,9 +79,15 @@ class Table:
         lines: list[str] = []
         for position, (block, cells) in enumerate(zip(self.blocks, self.cells, strict=True)):
             made = cells.to_latex(index=False, escape=True, column_format="l" + "r" * (cells.shape[1] - 1)).splitlines()
-            title = rf"\multicolumn{{{cells.shape[1]}}}{{l}}{{{_block_title(self.spec, block)}}} \\".replace("%", r"\%")
+            # A table of rows that aren't cut has one block, without a title.
+            title = _block_title(self.spec, block).replace("%", r"\%") if block.value else ""
             head, body = made[: made.index(r"\midrule")], made[made.index(r"\midrule") : made.index(r"\bottomrule")]
-            lines += [*(head if position == 0 else []), body[0], *([title] if block.value else []), *body[1:]]
+            lines += [
+                *(head if position == 0 else []),
+                body[0],
+                *([rf"\multicolumn{{{cells.shape[1]}}}{{l}}{{{title}}} \\"] if title else []),
+                *body[1:],
+            ]
         notes = "".join(f"% {note}\n" for note in self.notes)
         text = "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]).replace("±", r"$\pm$").replace(MISSING, "--")
         text = re.sub(r"(?<=[ \[])([+-]\d+\.\d+)", r"$\1$", text.replace("Δ", r"$\Delta$").replace("10¹²", "$10^{12}$"))
@@ -204,8 +210,6 @@ def _over_images(contrast: Contrast | None, bootstrap: pd.DataFrame) -> str:
 
 
 def _block_title(spec: TableSpec, block: Block) -> str:
-    if not block.value:  # of the rows so far none has one
-        return f"no {spec.columns} yet"
     return (
         f"{100 * float(block.value):.3g} % of the MACs" if spec.columns == "keep" else f"{spec.columns} {block.value}"
     )

@@ -72,8 +72,15 @@ def test_what_is_needed_is_what_is_imported() -> None:
 
     through_torch = {"onnxscript", "tensorboard"}  # by torch.onnx's exporter and torch.utils.tensorboard
     assert distributions("slim") == needed["slim"]
-    product = distributions(*ALLOWED.keys() - {"benchmarks"})
+    through_pandas = {"jinja2"}  # by DataFrame.style's LaTeX
+    product = distributions(*ALLOWED.keys() - {"benchmarks", "experiments"})
     assert product | through_torch == needed["slim"] | needed["detect"]
+    extras = ("experiments", "ray", "slurm", "bench")
+    more = set().union(*(needed[extra] for extra in extras))
+    assert (distributions("experiments") - needed["slim"] - needed["detect"]) | through_pandas | {
+        "ray",
+        "submitit",
+    } == more
     assert distributions("benchmarks", "tests") <= everything
 
 

@@ -207,11 +207,12 @@ def test_data_that_is_nowhere_names_the_places(tmp_path: Path) -> None:
         ("coco128", 80, "person", "toothbrush", "coco128"),
         ("voc", 20, "aeroplane", "tvmonitor", "VOC"),
         ("shapes", 4, "circle", "cross", "shapes"),
+        ("cards", 6, "nine", "ace", "cards"),
     ],
 )
 def test_our_descriptions(tmp_path: Path, name: str, count: int, first: str, last: str, folder: str) -> None:
     """They load once anything of what they describe is there; every description in the folder is tried."""
-    assert len(list((ROOT / "data").glob("*.yaml"))) == 5
+    assert len(list((ROOT / "data").glob("*.yaml"))) == 6
     file = ROOT / "data" / f"{name}.yaml"
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     for split in ("train", "val", "test"):
