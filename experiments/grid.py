@@ -121,6 +121,9 @@ def read_grid(path: str | Path) -> dict[str, Any]:
     # Keys that begin with a point hold anchors for other parts of the file.
     if unknown := {key for key in grid if not str(key).startswith(".")} - KEYS:
         raise SlimError(f"{path}: unknown {', '.join(sorted(unknown))}; expected {', '.join(sorted(KEYS))}")
+    taken = {name for kind in SCRIPTS.values() for name in flags_of(kind())}
+    if strange := [name for name in grid.get("flags") or {} if name.replace("-", "_") not in taken]:
+        raise SlimError(f"{path}: flags: no script takes {', '.join(strange)}")
     for name, method in grid["methods"].items():
         if isinstance(method, list):
             method = grid["methods"][name] = {"stages": method}

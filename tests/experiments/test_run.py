@@ -166,6 +166,7 @@ def test_failure_is_kept_with_its_reason_and_stops_what_needs_it_alone(
         ({"methods": {"x": [{"finetune": {"epochs": 2}}]}}, "trains for 2 epochs, the budget is 3"),
         ({"methods": {"x": [{"iterate": {}}]}}, "expected one of"),
         ({"budget": 3}, "unknown budget"),
+        ({"flags": {"epoch": 3}}, "flags: no script takes epoch"),
     ],
 )
 def test_grid_that_cannot_be_meant_is_refused_in_a_line(
