@@ -1,6 +1,6 @@
 """Run a grid of experiments: what is missing of it, and nothing twice.
 
-python -m experiments.run experiments/grids/shapes-which.yaml --dry-run
+python -m experiments.run experiments/grids/shapes-ablations.yaml --dry-run
 python -m experiments.run experiments/grids/bccd-headline.yaml --only gate seed=0 --data-root datasets --weights yolov5n.pt
 
 The same command continues after anything. A run whose rows stand in experiments/results counts as done, wherever it was made.
@@ -38,10 +38,12 @@ def make_executor(flags: GridFlags) -> Executor:
     return LocalExecutor(flags.at_once)
 
 
-def execute(schedule: Schedule, flags: GridFlags, executor: Executor) -> dict[str, str]:
-    """Run all nodes that are missing, parents first, and write a run's rows as soon as it is whole; the failures' reasons."""
+def execute(schedule: Schedule, flags: GridFlags, executor: Executor, seconds: dict[str, float]) -> dict[str, str]:
+    """Run all nodes that are missing, parents first, and write a run's rows as soon as it is whole; the failures' reasons.
+
+    ``seconds`` are those that each node is expected to take.
+    """
     store, failed = Path(flags.store).absolute(), dict[str, str]()
-    seconds = estimated_seconds(schedule, flags)
     waiting = {key: node for key, node in schedule.nodes.items() if not is_done(store, key)}
     for key in waiting if flags.retry_failed else ():
         forget_failure(store, key)
@@ -94,14 +96,15 @@ def execute(schedule: Schedule, flags: GridFlags, executor: Executor) -> dict[st
 def run_grid(path: str, flags: GridFlags) -> None:
     """A grid's command; SlimError at its end where runs failed."""
     schedule = make_schedule(path, flags)
-    print(summary(schedule, estimated_seconds(schedule, flags), flags))
+    seconds = estimated_seconds(schedule, flags)
+    print(summary(schedule, seconds, flags))
     if flags.dry_run:
         return
     failed: dict[str, str] = {}
     if schedule.missing:
         executor = make_executor(flags)
         try:
-            failed = execute(schedule, flags, executor)
+            failed = execute(schedule, flags, executor, seconds)
         finally:
             executor.close()
     print(table(schedule, flags))

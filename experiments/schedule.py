@@ -83,11 +83,7 @@ def estimated_seconds(schedule: Schedule, flags: GridFlags) -> dict[str, float]:
     cfg = schedule.grid["flags"].get("cfg", "models/yolov5n.yaml")
     dense = slim.cost(start_network(schedule.weights, cfg, ["object"]).model, example_image(img)).macs
     images = {Path(node.data.file).stem: node.data.train_images for node in schedule.nodes.values()}
-    rows = [
-        row
-        for row in read_rows(flags.results_file(schedule.grid["name"]))
-        if row["data"] in images and float(row["seconds"])
-    ]
+    rows = [row for row in read_rows(flags.results_file(schedule.grid["name"])) if row["data"] in images]
     ratios = [
         float(row["seconds"])
         / training_seconds(float(row["training_macs"]), int(row["epochs"]) * images[row["data"]], img)
@@ -127,12 +123,10 @@ def summary(schedule: Schedule, seconds: dict[str, float], flags: GridFlags) -> 
         lines.append(
             f"  {method}: {len(runs)} runs, {sum(n.epochs for n in new.values())} epochs, {hours:.1f} core hours"
         )
-    rest = sum(s for key, s in seconds.items() if key not in counted)
     total = sum(seconds.values()) / 3600
     at_once = flags.at_once if flags.executor == "local" else 1
-    note = f" (teachers' included: {rest / 3600:.1f})" if rest else ""
     epochs = sum(schedule.nodes[key].epochs for key in seconds)
     lines.append(
-        f"  in all: {epochs} epochs, {total:.1f} core hours{note}, about {total / at_once:.1f} hours at {at_once} at once"
+        f"  in all: {epochs} epochs, {total:.1f} core hours, about {total / at_once:.1f} hours at {at_once} at once"
     )
     return "\n".join(lines)

@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ import torch
 from detection.benchmark_table import processor_name
 from detection.command import INTERRUPTED, as_words
 from slim import SlimError, write_text_atomically
+from tracking import RunFolder
 
 from .grid import ROOT, TRAININGS, Node, Run
 
@@ -172,7 +174,7 @@ def command_of(task: Task, folder: Path) -> list[str]:
     if node.script in TRAININGS and (folder / "run" / "weights" / "last.pt").is_file():
         return [*start, "--resume", *here]
     # What a script that cannot continue has left is made anew.
-    subprocess.run(["rm", "-rf", str(folder / "run")], check=True)
+    shutil.rmtree(folder / "run", ignore_errors=True)
     flags = as_words(dict(node.flags))
     files = ["--data", node.data.file, *(["--data-root", task.data_root] if task.data_root else [])]
     for flag, key in node.parents:
@@ -222,11 +224,8 @@ def last_line(log: Path) -> str:
 
 def seconds_of(folder: Path, started: float) -> float:
     """How long a run took: a training's epochs, of all tries together, else this try."""
-    file = folder / "run" / "results.csv"
-    if not file.is_file():
-        return time.time() - started
-    header, *rows = (line.split(",") for line in file.read_text(encoding="utf-8").splitlines())
-    return sum(float(row[header.index("seconds")]) for row in rows)
+    rows = RunFolder(folder / "run").read_rows()
+    return sum(float(row["seconds"]) for row in rows) if rows else time.time() - started
 
 
 def description(node: Node) -> dict[str, Any]:
