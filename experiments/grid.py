@@ -2,7 +2,8 @@
 
 A grid's methods are chains of stages, each one of this project's scripts with flags. A method runs once for every
 combination of the axes that its stages name as ``$name``, or for the points that it lists; ``@method`` stands for the network
-that another method leaves with the same axes and seed. Two stages with the same hash are one node, in whatever grid, so that
+that another method leaves with the same axes and seed. A grid's ``teacher: "@method"`` gives each method a twin, named
+``<method>+teacher``, whose trainings learn from that network too. Two stages with the same hash are one node, in whatever grid, so that
 what chains share, such as a dense network or one sparse training under several cuts, is trained once.
 """
 
@@ -40,7 +41,7 @@ DECIDE_NOTHING = {
     *("weights", "teacher", "data"),
 }
 """Flags that leave the last epoch's network as it is, and files, of which the content decides."""
-KEYS = {"name", "data", "weights", "flags", "seeds", "splits", "axes", "methods", "epochs", "tables"}
+KEYS = {"name", "data", "weights", "flags", "seeds", "splits", "axes", "methods", "epochs", "teacher", "tables"}
 METHOD_KEYS = {"stages", "seeds", "epochs", "points"}
 
 
@@ -129,7 +130,21 @@ def read_grid(path: str | Path) -> dict[str, Any]:
             method = grid["methods"][name] = {"stages": method}
         if not isinstance(method, dict) or not method.get("stages") or set(method) - METHOD_KEYS:
             raise SlimError(f"{path}: method {name}: expected a list of stages, or {', '.join(sorted(METHOD_KEYS))}")
+        for stage in method["stages"]:
+            if not isinstance(stage, dict) or len(stage) != 1 or next(iter(stage)) not in SCRIPTS:
+                raise SlimError(f"{path}: {name}: a stage is {stage!r}; expected one of {', '.join(SCRIPTS)} with its flags")
+    if teacher := grid.get("teacher"):
+        twins = {f"{n}+teacher": {**m, "stages": _taught(m["stages"], teacher)} for n, m in grid["methods"].items()}
+        grid["methods"] |= twins
     return {"name": Path(path).stem, "seeds": [0], "splits": ["val"], "axes": {}, "flags": {}, **grid}
+
+
+def _taught(stages: Any, teacher: str) -> Any:
+    """The same stages, whose trainings have a teacher."""
+    return [
+        {script: {**(flags or {}), "teacher": teacher} if script in TRAININGS else flags for script, flags in s.items()}
+        for s in stages
+    ]
 
 
 def expand(grid: Mapping[str, Any], data_of: Any, weights_digest: str) -> list[Run]:
@@ -182,10 +197,6 @@ def _chain(
     chain: list[Node] = []
     others: list[Node] = []
     for stage in grid["methods"][method]["stages"]:
-        if not isinstance(stage, dict) or len(stage) != 1 or next(iter(stage)) not in SCRIPTS:
-            raise SlimError(
-                f"{grid['name']}: {method}: a stage is {stage!r}; expected one of {', '.join(SCRIPTS)} with its flags"
-            )
         ((script, given),) = stage.items()
         flags = {str(name).replace("-", "_"): _filled(value, axes) for name, value in (given or {}).items()}
         parents = {"weights": chain[-1].key} if chain else {}

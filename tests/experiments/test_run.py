@@ -81,15 +81,19 @@ def test_pairs_of_a_table_are_compared_on_resampled_images_once(
     assert command(grid, tmp_path, "--bootstrap") == 0 and "0 pairs compared" in capsys.readouterr().out
 
 
-def test_a_teacher_is_trained_first_though_its_own_run_is_not_asked_for(
+def test_a_twin_with_a_teacher_that_is_trained_first_though_its_own_run_is_not_asked_for(
     write_grid: Grid, executed: list[str], tmp_path: Path
 ) -> None:
-    taught = {"seeds": [1], "stages": [{"finetune": {"epochs": 3, "teacher": "@dense"}}]}
-    grid = write_grid(splits=["val"], methods={"dense": [{"finetune": {"epochs": 3}}], "taught": taught})
-    assert command(grid, tmp_path, "--only", "taught") == 0
-    assert executed == ["finetune", "finetune", "val"]
+    grid = write_grid(splits=["val"], teacher="@dense", axes={"keep": [0.7]})
+    assert command(grid, tmp_path, "--only", "gate+teacher") == 0
+    assert executed == ["finetune", "train_sparse", "prune", "finetune", "val"]
     (row,) = [row for row in read_rows(tmp_path / "results" / "small.csv") if not row["class"]]
-    assert (row["method"], row["seed"], row["parent"], row["epochs"]) == ("taught", "1", "", "3")
+    assert (row["method"], row["epochs"]) == ("gate+teacher", "3")
+    runs = {run.method: run for run in expand(read_grid(grid), lambda name: Data(name, "digest", 16), "")}
+    assert list(runs) == ["gate", "dense", "gate+teacher", "dense+teacher"]
+    taught = [dict(stage.parents).get("teacher") for stage in runs["gate+teacher"].stages]
+    assert taught == [runs["dense"].key, None, runs["dense"].key]
+    assert not any("teacher" in dict(stage.parents) for stage in runs["gate"].stages)
 
 
 @pytest.mark.parametrize(
