@@ -3,8 +3,8 @@
 A grid's methods are chains of stages, each one of this project's scripts with flags. A method runs once for every
 combination of the axes that its stages name as ``$name``, or for the points that it lists; ``@method`` stands for the network
 that another method leaves with the same axes and seed. A grid's ``teacher: "@method"`` gives each method a twin, named
-``<method>+teacher``, whose trainings learn from that network too. Two stages with the same hash are one node, in whatever grid, so that
-what chains share, such as a dense network or one sparse training under several cuts, is trained once.
+``<method>+teacher``, whose trainings learn from that network too. Two stages with the same hash are one node, in whatever
+grid, so that what chains share, such as a dense network or one sparse training under several cuts, is trained once.
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ def read_grid(path: str | Path) -> dict[str, Any]:
             raise SlimError(f"{path}: method {name}: expected a list of stages, or {', '.join(sorted(METHOD_KEYS))}")
         for stage in method["stages"]:
             if not isinstance(stage, dict) or len(stage) != 1 or next(iter(stage)) not in SCRIPTS:
-                raise SlimError(f"{path}: {name}: a stage is {stage!r}; expected one of {', '.join(SCRIPTS)} with its flags")
+                raise SlimError(
+                    f"{path}: {name}: a stage is {stage!r}; expected one of {', '.join(SCRIPTS)} with its flags"
+                )
     if teacher := grid.get("teacher"):
         twins = {f"{n}+teacher": {**m, "stages": _taught(m["stages"], teacher)} for n, m in grid["methods"].items()}
         grid["methods"] |= twins
