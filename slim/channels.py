@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slim.gate import Gate
 from slim.graph import Role
 from slim.ops import ACTIVATIONS, KINDS, LAYERS, NONZERO_AT_ZERO, READERS, SCALABLE
-from slim.propagate import Call, Propagation, collapse, varying_axes
+from slim.propagate import Call, Propagation, collapse, memory_of, varying_axes
 
 WITHOUT_ARITHMETIC = {"alias", "clone", "contiguous", "detach", "empty_like", "lift_fresh"}
 """Operators that compute nothing with the numbers of their argument, which may not be filled yet."""
@@ -133,7 +133,6 @@ class ChannelPropagation(Propagation):
         self.follows_layer: list[bool] = []
         self.layer_outputs: set[int] = set()
         self.parameter_labels: set[int] = set()
-        self.storages: dict[int, set[int]] = {}
 
     def again(self, model: nn.Module, *, muted: bool) -> ChannelPropagation:
         """A new propagation over a copy of the model that has fewer channels."""
@@ -151,12 +150,7 @@ class ChannelPropagation(Propagation):
                 self.own_labels(tensor, wide[0])
             elif len(wide) > 1:
                 self.untouchable(tensor, "is read element by element")
-        return self.labels.get(id(tensor))
-
-    def put(self, tensor: Tensor, labels: Tensor | None) -> None:
-        """Give a tensor its labels: as many axes as the tensor, size 1 where they do not change; None for no channels."""
-        super().put(tensor, labels)
-        self.storages.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
+        return super().get(tensor)
 
     def channel_labels(self, tensor: Tensor, axis: int) -> Tensor | None:
         found = super().channel_labels(tensor, axis)
@@ -276,6 +270,10 @@ class ChannelPropagation(Propagation):
 
     # -- hooks of the base --------------------------------------------------------------------------------------
 
+    def wrapped_anew(self, tensor: Tensor, wrapper: Tensor) -> None:
+        super().wrapped_anew(tensor, wrapper)
+        self.flow.append(("move", "alias", (id(tensor),), (id(wrapper),)))
+
     def apply(self, call: Call) -> None:
         target = call.inputs[0]
         before = self.get(target) if call.in_place else None
@@ -289,7 +287,7 @@ class ChannelPropagation(Propagation):
         reads, offset = KINDS.get(call.name) in READERS, call.name in ("add", "sub") and len(call.inputs) == 1
         kind = "read" if reads else "end" if offset or call.name in NONZERO_AT_ZERO else "move"
         self.flow.append((kind, call.name, tuple(map(id, call.inputs)), tuple(map(id, call.outputs))))
-        if call.in_place and before is None and len(self.storages.get(target.untyped_storage()._cdata, ())) > 1:
+        if call.in_place and before is None and len(self.storages.get(memory_of(target), ())) > 1:
             # The rest of that memory is known under other tensors, which would not learn of these channels.
             self.freeze(self.get(target), f"{self.here()} writes it in place into a part of another tensor")
 

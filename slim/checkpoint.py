@@ -21,8 +21,9 @@ from slim.errors import SlimError
 from slim.fold import example_inputs_of
 from slim.gate import count_params, gate_layout, restore_gates
 from slim.propagate import cost
-from slim.surgery import Model, like, swap_tensors
+from slim.surgery import like, swap_tensors
 from slim.widths import layer_widths, norm_widths, refresh_widths, set_norm_widths
+from slim.wrapped import Model
 
 FORMAT = "slim-checkpoint"
 FORMAT_VERSION = 3

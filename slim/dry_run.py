@@ -31,6 +31,7 @@ SIZED_BY_DATA = {"nonzero", "masked_select", "nms", "_unique2", "unique_dim"}
 """Operators whose results are as long as the data make them."""
 OTHER_OPERATORS = "the model runs other operators after a cut: its code depends on the number of channels"
 OTHER_OPERATOR = "is another operator after a cut: the code depends on the number of channels"
+OTHER_OUTPUTS = "an output is narrower after a cut: a part of it comes from code that cannot be followed"
 OTHER_NUMBER = "computes with a channel count as a number"
 OTHER_CHANNELS = "meets other channels after a cut: the code holds a channel count or an index as a constant"
 
@@ -156,6 +157,9 @@ class DryRun:
                 "count is a constant there",
                 self.suspects_of([x for t in inputs if (x := again.get(t)) is not None], again, keep),
             )
+        shapes, sized = [t.shape for t in again.outputs], any(name in SIZED_BY_DATA for name, *_ in self.run.called)
+        if not sized and shapes != [t.shape for t in self.run.outputs]:
+            return Failure(OTHER_OUTPUTS)
         end = self.shared_path(again)
         return self.compare_operators(again, end) if gone is None else self.compare(again, keep, gone, end)
 

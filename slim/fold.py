@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,9 @@ from slim.errors import SlimError
 from slim.gate import Gate, detach_gate, gate_parameters, gated_path, gates_in, vectors_in
 from slim.ops import SCALABLE
 from slim.propagate import Call, Propagation, spread
+from slim.wrapped import Model
 
 logger = logging.getLogger(__name__)
-Model = TypeVar("Model", bound=nn.Module)
-
 HOMOGENEOUS = {
     "relu", "leaky_relu", "prelu", "_prelu_kernel", "clone", "contiguous", "detach", "alias", "to", "_to_copy", "neg",
     "dropout", "native_dropout", "copy",
@@ -170,7 +169,8 @@ def fold_gates(model: Model, example_inputs: Any = None) -> Model:
         raise SlimError("a gate is negative; call L1Step.step(0) (or step) after every optimizer step")
     while gate_parameters(folded):
         run = GatePropagation(folded)
-        for tensor in run.run(example_inputs_of(folded) if example_inputs is None else example_inputs):
+        run.run(example_inputs_of(folded) if example_inputs is None else example_inputs)
+        for tensor in run.outputs:
             run.mark_unfoldable(run.get(tensor), "the model's output")
         stuck = stuck_vectors(run, folded)
         fold_into_readers(run, folded, stuck)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from types import CellType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_map_only
 
 from slim.errors import SlimError
 from slim.gate import gates_in
 
 
 def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, a tuple or list of positional arguments, or a dictionary of keyword arguments."""
+    """A tensor, a tuple or list of positional arguments, or a dictionary of keyword arguments.
+
+    Subclasses of tensors become plain: whatever is computed from one is wrapped anew, behind the operators' back.
+    """
+    example_inputs = tree_map_only(Tensor, lambda t: t if type(t) is Tensor else t.as_subclass(Tensor), example_inputs)
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, dict):
@@ -30,14 +37,48 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """Every tensor of a model's output: in tuples, lists, dictionaries, and in the attributes of other objects."""
+    """Every tensor of a model's output: in containers, iterators, attributes and slots of objects, partials and closures.
+
+    Iterators are run, so that what they compute as they go is seen; the order of a set's tensors of one shape is any.
+    """
     found: list[Tensor] = []
-    for leaf in tree_flatten(output)[0]:
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)):
-            found += tensors_in(dict(vars(leaf)))
+    # By identity, and held, so that none of these takes the identity of one that is gone.
+    seen: dict[int, Any] = {}
+
+    def collect(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif not isinstance(value, OPAQUE) and id(value) not in seen:
+            seen[id(value)] = value
+            for part in parts_of(value):
+                collect(part)
+
+    collect(output)
     return found
+
+
+OPAQUE = (nn.Module, type, ModuleType, str, bytes, bytearray, memoryview, range, int, float, np.ndarray)
+"""What holds no tensor of an output."""
+MOST_ITEMS = 10_000
+"""How much of an iterator is looked at, which may be endless."""
+
+
+def parts_of(value: Any) -> list[Any]:
+    """What an object holds, in a fixed order."""
+    if isinstance(value, FunctionType):
+        return [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+    slots = {
+        n for kind in type(value).__mro__ for n, slot in vars(kind).items() if isinstance(slot, MemberDescriptorType)
+    }
+    held = [getattr(value, name) for name in sorted(slots - {"__dict__"}) if hasattr(value, name)]
+    held += getattr(value, "__dict__", {}).values()
+    if isinstance(value, Mapping):
+        return [*value.values(), *held]
+    if isinstance(value, (set, frozenset)):
+        return [*sorted(value, key=lambda part: tuple(getattr(part, "shape", ()))), *held]
+    if isinstance(value, (list, tuple, Iterator)) or (not held and isinstance(value, Iterable)):
+        return [*islice(value, MOST_ITEMS), *held]
+    return held
 
 
 @contextmanager
@@ -107,7 +148,7 @@ def max_difference(first: nn.Module, second: nn.Module, inputs: Any) -> float:
         inputs: a tensor, a tuple of positional or a dictionary of keyword arguments
 
     Raises:
-        SlimError: when the outputs differ in shape.
+        SlimError: when the outputs differ in shape, and when there is nothing to compare among them.
 
     Example:
         >>> import slim, torch
@@ -119,14 +160,16 @@ def max_difference(first: nn.Module, second: nn.Module, inputs: Any) -> float:
     args, kwargs = call_arguments(inputs)
     with torch.no_grad(), evaluation_mode(first), evaluation_mode(second):
         outputs = [
-            [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point()] for model in (first, second)
+            [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point() and t.numel()]
+            for model in (first, second)
         ]
     shapes = [[tuple(t.shape) for t in found] for found in outputs]
     if shapes[0] != shapes[1]:
         raise SlimError(f"outputs differ in shape: {shapes[0]} and {shapes[1]}")
-    worst = 0.0
-    for a, b in zip(*outputs, strict=True):
-        if a.numel():
-            ratio = (a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30)
-            worst = max(worst, float(ratio)) if not bool(torch.isnan(ratio)) else float("nan")
-    return worst
+    if not outputs[0]:
+        raise SlimError("the outputs hold no floating tensor with elements, so nothing could be compared")
+    ratios = [
+        (a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30)
+        for a, b in zip(*outputs, strict=True)
+    ]
+    return float(torch.stack([ratio.cpu() for ratio in ratios]).max())

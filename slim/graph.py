@@ -156,6 +156,8 @@ class ChannelGraph:
     """Layers with parameters that did not run (such as heads that only train): no cut reaches them."""
     norm_sites: tuple[GateSite, ...] = ()
     """Where gates go that come before the activations: behind the norms, and behind layers without one."""
+    filters: frozenset[str] = frozenset()
+    """Of the names in ``shapes`` those of buffers: layers' weights that do not learn."""
 
     @cached_property
     def macs(self) -> int:
@@ -165,7 +167,7 @@ class ChannelGraph:
     @cached_property
     def params(self) -> int:
         """Learnable parameters."""
-        return sum(prod(shape) for shape in self.shapes.values())
+        return sum(prod(shape) for name, shape in self.shapes.items() if name not in self.filters)
 
     @cached_property
     def by_name(self) -> dict[str, ChannelGroup]:

@@ -49,17 +49,19 @@ def build_graph(run: ChannelPropagation, example_inputs: Any) -> tuple[ChannelGr
     owners = owners[roots]
     gates = {id(p) for p in gate_parameters(run.model)}
     shapes = {name: tuple(p.shape) for name, p in run.model.named_parameters() if id(p) not in gates}
+    filters = {layer.weight: layer.shape for layer in run.layers if layer.weight and layer.weight not in shapes}
     used = {name.rpartition(".")[0] for key, name in run.tensors.items() if key in run.seen}
     layers = dict.fromkeys(name.rpartition(".")[0] for name in shapes)
     graph = ChannelGraph(
         groups=tuple(groups),
         layers=tuple(run.layers),
-        shapes=shapes,
+        shapes=shapes | filters,
         gate_sites=tuple(find_gate_sites(run, owners)),
         freezing_ops=tuple(FreezingOp(o, p, why, group_names(groups, owners, x)) for o, p, why, x in run.freezing_ops),
         example=example_spec(example_inputs),
         unused=tuple(layer for layer in layers if layer not in used),
         norm_sites=tuple(find_norm_sites(run, owners)),
+        filters=frozenset(filters),
     )
     return graph, owners
 

@@ -38,7 +38,8 @@ def convolution(run: ChannelPropagation, call: Call) -> None:
     out_axis, in_axis = (axes[1], axes[0]) if transposed else (axes[0], axes[1])
     in_channels, out_channels = len(channels), weight.shape[1] * groups if transposed else weight.shape[0]
     if run.is_depthwise(param, groups, in_channels):
-        out = depthwise(run, param, channels, out_channels // groups)
+        # A transposed weight [in, out / groups, ...] has its channels on axis 0 too.
+        out = depthwise(run, param, channels, out_channels // groups, weight.shape[axes.index(0)])
     else:
         parts = channels.reshape(groups, in_channels // groups)
         if groups > 1:
@@ -53,8 +54,8 @@ def convolution(run: ChannelPropagation, call: Call) -> None:
     run.put(call.outputs[0], out.reshape(shape) if bool(out.any()) else None)
 
 
-def depthwise(run: ChannelPropagation, param: str, channels: Tensor, multiplier: int) -> Tensor:
-    """Output channel o comes from input channel o // multiplier alone, so it goes with it."""
+def depthwise(run: ChannelPropagation, param: str, channels: Tensor, multiplier: int, rows: int) -> Tensor:
+    """Output channel o comes from input channel o // multiplier alone, so it goes with it. ``rows``: length of the weight."""
     if bool((channels == 0).any()):
         reason = f"{param} is depthwise over channels that are not ours to cut"
         fresh = run.fresh(len(channels))
@@ -62,8 +63,6 @@ def depthwise(run: ChannelPropagation, param: str, channels: Tensor, multiplier:
         channels = torch.where(channels != 0, channels, fresh)
         run.freeze(channels, reason)
     out = channels.repeat_interleave(multiplier)
-    # A transposed weight [in, out / groups, ...] has its channels on axis 0 too.
-    rows = run.model.get_parameter(param).shape[0]
     run.record(param, 0, "depthwise", out if rows == len(out) else channels)
     return out
 
@@ -79,7 +78,7 @@ def matmul(run: ChannelPropagation, call: Call) -> None:
         return run.unknown(call)
     param, axes = known
     in_axis, out_axis = (axes[1], axes[0]) if call.name == "linear" else (axes[0], axes[1])
-    out = run.fresh(run.model.get_parameter(param).shape[out_axis])
+    out = run.fresh(weight.shape[axes.index(out_axis)])
     run.record(param, in_axis, "in", channels)
     run.record(param, out_axis, "out", out)
     attach(run, bias, out)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from slim.errors import SlimError
 from slim.forward import call_arguments, evaluation_mode, tensors_in, transparent_gates, untouched
 from slim.gate import count_params
 from slim.graph import Cost, LayerCost
 from slim.ops import KINDS, LIKE_PARAMETER, VIEW, operator_name
+from slim.wrapped import check_open, without_ddp
 
 
 def collapse(labels: Tensor) -> Tensor | None:
@@ -48,6 +49,22 @@ def spread(labels: Tensor | None, tensor: Tensor) -> Tensor:
     if labels is None:
         return torch.zeros((1,) * tensor.ndim, dtype=torch.int64).expand(tensor.shape)
     return labels.expand(tensor.shape)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+@contextmanager
+def usual_arithmetic() -> Iterator[None]:
+    """Outside of inference mode and of autocast for the duration: both change which operators run."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def varying_axes(labels: Tensor) -> list[int]:
@@ -109,6 +126,8 @@ class Propagation(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, *, muted: bool = False) -> None:
         super().__init__()
+        model = without_ddp(model)
+        check_open(model)
         self.model = model
         self.muted = muted
         self.tensors: dict[int, str] = {}
@@ -120,26 +139,34 @@ class Propagation(TorchDispatchMode):
         self.labels: dict[int, Tensor | None] = {}
         # Labels are held by identity: every tensor must live as long as the table does.
         self.alive: list[Any] = []
+        # The labelled tensors by their memory, then by identity.
+        self.storages: dict[int, dict[int, Tensor]] = {}
+        # Results that no operator has read yet: under their own identity, or what was written in place under its memory's.
+        self.unread: dict[tuple[str, int], Tensor] = {}
         # Tensors whose values come from the example inputs: indices among them choose other elements on other inputs.
         self.data_dependent: set[int] = set()
         self.path: list[str] = []
         self.current_rule = ""
         self.failed_at: tuple[str, list[Tensor]] | None = None
         self.layers: list[LayerCost] = []
+        self.outputs: list[Tensor] = []
         self.batch_size = 1
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    def run(self, example_inputs: Any) -> list[Tensor]:
-        """Forward once in evaluation mode without gradients; returns the tensors among the outputs."""
+    def run(self, example_inputs: Any) -> None:
+        """Forward once in evaluation mode without gradients; ``outputs`` holds the tensors among the outputs."""
         args, kwargs = call_arguments(example_inputs)
-        given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        self.data_dependent = {id(tensor) for tensor in given}
-        self.batch_size = next((t.shape[0] for t in given if t.ndim), 1)
-        with untouched(self.model), self.watched_modules(), evaluation_mode(self.model), torch.no_grad():
+        with (
+            usual_arithmetic(), untouched(self.model), self.watched_modules(), evaluation_mode(self.model), torch.no_grad()
+        ):  # fmt: skip
+            args, kwargs = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
+            given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+            self.data_dependent = {id(tensor) for tensor in given}
+            self.batch_size = next((t.shape[0] for t in given if t.ndim), 1)
             try:
                 with self:
-                    outputs = self.model(*args, **kwargs)
+                    self.outputs = tensors_in(self.model(*args, **kwargs))
             except SlimError:
                 raise
             except Exception as error:
@@ -154,7 +181,6 @@ class Propagation(TorchDispatchMode):
                     f"the model does not run on the example inputs: {type(error).__name__} in {where}: "
                     f"{text}; give inputs as model(*example_inputs) would take them"
                 ) from error
-        return tensors_in(outputs)
 
     def failed_in(self) -> str:
         """The module whose operator or own code failed, in words."""
@@ -193,13 +219,26 @@ class Propagation(TorchDispatchMode):
     # -- labels -------------------------------------------------------------------------------------------------
 
     def get(self, tensor: Tensor) -> Tensor | None:
-        """The labels of a tensor."""
-        return self.labels.get(id(tensor))
+        """The labels of a tensor; one that was wrapped anew, behind the operators' back, is still what it was."""
+        key = id(tensor)
+        if key not in self.labels and key not in self.tensors and key not in self.views:
+            place = (tensor.shape, tensor.stride(), tensor.storage_offset()) if tensor.layout is torch.strided else None
+            for other in self.storages.get(memory_of(tensor), {}).values():
+                if (other.shape, other.stride(), other.storage_offset()) == place:
+                    self.wrapped_anew(other, tensor)
+                    break
+        return self.labels.get(key)
 
     def put(self, tensor: Tensor, labels: Tensor | None) -> None:
-        """Remember the labels of a tensor."""
+        """Give a tensor its labels: as many axes as the tensor, size 1 where they do not change; None for none."""
         self.alive.append(tensor)
         self.labels[id(tensor)] = labels
+        self.storages.setdefault(memory_of(tensor), {})[id(tensor)] = tensor
+
+    def wrapped_anew(self, tensor: Tensor, wrapper: Tensor) -> None:
+        """Called when a tensor is met under a new identity."""
+        self.put(wrapper, self.labels[id(tensor)])
+        self.unread.pop(("tensor", id(tensor)), None)
 
     def put_outputs(self, call: Call, labels: Tensor | None) -> None:
         """Give an operator's outputs these labels; those of another shape than the first (statistics) have none."""
@@ -238,12 +277,14 @@ class Propagation(TorchDispatchMode):
             raise
         self.alive.append((args, kwargs, out))
         outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
+        name, in_place = operator_name(func)
+        if not self.muted:
+            self.note_reads(inputs, outputs, in_place)
         if not outputs:
             return out
         self.seen.update(id(tensor) for tensor in inputs if id(tensor) in self.tensors)
         if not self.data_dependent.isdisjoint(map(id, inputs)):
             self.data_dependent.update(map(id, outputs))
-        name, in_place = operator_name(func)
         if name in LIKE_PARAMETER and inputs and self.weight_of(inputs[0]) and inputs[0].ndim > 1:
             self.view_of_weight(name, inputs[0], outputs[0], args)
             return out
@@ -252,7 +293,7 @@ class Propagation(TorchDispatchMode):
         self.note(call)
         if self.muted:
             return out
-        if any(self.labels.get(id(t)) is not None or self.weight_of(t) for t in inputs):
+        if any(Propagation.get(self, t) is not None or self.weight_of(t) for t in inputs):
             self.current_rule = name
             self.apply(call)
             self.current_rule = ""
@@ -260,6 +301,14 @@ class Propagation(TorchDispatchMode):
             for tensor in outputs:
                 self.put(tensor, None)
         return out
+
+    def note_reads(self, inputs: list[Tensor], outputs: list[Tensor], in_place: bool) -> None:
+        """Keep ``unread`` on the results that nothing has read."""
+        for tensor in inputs:
+            self.unread.pop(("tensor", id(tensor)), None)
+            self.unread.pop(("memory", memory_of(tensor)), None)
+        for tensor in outputs:
+            self.unread[("memory", memory_of(tensor)) if in_place else ("tensor", id(tensor))] = tensor
 
     def note(self, call: Call) -> None:
         """Called for every operator, labelled or not."""

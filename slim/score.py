@@ -17,6 +17,7 @@ from slim.forward import evaluation_mode, untouched
 from slim.gate import vectors_in
 from slim.graph import ChannelGraph, ChannelGroup, Member
 from slim.ops import BATCH_NORMS, NORMS
+from slim.wrapped import without_ddp
 
 Scores = dict[str, Tensor]
 Criterion = Callable[[ChannelGroup], Tensor | Sequence[Tensor] | None]
@@ -84,7 +85,7 @@ def score(
     for option, given, choices in (("reduction", reduction, Reduction), ("normalise", normalise, Normalise)):
         if given is not None and given not in get_args(choices):
             raise SlimError(f"{option} is {given!r}; expected one of {', '.join(get_args(choices))}")
-    groups = [group for group in graph.groups if group.prunable]
+    model, groups = without_ddp(model), [group for group in graph.groups if group.prunable]
     if not groups:
         raise SlimError("no group of this graph can be pruned; graph.report() says why")
     generator, batch_norms = torch.Generator().manual_seed(seed), norm_paths(model, BATCH_NORMS)

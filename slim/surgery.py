@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from slim.graph import Example, Member
 from slim.plan import Plan
 from slim.propagate import Propagation
 from slim.widths import check_layers, refresh_widths, set_count
+from slim.wrapped import Model, without_ddp
 
-Model = TypeVar("Model", bound=nn.Module)
 KeptIndices = dict[str, dict[int, Tensor]]
 """For each parameter or buffer that is cut (or attribute that counts channels): axis -> positions kept, ascending."""
 OMITTED: Any = object()
@@ -48,6 +48,7 @@ def mask(model: Model, plan: Plan) -> Model:
         >>> slim.max_difference(masked, slim.apply_plan(model, plan), x) < 1e-4
         True
     """
+    model = without_ddp(model)
     kept_indices(model, plan)
     masked = copied(model)
     tensors = named_tensors(masked)
@@ -75,7 +76,8 @@ def apply_plan(model: Any, plan: Plan, *, optimizer: Any = OMITTED, ema: Any = O
     All or nothing: on any error what was given is as it was.
 
     Args:
-        model: the model for which the plan was made, or a copy of it
+        model: the model for which the plan was made, or a copy of it; of one in ``DistributedDataParallel`` the module
+            within it is cut, and what comes back is to be wrapped anew
         plan: what to keep
         optimizer: the optimiser that trains ``model``: per-parameter state (momentum, moments) is sliced with its
             parameter, param-group options are kept
@@ -100,6 +102,7 @@ def apply_plan(model: Any, plan: Plan, *, optimizer: Any = OMITTED, ema: Any = O
         >>> optimizer.param_groups[0]["params"][0] is pruned[0].weight
         True
     """
+    model = without_ddp(model)
     keep = kept_indices(model, plan)
     pruned = cut(model, keep)
     if plan.example is not None:

@@ -203,18 +203,18 @@ class WidthCosts:
                 )
             self.touched.append(list(dict.fromkeys(param for param, _ in occupied)))
         self.axes = axes
-        self.shapes = graph.shapes
+        self.shapes, self.filters = graph.shapes, graph.filters
         self.positions: dict[str, int] = {}
         for layer in graph.layers:
             self.positions[layer.weight] = self.positions.get(layer.weight, 0) + layer.positions
         self.fixed = {
-            "params": sum(prod(s) for n, s in graph.shapes.items() if n not in axes),
+            "params": sum(prod(s) for n, s in graph.shapes.items() if n not in axes and n not in graph.filters),
             "macs": graph.macs - sum(prod(graph.shapes[n]) * self.positions.get(n, 0) for n in axes),
         }
 
     def cost_of(self, kind: str, param: str, widths: Widths) -> int:
         """Elements (params) or MACs of a parameter when group i keeps widths[i] channels."""
-        times = 1 if kind == "params" else self.positions.get(param, 0)
+        times = int(param not in self.filters) if kind == "params" else self.positions.get(param, 0)
         if not times:
             return 0
         shape = list(self.shapes[param])

@@ -14,6 +14,7 @@ from slim.forward import transparent_gates
 from slim.graph import ChannelGraph
 from slim.groups import build_graph
 from slim.rules import RULES
+from slim.wrapped import check_open, without_ddp
 
 
 def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False, dry_run: bool = True) -> ChannelGraph:
@@ -23,7 +24,7 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False,
     looked through.
 
     Args:
-        model: any model
+        model: any model in Python code; of one in ``DistributedDataParallel`` the module within it
         example_inputs: a tensor, a tuple of positional or a dictionary of keyword arguments; a small batch of one is enough
         allow_inexact: cut channels, too, that layer norms, softmax or means over channels mix. Their statistics change when
             one goes, so that pruned = masked holds no more; the report names these groups
@@ -41,16 +42,21 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False,
         >>> [(group.name, group.size, group.prunable, group.frozen_reason) for group in graph.groups]
         [('0', 4, True, None), ('2', 2, False, 'a model output')]
     """
+    model = without_ddp(model)
+    check_open(model)
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise SlimError(f"{lazy} has no shape yet (a lazy module); run the model once before slim.trace")
     run = ChannelPropagation(model, RULES, allow_inexact=allow_inexact)
     with transparent_gates(model):
-        outputs = run.run(example_inputs)
+        run.run(example_inputs)
     # That it is an output comes first among the reasons why a group is frozen.
     frozen, run.frozen = run.frozen, []
-    for tensor in outputs:
+    for tensor in run.outputs:
         run.freeze(run.get(tensor), "a model output")
     run.frozen += frozen
+    for tensor in run.unread.values():
+        if tensor.is_floating_point():  # not the places that a pooling layer took its maxima from
+            run.freeze(run.get(tensor), "no operator reads it: an output, for all that can be seen")
     graph, owners = build_graph(run, example_inputs)
     return freeze_what_breaks(graph, owners, run, example_inputs) if dry_run else graph

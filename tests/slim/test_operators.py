@@ -29,6 +29,14 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
+class Fixed(nn.Module):
+    """A filter that does not learn."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("filter", torch.rand(shape, generator=torch.Generator().manual_seed(2)))
+
+
 def head(channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels, 3, 1)
 
@@ -310,6 +318,33 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, tuple[int, int
         ),
         X,
         {"a.0": (6, 1)},
+    ),
+    "fixed depthwise filter (blur pooling)": (
+        lambda: Net(
+            lambda m, x: m.head(F.conv2d(m.a(x), m.blur.filter, stride=2, groups=m.blur.filter.shape[0])),
+            a=conv(3, 6),
+            blur=Fixed(6, 1, 3, 3),
+            head=head(6),
+        ),
+        X,
+        {"a.0": (6, 1)},
+    ),
+    "fixed filter that mixes channels": (
+        lambda: Net(
+            lambda m, x: m.head(F.conv2d(m.a(x), m.mix.filter)), a=conv(3, 6), mix=Fixed(5, 6, 1, 1), head=head(5)
+        ),
+        X,
+        {"a.0": (6, 1), "mix": (5, 1)},
+    ),
+    "fixed matrix": (
+        lambda: Net(
+            lambda m, x: m.last(F.linear(m.a(x).mean((2, 3)), m.mix.filter)),
+            a=conv(3, 6),
+            mix=Fixed(5, 6),
+            last=nn.Linear(5, 2),
+        ),
+        X,
+        {"a.0": (6, 1), "mix": (5, 1)},
     ),
     "cast weights (autocast inside)": (
         lambda: Net(
