@@ -51,7 +51,7 @@ from .network import (
     read_network,
     save_network,
 )
-from .pruning import PROOF_IMAGES, choose_plan, cut, open_prune_inputs, output_widths, prove
+from .pruning import PROOF_IMAGES, choose_plan, cut, open_prune_inputs, output_widths, proven
 from .training import MAY_CHANGE
 from .write_file import SUFFIX_OF, write_file
 
@@ -248,7 +248,9 @@ class Loop:
 def proven_fold(model: torch.nn.Module, images: torch.Tensor) -> tuple[torch.nn.Module, float]:
     """The model without gates, and its largest relative difference from the one with them on ``images``."""
     folded = slim.fold_gates(model, images)
-    return folded, prove(model, folded, images, lambda first: slim.fold_gates(first, images.double()))
+    return folded, proven(
+        "with and without gates", model, folded, images, lambda wide: slim.fold_gates(wide, images.double())
+    )
 
 
 def iterate(flags: IterateFlags, world: World | None = None) -> Path:

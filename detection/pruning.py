@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -37,8 +36,6 @@ from .network import (
 from .unstructured import share_of_zeros, zero_smallest
 from .width_bounds import width_bounds
 
-TOLERANCE = 1e-4
-EXACT_TOLERANCE = 1e-6  # decoded boxes are float32 whatever the network computes in
 PROOF_IMAGES = 4
 
 
@@ -164,8 +161,7 @@ def cut(inputs: PruneInputs, plan: slim.Plan, recalibration_batches: int = 0) ->
     if masked_evaluation:
         print(f"masked AP {masked_evaluation.ap:.4f}")
     pruned = slim.apply_plan(model, plan)
-    difference = prove(masked.cpu(), pruned, inputs.images)
-    print(f"pruned = masked to {difference:.1e} of the largest output on {len(inputs.images)} images")
+    difference = proven("pruned and masked", masked.cpu(), pruned, inputs.images)
     inputs.recalibrate(pruned, recalibration_batches)
     pruned_evaluation = evaluator(pruned) if evaluator else None
     if pruned_evaluation:
@@ -202,29 +198,20 @@ def scores_of(
 NOT_EVALUATED: dict[str, Any] = {"ap": None, "ap50": None, "ap75": None, "per_class": {}, "images": 0, "seconds": 0.0}
 
 
-def prove(
-    masked: nn.Module,
-    pruned: nn.Module,
+def proven(
+    what: str,
+    first: nn.Module,
+    second: nn.Module,
     images: torch.Tensor,
     remade: Callable[[nn.Module], nn.Module] | None = None,
 ) -> float:
-    """The largest difference between masked and pruned, relative; SlimError when it is no proof.
-
-    A network that has hardly been trained may magnify float32's rounding beyond the tolerance; float64 tells that from a
-    wrong cut, which differs as much in any precision. ``remade`` makes pruned of masked anew, where that rounds weights.
-    """
-    difference = slim.max_difference(masked, pruned, images)
-    if not difference <= TOLERANCE:
-        first = copy.deepcopy(masked).double()
-        second = copy.deepcopy(pruned).double() if remade is None else remade(first)
-        exact = slim.max_difference(first, second, images.double())
-        if not exact <= EXACT_TOLERANCE:
-            raise SlimError(
-                f"the cut is wrong: pruned and masked differ by {difference:.1e} of the largest output, expected at most "
-                f"{TOLERANCE:g} (in float64 {exact:.1e}); nothing was saved; please report the model description"
-            )
-        print(f"in float32 rounding alone makes {difference:.1e}; in float64 they differ by {exact:.1e}")
-    return difference
+    """The largest difference of two networks by ``slim.prove``, told on the screen; SlimError where it is no proof."""
+    try:
+        proof = slim.prove(first, second, images, remade=remade)
+    except SlimError as error:
+        raise SlimError(f"{what}: {error}; nothing was saved; please report the model description") from error
+    print(f"{what}: {proof}, on {len(images)} images")
+    return proof.difference
 
 
 def output_widths(model: nn.Module) -> dict[str, int]:

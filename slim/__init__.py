@@ -14,7 +14,6 @@ from slim.compose import compose as compose
 from slim.errors import SlimError as SlimError
 from slim.fold import fold_gates as fold_gates
 from slim.forward import evaluation_mode as evaluation_mode
-from slim.forward import max_difference as max_difference
 from slim.gate import CLOSED as CLOSED
 from slim.gate import Gate as Gate
 from slim.gate import add_gates as add_gates
@@ -27,6 +26,9 @@ from slim.graph import ChannelGroup as ChannelGroup
 from slim.graph import Cost as Cost
 from slim.ops import NORMS as NORMS
 from slim.plan import Plan as Plan
+from slim.proof import Proof as Proof
+from slim.proof import max_difference as max_difference
+from slim.proof import prove as prove
 from slim.propagate import Call as Call
 from slim.propagate import cost as cost
 from slim.rules import register_rule as register_rule

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from slim.atomic import write_atomically
 from slim.errors import SlimError
 from slim.fold import example_inputs_of
+from slim.forward import like
 from slim.gate import count_params, gate_layout, restore_gates
 from slim.propagate import cost
-from slim.surgery import like, swap_tensors
+from slim.surgery import swap_tensors
 from slim.widths import layer_widths, norm_widths, refresh_widths, set_norm_widths
 from slim.wrapped import Model
 

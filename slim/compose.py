@@ -74,13 +74,14 @@ def compose(first: Plan, second: Plan) -> Plan:
     groups = [narrowed(group, n, gone, rankings.get(n, [])) for n, group in enumerate(first.groups)]
     for group in new:
         groups.append(replace(group, name=unique_name(group.name, {g.name for g in groups})))
-    return Plan(
+    both = Plan(
         tuple(groups),
         (first.macs[0], second.macs[1]),
         (first.params[0], second.params[1]),
         first.shapes | second.shapes | first.shapes,
         first.example,
     )
+    return both.known_from_trace() if first.traced and second.traced else both
 
 
 def places(group: GroupPlan, channels: Sequence[int]) -> list[Place]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slim.errors import SlimError
 from slim.gate import Gate, detach_gate, gate_parameters, gated_path, gates_in, vectors_in
+from slim.graph import inputs_like
 from slim.ops import SCALABLE
 from slim.propagate import Call, Propagation, spread
 from slim.wrapped import Model
@@ -246,5 +247,4 @@ def example_inputs_of(model: nn.Module) -> tuple[Tensor, ...]:
     spec = getattr(model, "slim_example", None)
     if spec is None:
         raise SlimError("fold_gates needs example_inputs for this model: its gates were placed without tensor inputs")
-    device = next(model.parameters()).device
-    return tuple(torch.zeros(shape, dtype=getattr(torch, kind), device=device) for shape, kind in spec)
+    return inputs_like(spec, model)

@@ -1,7 +1,8 @@
-"""Running models and leaving them as they were."""
+"""Running models and copying them, and leaving them as they were."""
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,13 +11,13 @@ from itertools import islice
 from types import CellType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from slim.errors import SlimError
 from slim.gate import gates_in
+from slim.wrapped import Model
 
 
 def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -48,7 +49,7 @@ def tensors_in(output: Any) -> list[Tensor]:
     def collect(value: Any) -> None:
         if isinstance(value, Tensor):
             found.append(value)
-        elif not isinstance(value, OPAQUE) and id(value) not in seen:
+        elif not (isinstance(value, OPAQUE) or hasattr(value, "__array_interface__") or id(value) in seen):
             seen[id(value)] = value
             for part in parts_of(value):
                 collect(part)
@@ -57,7 +58,7 @@ def tensors_in(output: Any) -> list[Tensor]:
     return found
 
 
-OPAQUE = (nn.Module, type, ModuleType, str, bytes, bytearray, memoryview, range, int, float, np.ndarray)
+OPAQUE = (nn.Module, type, ModuleType, str, bytes, bytearray, memoryview, range, int, float)
 """What holds no tensor of an output."""
 MOST_ITEMS = 10_000
 """How much of an iterator is looked at, which may be endless."""
@@ -136,40 +137,17 @@ def transparent_gates(model: nn.Module) -> Iterator[None]:
             gate.transparent = False
 
 
-def max_difference(first: nn.Module, second: nn.Module, inputs: Any) -> float:
-    """Largest absolute difference between two models' outputs, over the largest magnitude of the first's.
+def copied(model: Model, instead: Mapping[int, Tensor] | None = None) -> Model:
+    """A deep copy; ``instead`` has, by identity, what takes the place of some of the model's tensors."""
+    try:
+        return copy.deepcopy(model, dict(instead or {}))
+    except (RuntimeError, TypeError) as error:
+        raise SlimError(
+            f"the model cannot be copied ({str(error).splitlines()[0]}); a module holds what "
+            "copy.deepcopy cannot copy, such as a tensor with a gradient history: set it to None first"
+        ) from error
 
-    Both run in evaluation mode. Every floating tensor among the outputs is compared, and the largest ratio is returned;
-    NaN where an output is NaN.
 
-    Args:
-        first: a model
-        second: another model that takes the same inputs
-        inputs: a tensor, a tuple of positional or a dictionary of keyword arguments
-
-    Raises:
-        SlimError: when the outputs differ in shape, and when there is nothing to compare among them.
-
-    Example:
-        >>> import slim, torch
-        >>> from torch import nn
-        >>> one, two = nn.Identity(), nn.Threshold(0.5, 0.0)
-        >>> slim.max_difference(one, two, torch.tensor([0.25, 1.0]))
-        0.25
-    """
-    args, kwargs = call_arguments(inputs)
-    with torch.no_grad(), evaluation_mode(first), evaluation_mode(second):
-        outputs = [
-            [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point() and t.numel()]
-            for model in (first, second)
-        ]
-    shapes = [[tuple(t.shape) for t in found] for found in outputs]
-    if shapes[0] != shapes[1]:
-        raise SlimError(f"outputs differ in shape: {shapes[0]} and {shapes[1]}")
-    if not outputs[0]:
-        raise SlimError("the outputs hold no floating tensor with elements, so nothing could be compared")
-    ratios = [
-        (a.double() - b.double()).abs().max() / a.double().abs().max().clamp_min(1e-30)
-        for a, b in zip(*outputs, strict=True)
-    ]
-    return float(torch.stack([ratio.cpu() for ratio in ratios]).max())
+def like(old: Tensor, new: Tensor) -> Tensor:
+    """A parameter in place of a parameter, a plain tensor in place of a plain one."""
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

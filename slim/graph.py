@@ -9,13 +9,19 @@ from math import prod
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Role = Literal["out", "in", "depthwise", "scale", "width"]
 """What a parameter's axis is to a channel: "out" produces it, "in" consumes it linearly, "depthwise" both, "scale" acts on
 it alone; "width" is no tensor but a module's integer attribute that counts the channels (a norm's ``num_features``)."""
 Example = tuple[tuple[tuple[int, ...], str], ...]
 """Shape and type (such as ``float32``) of each tensor that a model takes by position."""
+
+
+def inputs_like(example: Example, model: nn.Module) -> tuple[Tensor, ...]:
+    """Zeros of these shapes and types, where the model is."""
+    device = next((p.device for p in model.parameters()), None)
+    return tuple(torch.zeros(shape, dtype=getattr(torch, kind), device=device) for shape, kind in example)
 
 
 @dataclass(frozen=True)

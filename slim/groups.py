@@ -6,14 +6,45 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from slim.channels import ChannelPropagation
+from slim.errors import SlimError
+from slim.forward import transparent_gates
 from slim.gate import gate_parameters
 from slim.graph import ChannelGraph, ChannelGroup, Example, FreezingOp, GateSite, Member, Role, unique_name
 from slim.propagate import varying_axes
+from slim.rules import RULES
+from slim.wrapped import check_open, without_ddp
 
 Key = tuple[str, int, Role]
+
+
+def find_groups(
+    model: nn.Module, example_inputs: Any, *, allow_inexact: bool
+) -> tuple[ChannelGraph, Tensor, ChannelPropagation]:
+    """Follow a model's channels with the rules, and gather its groups; no dry run. For the rest see ``slim.trace``.
+
+    Also gives the owner of each label, see ``build_graph``, and the propagation.
+    """
+    model = without_ddp(model)
+    check_open(model)
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise SlimError(f"{lazy} has no shape yet (a lazy module); run the model once before slim.trace")
+    run = ChannelPropagation(model, RULES, allow_inexact=allow_inexact)
+    with transparent_gates(model):
+        run.run(example_inputs)
+    # That it is an output comes first among the reasons why a group is frozen.
+    frozen, run.frozen = run.frozen, []
+    for tensor in run.outputs:
+        run.freeze(run.get(tensor), "a model output")
+    run.frozen += frozen
+    for tensor in run.unread.values():
+        if tensor.is_floating_point():  # not the places that a pooling layer took its maxima from
+            run.freeze(run.get(tensor), "no operator reads it: an output, for all that can be seen")
+    return *build_graph(run, example_inputs), run
 
 
 def build_graph(run: ChannelPropagation, example_inputs: Any) -> tuple[ChannelGraph, Tensor]:

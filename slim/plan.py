@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -12,7 +12,7 @@ from slim.graph import Channels, Example, Member
 
 PLAN_VERSION = 2
 MOST_POSITIONS = 1 << 22
-"""No axis is longer than this: a damaged file must not fill the memory."""
+"""No plan lists more channels and positions than this: a damaged file must not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ class Plan:
     params: tuple[int, int]
     shapes: dict[str, tuple[int, ...]]
     example: Example | None = None
+    traced: bool = field(default=False, init=False, compare=False, repr=False)
+    """Whether the groups are known to be those of a trace; others are compared with one before anything is cut."""
+
+    def known_from_trace(self) -> Plan:
+        """This plan, marked as made of what a trace found."""
+        object.__setattr__(self, "traced", True)
+        return self
 
     def __str__(self) -> str:
         """Each group's width before and after, and its scores: all, the highest that goes, the lowest that stays; totals."""
@@ -130,6 +137,8 @@ class Plan:
             )
         if version != PLAN_VERSION or not isinstance(version, int):
             raise SlimError(f"not a plan: its version is {version!r}; this slim reads version {PLAN_VERSION}")
+        if (total := listed_positions(plain)) > MOST_POSITIONS:
+            raise SlimError(f"not a plan: it lists {total} channels and positions, expected at most {MOST_POSITIONS}")
         plan: Plan = decode(Plan, plain, "the plan")
         check_plan(plan)
         return plan
@@ -182,7 +191,7 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         raise malformed(where, value, "an object")
     if not is_dataclass(kind):
         return {key: decode(options[1], v, f"{where}[{key!r}]") for key, v in value.items()}
-    names = [f.name for f in fields(kind)]
+    names = [f.name for f in fields(kind) if f.init]
     if set(value) != set(names):
         missing, unknown = sorted(set(names) - set(value)), sorted(set(value) - set(names))
         wrong = f"without {', '.join(missing)}" if missing else f"an object with the unknown {', '.join(unknown)}"
@@ -195,12 +204,24 @@ def decode(kind: Any, value: Any, where: str) -> Any:
 def from_runs(kind: Any, value: Any, where: str) -> tuple[int, ...]:
     """Distinct integers from their runs, see ``to_runs``."""
     runs: tuple[tuple[int, int], ...] = decode(tuple[tuple[int, int], ...], value, where)
-    if not runs or any(end <= first for first, end in runs) or sum(end - first for first, end in runs) > MOST_POSITIONS:
+    if not runs or any(not 0 < end - first <= MOST_POSITIONS for first, end in runs):
         raise malformed(where, value, "runs of integers, [first, last + 1]")
     found = tuple(n for first, end in runs for n in range(first, end))
     if len(set(found)) < len(found):
         raise malformed(where, value, "some integers, each once")
     return found
+
+
+def listed_positions(value: Any) -> int:
+    """How many integers the runs in a plan's JSON stand for, without making them; malformed runs count nothing."""
+    if isinstance(value, list):
+        return sum(map(listed_positions, value))
+    if not isinstance(value, dict):
+        return 0
+    runs = [run for key in ("keep", "index") if isinstance(value.get(key), list) for run in value[key]]
+    pairs = [run for run in runs if isinstance(run, list) and len(run) == 2 and all(type(n) is int for n in run)]
+    own: int = sum(end - first for first, end in pairs if 0 < end - first <= MOST_POSITIONS)
+    return own + sum(map(listed_positions, value.values()))
 
 
 def to_runs(numbers: tuple[int, ...] | list[int]) -> list[list[int]]:
@@ -235,7 +256,7 @@ def check_plan(plan: Plan) -> None:
             shape = plan.shapes.get(m.param)
             if shape is not None and m.axis >= len(shape):
                 raise malformed(f"group {g.name}: the axis of {m.param}", m.axis, f"below {len(shape)}")
-            length = MOST_POSITIONS if shape is None else shape[m.axis]
+            length = MOST_POSITIONS if shape is None else min(shape[m.axis], MOST_POSITIONS)
             if max(m.index) >= length or len(m.index) % g.size:
                 expected = f"positions below {length}, equally many for each of {g.size} channels"
                 raise malformed(f"group {g.name}: the index of {m.param}", to_runs(m.index), expected)

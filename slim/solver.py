@@ -112,13 +112,14 @@ def make_plan(
         if constraint.counted and constraint.bound_by != "ignored"
     ]
     touched = {m.param for group in chosen for m in group.members}
-    return Plan(
+    plan = Plan(
         groups=tuple(chosen),
         macs=(graph.macs, costs.measure("macs", widths)),
         params=(graph.params, costs.measure("params", widths)),
         shapes={name: shape for name, shape in graph.shapes.items() if name in touched},
         example=graph.example,
     )
+    return plan.known_from_trace()
 
 
 def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> set[str]:

@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from slim.errors import SlimError
+from slim.forward import copied, like
 from slim.gate import gates_in, vectors_in
-from slim.graph import Example, Member
+from slim.graph import Member
 from slim.plan import Plan
-from slim.propagate import Propagation
+from slim.plan_checks import check_members, check_shapes
 from slim.widths import check_layers, refresh_widths, set_count
 from slim.wrapped import Model, without_ddp
 
@@ -50,6 +51,7 @@ def mask(model: Model, plan: Plan) -> Model:
     """
     model = without_ddp(model)
     kept_indices(model, plan)
+    check_members(model, plan)
     masked = copied(model)
     tensors = named_tensors(masked)
     with torch.no_grad():
@@ -107,6 +109,7 @@ def apply_plan(model: Any, plan: Plan, *, optimizer: Any = OMITTED, ema: Any = O
     pruned = cut(model, keep)
     if plan.example is not None:
         check_shapes(pruned, model, plan.example)
+    check_members(model, plan)
     if optimizer is OMITTED and ema is OMITTED:
         return pruned
     new_ema = new_optimizer = None
@@ -209,11 +212,6 @@ def narrow_tensors(model: nn.Module, keep: KeptIndices) -> dict[int, Tensor]:
     return {key: like(tensor, sliced(tensor, axes)) for key, (tensor, axes) in cuts.items()}
 
 
-def like(old: Tensor, new: Tensor) -> Tensor:
-    """A parameter in place of a parameter, a plain tensor in place of a plain one."""
-    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-
-
 def sliced(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:
     """The kept positions along each axis, in memory of their own."""
     channels_last = (
@@ -231,41 +229,6 @@ def swap_tensors(model: nn.Module, instead: Mapping[int, Tensor]) -> None:
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             table.update({key: instead[id(tensor)] for key, tensor in table.items() if id(tensor) in instead})
-
-
-def copied(model: Model, instead: Mapping[int, Tensor] | None = None) -> Model:
-    """A deep copy; ``instead`` has, by identity, what takes the place of some of the model's tensors."""
-    try:
-        return copy.deepcopy(model, dict(instead or {}))
-    except (RuntimeError, TypeError) as error:
-        raise SlimError(
-            f"the model cannot be copied ({str(error).splitlines()[0]}); a module holds what "
-            "copy.deepcopy cannot copy, such as a tensor with a gradient history: set it to None first"
-        ) from error
-
-
-def check_shapes(pruned: nn.Module, model: nn.Module, example: Example) -> None:
-    """Run the cut network on shapes alone; SlimError naming the layer where they no longer fit.
-
-    Nothing is said of networks that cannot run on shapes alone even before the cut (whose code reads values).
-    """
-    failure = failure_on_shapes(pruned, example)
-    if failure and not failure_on_shapes(model, example):
-        raise SlimError(
-            f"the plan would break {failure}; make the plan with slim.make_plan on a graph of this very network"
-        )
-
-
-def failure_on_shapes(model: nn.Module, example: Example) -> str | None:
-    """Where and why a forward pass fails on the meta device, which computes shapes and no values; the model is not touched."""
-    hollow = {id(t): like(t, torch.empty_like(t, device="meta")) for t in [*model.parameters(), *model.buffers()]}
-    inputs = tuple(torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in example)
-    run = Propagation(copied(model, hollow), muted=True)
-    try:
-        run.run(inputs)
-    except SlimError as error:
-        return f"{run.failed_in()}: {str(error.__cause__).strip().splitlines()[0]}"
-    return None
 
 
 def cut_gates(pruned: nn.Module, model: nn.Module, keep: KeptIndices) -> None:

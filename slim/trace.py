@@ -5,16 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from slim.channels import ChannelPropagation
 from slim.dry_run import freeze_what_breaks
-from slim.errors import SlimError
-from slim.forward import transparent_gates
 from slim.graph import ChannelGraph
-from slim.groups import build_graph
-from slim.rules import RULES
-from slim.wrapped import check_open, without_ddp
+from slim.groups import find_groups
 
 
 def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False, dry_run: bool = True) -> ChannelGraph:
@@ -42,21 +36,5 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False,
         >>> [(group.name, group.size, group.prunable, group.frozen_reason) for group in graph.groups]
         [('0', 4, True, None), ('2', 2, False, 'a model output')]
     """
-    model = without_ddp(model)
-    check_open(model)
-    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
-    if lazy is not None:
-        raise SlimError(f"{lazy} has no shape yet (a lazy module); run the model once before slim.trace")
-    run = ChannelPropagation(model, RULES, allow_inexact=allow_inexact)
-    with transparent_gates(model):
-        run.run(example_inputs)
-    # That it is an output comes first among the reasons why a group is frozen.
-    frozen, run.frozen = run.frozen, []
-    for tensor in run.outputs:
-        run.freeze(run.get(tensor), "a model output")
-    run.frozen += frozen
-    for tensor in run.unread.values():
-        if tensor.is_floating_point():  # not the places that a pooling layer took its maxima from
-            run.freeze(run.get(tensor), "no operator reads it: an output, for all that can be seen")
-    graph, owners = build_graph(run, example_inputs)
+    graph, owners, run = find_groups(model, example_inputs, allow_inexact=allow_inexact)
     return freeze_what_breaks(graph, owners, run, example_inputs) if dry_run else graph

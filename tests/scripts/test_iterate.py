@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 import shutil
@@ -19,7 +20,6 @@ from data import DetectionDataset
 from deploy import OnnxNetwork, open_exported
 from detection import loop as loop_module
 from detection import loop_training
-from detection import pruning as prune
 from detection.command import flat, parse
 from detection.flags import IterateFlags
 from detection.loop import proven_fold
@@ -74,9 +74,9 @@ def test_rounding_of_folded_weights_is_no_wrong_fold(
 ) -> None:
     """Stored in float32, folded weights are rounded; in float64 they are folded anew."""
     model = read_network(small_run / "weights" / "best.pt").model
-    monkeypatch.setattr(prune, "TOLERANCE", -1)
+    monkeypatch.setattr(slim, "prove", functools.partial(slim.prove, tolerance=-1))
     folded, _ = proven_fold(model, torch.rand(1, 3, 64, 64))
-    assert not slim.gate_vectors(folded) and "in float64 they differ by" in capsys.readouterr().out
+    assert not slim.gate_vectors(folded) and "which is rounding: in float64 to" in capsys.readouterr().out
 
 
 def test_every_phase_is_a_folder_and_every_candidate_a_row(loop: Path) -> None:

@@ -20,7 +20,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import slim
 from detection.network import build_network, read_network, save_network
 from tests.scripts.runs import FINE, HALF, NAMES, ROOT, SMALL, Runner
-from tests.slim.networks import Shifted
 
 METRICS = {"ap", "ap50", "ap75", "per_class", "params", "macs", "images", "seconds"}
 
@@ -410,16 +409,3 @@ def test_out_of_memory_names_the_batch_size_to_try(tiny: Path, tmp_path: Path) -
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "out of memory with 16 images of 1024x1024 pixels a step; try --batch-size 8" in done.stderr
-
-
-def test_a_proof_tells_rounding_from_a_wrong_cut(capsys: pytest.CaptureFixture[str]) -> None:
-    from detection.pruning import prove
-    from slim import SlimError
-
-    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert prove(Shifted(0.0), Shifted(0.0), images) == 0
-    assert prove(Shifted(0.0), Shifted(1e5), images) > 1e-4
-    assert "in float32 rounding alone makes" in capsys.readouterr().out
-    assert prove(Shifted(0.0), Shifted(1.0, 1.001), images, lambda first: first) > 1e-4, "made anew in float64"
-    with pytest.raises(SlimError, match=r"the cut is wrong: .*in float64 1\.0e-03\); nothing was saved"):
-        prove(Shifted(0.0), Shifted(0.0, 1.001), images)

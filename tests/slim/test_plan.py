@@ -102,6 +102,17 @@ def test_a_spoilt_plan_is_refused_by_what_and_where(path: list[Any], value: Any,
         slim.Plan.from_json(json.dumps(plain))
 
 
+def test_a_small_file_cannot_ask_for_much_memory() -> None:
+    plain = json.loads(chain_plan().to_json())
+    plain["shapes"]["first.0.weight"] = [10**9] * 4
+    plain["groups"][0]["members"][0]["index"] = [[n << 22, n + 1 << 22] for n in range(100)]
+    with pytest.raises(slim.SlimError, match=r"lists 4194304.. channels and positions, expected at most 4194304"):
+        slim.Plan.from_json(json.dumps(plain))
+    plain["groups"][0]["members"][0]["index"] = [[0, 3], [10**9 - 1, 10**9]]
+    with pytest.raises(slim.SlimError, match=r"index of first.0.weight is .*expected positions below 4194304"):
+        slim.Plan.from_json(json.dumps(plain))
+
+
 def test_one_position_belongs_to_one_channel_of_one_group() -> None:
     plain = json.loads(chain_plan().to_json())
     plain["groups"][1]["members"].append({"param": "first.1.weight", "axis": 0, "role": "in", "index": [[2, 3]]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -473,6 +474,95 @@ def test_plan_by_hand_for_one_term_of_a_sum_is_refused() -> None:
     plan = slim.Plan((half,), (graph.macs, graph.macs), (graph.params, graph.params), {}, graph.example)
     with pytest.raises(slim.SlimError, match=r"break the model's own forward: .*6"):
         slim.apply_plan(model, plan)
+
+
+def residual_plan() -> tuple[nn.Module, slim.Plan]:
+    model = randomise(Residual())
+    graph = slim.trace(model, X)
+    return model, slim.make_plan(graph, slim.score(model, graph, "l1"), channels=0.5, round_to=1, min_channels=1)
+
+
+SOUND = residual_plan()[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "member"), [(n, k) for n, g in enumerate(SOUND.groups) for k in range(len(g.members))]
+)
+@pytest.mark.parametrize("change", ["positions", "role"])
+def test_a_member_changed_by_hand_is_refused(number: int, member: int, change: str) -> None:
+    """One member alone removes a channel that all others keep, or does so in another role."""
+    model, plan = residual_plan()
+    plain = json.loads(plan.to_json())
+    group, found = plain["groups"][number], plain["groups"][number]["members"][member]
+    if change == "positions":
+        index = list(plan.groups[number].members[member].index)
+        each = len(index) // group["size"]
+        kept, gone = plan.groups[number].keep[0] * each, plan.groups[number].removed[0] * each
+        index[kept], index[gone] = index[gone], index[kept]
+        found["index"] = [[position, position + 1] for position in index]
+    else:
+        found["role"] = "scale" if found["role"] == "in" else "in"
+    changed = slim.Plan.from_json(json.dumps(plain))
+    for act in (slim.mask, slim.apply_plan):
+        with pytest.raises(slim.SlimError, match=r"the plan (does not fit|would break)"):
+            act(model, changed)
+    assert slim.prove(slim.mask(model, plan), slim.apply_plan(model, slim.Plan.from_json(plan.to_json())), X)
+
+
+def test_a_group_without_one_of_its_members_is_refused() -> None:
+    """All that is left of it is consistent, and the bias of a norm is no longer cut."""
+    model, plan = residual_plan()
+    for number, group in enumerate(plan.groups):
+        for m in group.members:
+            if m.role != "width":
+                less = replace(group, members=tuple(other for other in group.members if other is not m))
+                groups = (*plan.groups[:number], less, *plan.groups[number + 1 :])
+                with pytest.raises(slim.SlimError, match=r"the plan (does not fit|would break)"):
+                    slim.apply_plan(model, replace(plan, groups=groups))
+
+
+def test_channels_that_are_kept_may_be_chosen_by_hand() -> None:
+    model, plan = residual_plan()
+    groups = tuple(replace(g, keep=tuple(range(1, g.size, 2))) for g in plan.groups)
+    by_hand = replace(plan, groups=groups)
+    assert not by_hand.traced and slim.prove(slim.mask(model, by_hand), slim.apply_plan(model, by_hand), X)
+    frozen = slim.trace(model, X).by_name["head"]
+    head = GroupPlan("head", frozen.size, (0, 1), frozen.members)
+    with pytest.raises(slim.SlimError, match=r"head.weight \(axis 0\), which a trace finds to be a model output"):
+        slim.mask(model, replace(plan, groups=(head,)))
+
+
+def test_gates_are_cut_in_the_order_of_the_trace() -> None:
+    """A group whose channels are numbered otherwise would keep other gates than channels."""
+    model, plan = residual_plan()
+    slim.add_gates(model, slim.trace(model, X))
+    group = next(g for g in plan.groups if g.name == "stem.0")
+    turned = [replace(m, index=m.index[len(m.index) // 8 :] + m.index[: len(m.index) // 8]) for m in group.members]
+    groups = [replace(group, members=tuple(turned))]
+    with pytest.raises(slim.SlimError, match=r"channel \d of group stem.0 takes position .* of channel \d;"):
+        slim.apply_plan(model, replace(plan, groups=tuple(groups)))
+
+
+@pytest.mark.parametrize(
+    ("few", "said"),
+    [
+        (lambda y: y * 2, "mul in the model in place of convolution in last"),
+        (lambda y: y + 1.5, "add in the model in place of convolution in last"),
+    ],
+)
+def test_a_plan_narrower_than_a_threshold_in_the_code_is_refused(few: Any, said: str) -> None:
+    """The dry run tries halves; below them the code does something else."""
+    model = Net(lambda m, x: m.last(few(y) if (y := m.a(x)).shape[1] <= 2 else y), a=conv(3, 8), last=head(8))
+    randomise(model)
+    graph, _ = prove(model, X)
+    scores = slim.score(model, graph, "random")
+    plan = slim.make_plan(graph, scores, channels=2, round_to=1, min_channels=1)
+    with pytest.raises(slim.SlimError, match=f"would change what the network does: {said}.*keep more of them"):
+        slim.apply_plan(model, plan)
+    # Where no example tells the shapes, the proof does.
+    pruned = slim.apply_plan(model, replace(plan, example=None))
+    with pytest.raises(slim.SlimError, match=r"the networks differ by .*in float64"):
+        slim.prove(slim.mask(model, plan), pruned, X)
 
 
 def test_networks_that_read_values_are_cut_without_the_check_of_shapes() -> None:
