@@ -130,6 +130,8 @@ class ChannelPropagation(Propagation):
         self.called: list[tuple[str, str, tuple[float, ...]]] = []
         # Channels that an operator took by position or counted: where code could hold a number of channels.
         self.position_sensitive: list[Tensor] = []
+        # Weights that are made of a direction and a magnitude: by identity the magnitude's name, and the axis that it lies along.
+        self.weight_norms: dict[int, tuple[str, int]] = {}
         self.follows_layer: list[bool] = []
         self.layer_outputs: set[int] = set()
         self.parameter_labels: set[int] = set()
@@ -222,14 +224,19 @@ class ChannelPropagation(Propagation):
         if labels is not None and bool(labels.any()):
             self.frozen.append((torch.unique(labels), reason))
 
+    def freeze_at(self, call: Call, labels: Tensor | None, reason: str) -> None:
+        """These channels stay, and the report names the operator that is why."""
+        if labels is not None and bool(labels.any()):
+            self.freeze(labels, reason)
+            self.freezing_ops.append((call.name, self.where(), reason, torch.unique(labels)))
+
     def mix(self, call: Call, labels: Tensor) -> None:
         """The operator mixes these channels without weights: its result changes when one goes."""
         reason = f"{call.name} in {self.here()} mixes channels"
         if self.allow_inexact:
             self.inexact.append((torch.unique(labels), reason))
         else:
-            self.freeze(labels, f"{reason}, so no cut is exact")
-            self.freezing_ops.append((call.name, self.where(), reason, torch.unique(labels)))
+            self.freeze_at(call, labels, f"{reason}, so no cut is exact")
 
     def give_up(self, call: Call, reason: str) -> None:
         """Freeze all channels that enter; the outputs have none that could be followed."""
@@ -270,6 +277,10 @@ class ChannelPropagation(Propagation):
 
     # -- hooks of the base --------------------------------------------------------------------------------------
 
+    def pads_alike(self, value: float) -> bool:
+        """Whatever the value: a channel takes its border along."""
+        return True
+
     def wrapped_anew(self, tensor: Tensor, wrapper: Tensor) -> None:
         super().wrapped_anew(tensor, wrapper)
         self.flow.append(("move", "alias", (id(tensor),), (id(wrapper),)))
@@ -287,9 +298,31 @@ class ChannelPropagation(Propagation):
         reads, offset = KINDS.get(call.name) in READERS, call.name in ("add", "sub") and len(call.inputs) == 1
         kind = "read" if reads else "end" if offset or call.name in NONZERO_AT_ZERO else "move"
         self.flow.append((kind, call.name, tuple(map(id, call.inputs)), tuple(map(id, call.outputs))))
-        if call.in_place and before is None and len(self.storages.get(memory_of(target), ())) > 1:
-            # The rest of that memory is known under other tensors, which would not learn of these channels.
+        if call.in_place and before is None and not self.told_of(target):
             self.freeze(self.get(target), f"{self.here()} writes it in place into a part of another tensor")
+
+    def told_of(self, part: Tensor) -> bool:
+        """Give all that is known of a part's memory the channels that were written into it; whether that could be done.
+
+        It can where the rest of the memory goes on along other axes than the channels', as around a map that is copied into
+        the middle of a larger one.
+        """
+        labels, others = self.get(part), list(self.storages.get(memory_of(part), {}).values())
+        if labels is None:
+            return True
+        wide = varying_axes(labels)
+        for other in others:
+            if other.ndim != part.ndim or other.stride() != part.stride():
+                return False
+            if any(other.shape[axis] != part.shape[axis] for axis in wide):
+                return False
+        for other in others:
+            known = self.get(other)
+            if known is None:
+                self.put(other, labels)
+            else:
+                self.unite(labels, known)
+        return True
 
     def note(self, call: Call) -> None:
         numbers: list[float] = []

@@ -203,8 +203,9 @@ def fold_into_readers(run: GatePropagation, model: nn.Module, stuck: dict[int, s
     """Multiply the weights that read what is scaled; of stuck vectors nothing is taken up. In place."""
     taken = [torch.ones_like(v) if id(v) in stuck else v for v in gate_parameters(model)]
     factors = torch.cat([torch.ones(1), *[v.detach().float().cpu() for v in taken]])
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for param, entries in run.readers.items():
-        weight = model.get_parameter(param)
+        weight = tensors[param]
         factor = factors[entries].to(weight.device, weight.dtype)
         weight.mul_(factor.reshape(*factor.shape, *(1,) * (weight.ndim - 2)))
     remove_gates(model, {id(v) for v in gate_parameters(model)} - set(stuck))

@@ -75,7 +75,7 @@ def build_graph(run: ChannelPropagation, example_inputs: Any) -> tuple[ChannelGr
         if producer is None:
             continue
         owners[classes] = torch.tensor([(len(groups), channel) for channel in range(len(classes))])
-        name = unique_name(producer.layer, {group.name for group in groups})
+        name = unique_name(producer.layer or producer.param, {group.name for group in groups})
         groups.append(ChannelGroup(name, len(classes), members, reason, mixed))
     owners = owners[roots]
     gates = {id(p) for p in gate_parameters(run.model)}

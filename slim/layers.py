@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from slim.channels import ChannelPropagation
-from slim.propagate import Call
+from slim.graph import Role
+from slim.propagate import NO_AXIS, Call, varying_axes
+
+REMOVE = "call torch.nn.utils.parametrize.remove_parametrizations first"
 
 
 def attach(run: ChannelPropagation, vector: Tensor | None, channels: Tensor) -> None:
@@ -28,61 +34,161 @@ def convolution(run: ChannelPropagation, call: Call) -> None:
 
     Groups are cut alike: the same position of every group is one channel, so that groups stay equally wide.
     """
-    x, weight, bias = call.args[0], call.args[1], call.args[2]
-    transposed, groups = bool(call.args[6]), int(call.args[8])
-    known = run.weight_of(weight)
-    channels = run.channel_labels(x, x.ndim - weight.ndim + 1)
-    if known is None or channels is None:
-        return run.unknown(call)
-    param, axes = known
-    out_axis, in_axis = (axes[1], axes[0]) if transposed else (axes[0], axes[1])
-    in_channels, out_channels = len(channels), weight.shape[1] * groups if transposed else weight.shape[0]
-    if run.is_depthwise(param, groups, in_channels):
-        # A transposed weight [in, out / groups, ...] has its channels on axis 0 too.
-        out = depthwise(run, param, channels, out_channels // groups, weight.shape[axes.index(0)])
+    convolve(run, call, call.args[0], call.args[1], call.args[2], bool(call.args[6]), int(call.args[8]))
+
+
+def deformable(run: ChannelPropagation, call: Call) -> None:
+    """A convolution at places that other maps say, which may not change; groups of offsets stay equally wide."""
+    x, weight, offset, mask, bias = call.args[:5]
+    for steering in (offset, mask):
+        run.freeze(run.get(steering), f"{call.name} in {run.here()} is steered by it")
+    groups, parts = int(call.argument("groups")), int(call.argument("offset_groups"))
+    channels = run.channel_labels(x, 1)
+    if parts > 1 and channels is not None:
+        run.tie(channels.reshape(parts, -1))
+    convolve(run, call, x, weight, bias, False, groups)
+
+
+def convolve(
+    run: ChannelPropagation, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, groups: int
+) -> None:
+    axis = x.ndim - weight.ndim + 1
+    found = reader(run, call, x, axis, weight, (1, 0) if transposed else (0, 1))
+    if found is None:
+        return
+    channels, in_channels = found.channels, len(found.channels)
+    out_channels = found.out_size * groups if transposed else found.out_size
+    if run.is_depthwise(found.param, groups, in_channels):
+        channels = all_ours(run, found.param, channels)
+        # Output channel o comes from input channel o // multiplier alone, so it goes with it. A transposed weight
+        # [in, out / groups, ...] has its channels on axis 0 too.
+        out = channels.repeat_interleave(out_channels // groups)
+        occupy(run, call, found, 0, "depthwise", channels if transposed else out)
     else:
         parts = channels.reshape(groups, in_channels // groups)
         if groups > 1:
             run.tie(parts)
-        run.record(param, in_axis, "in", channels if transposed else parts[0])
         fresh = run.fresh(out_channels // groups)
         out = fresh.repeat(groups)
-        run.record(param, out_axis, "out", fresh if transposed else out)
+        occupy(run, call, found, found.in_axis, "in", channels if transposed else parts[0])
+        occupy(run, call, found, found.out_axis, "out", fresh if transposed else out)
     attach(run, bias, out)
-    shape = [1] * call.outputs[0].ndim
-    shape[call.outputs[0].ndim - weight.ndim + 1] = -1
-    run.put(call.outputs[0], out.reshape(shape) if bool(out.any()) else None)
+    run.put(call.outputs[0], along(call.outputs[0], axis, out) if bool(out.any()) else None)
 
 
-def depthwise(run: ChannelPropagation, param: str, channels: Tensor, multiplier: int, rows: int) -> Tensor:
-    """Output channel o comes from input channel o // multiplier alone, so it goes with it. ``rows``: length of the weight."""
+@dataclass(frozen=True)
+class Reader:
+    """A weight that is a parameter's: its axes of output and of input, how many outputs, the labels of what it reads."""
+
+    param: str
+    out_axis: int
+    in_axis: int
+    out_size: int
+    channels: Tensor
+    weight: Tensor
+
+
+def reader(
+    run: ChannelPropagation, call: Call, x: Tensor, axis: int, weight: Tensor, places: tuple[int, int]
+) -> Reader | None:
+    """A weight that reads the channels of x along an axis; ``places``: the weight's axes of output and of input.
+
+    Channels that lie on other axes, too, stay, and what the layer makes are channels of its own all the same. None where
+    the weight is no parameter's, and nothing is left to do.
+    """
+    known = run.weight_of(weight)
+    if known is None or NO_AXIS in (known[1][places[0]], known[1][places[1]]):
+        if is_parametrized(run.module()):
+            run.give_up(call, f"a parametrisation computes the weight of {run.here()}; {REMOVE}")
+        else:
+            run.unknown(call)
+        return None
+    channels = run.channel_labels(x, axis)
+    if channels is None:
+        run.freeze_at(call, run.get(x), f"{call.name} in {run.here()} reads channels that lie along several axes")
+        channels = torch.zeros(x.shape[axis], dtype=torch.int64)
+    param, axes = known
+    return Reader(param, axes[places[0]], axes[places[1]], weight.shape[places[0]], channels, weight)
+
+
+def occupy(run: ChannelPropagation, call: Call, found: Reader, axis: int, role: Role, labels: Tensor) -> None:
+    """Record the labels on an axis of a weight, and on its magnitude where that is a parameter beside it (weight norm)."""
+    run.record(found.param, axis, role, labels)
+    magnitude, own_axis = run.weight_norms.get(id(found.weight), ("", axis))
+    if magnitude and axis == own_axis:
+        run.record(magnitude, axis, "scale", labels)
+    elif magnitude:
+        run.freeze_at(call, labels, f"weight norm in {run.here()} mixes them; {REMOVE}")
+
+
+def weight_norm(run: ChannelPropagation, call: Call) -> None:
+    """A weight as direction v times magnitude g / |v|: exact for channels of the axis that g lies along."""
+    direction, magnitude = (run.weight_of(tensor) for tensor in call.args[:2])
+    if direction is None or magnitude is None:
+        return run.unknown(call)
+    run.views[id(call.outputs[0])] = direction
+    run.weight_norms[id(call.outputs[0])] = (magnitude[0], int(call.argument("dim", 0)))
+
+
+def all_ours(run: ChannelPropagation, param: str, channels: Tensor) -> Tensor:
+    """The channels that a depthwise weight lies along, all with a label; where some have none, none goes."""
     if bool((channels == 0).any()):
         reason = f"{param} is depthwise over channels that are not ours to cut"
         fresh = run.fresh(len(channels))
         run.freeze(fresh, reason)
         channels = torch.where(channels != 0, channels, fresh)
         run.freeze(channels, reason)
-    out = channels.repeat_interleave(multiplier)
-    run.record(param, 0, "depthwise", out if rows == len(out) else channels)
-    return out
+    return channels
+
+
+def along(tensor: Tensor, axis: int, labels: Tensor) -> Tensor:
+    """Labels [size] in as many axes as the tensor has."""
+    shape = [1] * tensor.ndim
+    shape[axis] = -1
+    return labels.reshape(shape)
 
 
 def matmul(run: ChannelPropagation, call: Call) -> None:
-    """``x @ W.t() (+ bias)`` with a parameter W [out, in]."""
+    """``x @ W.t() (+ bias)`` with a parameter W [out, in]; without one, a product of activations."""
     addmm = call.name == "addmm"
     x, weight = (call.args[1], call.args[2]) if addmm else (call.args[0], call.args[1])
-    bias = call.args[0] if addmm else call.argument("bias")
-    known = run.weight_of(weight)
-    channels = run.channel_labels(x, x.ndim - 1)
-    if known is None or channels is None:
-        return run.unknown(call)
-    param, axes = known
-    in_axis, out_axis = (axes[1], axes[0]) if call.name == "linear" else (axes[0], axes[1])
-    out = run.fresh(weight.shape[axes.index(out_axis)])
-    run.record(param, in_axis, "in", channels)
-    run.record(param, out_axis, "out", out)
+    if call.name == "mm" and run.weight_of(weight) is None:
+        return product(run, call)
+    found = reader(run, call, x, x.ndim - 1, weight, (0, 1) if call.name == "linear" else (1, 0))
+    if found is not None:
+        linear(run, call, found, call.outputs[0].ndim - 1, call.args[0] if addmm else call.argument("bias"))
+
+
+def linear(run: ChannelPropagation, call: Call, found: Reader, axis: int, bias: Tensor | None = None) -> None:
+    """Every output channel, along ``axis``, reads every input channel."""
+    out = run.fresh(found.out_size)
+    occupy(run, call, found, found.in_axis, "in", found.channels)
+    occupy(run, call, found, found.out_axis, "out", out)
     attach(run, bias, out)
-    run.put(call.outputs[0], out.reshape((1,) * (call.outputs[0].ndim - 1) + (-1,)))
+    run.put(call.outputs[0], along(call.outputs[0], axis, out))
+
+
+def product(run: ChannelPropagation, call: Call) -> None:
+    """A matrix product [..., n, k] @ [..., k, m]: of activations and a parameter a linear layer; of activations exact for
+    channels along n or m, while a sum over channels (attention) mixes them."""
+    a, b = call.args[:2]
+    rows, columns = a.ndim - 2, a.ndim - 1
+    for weight, x, axis, places, out in (
+        (b, a, columns, (columns, rows), columns),
+        (a, b, rows, (rows, columns), rows),
+    ):
+        known = run.weight_of(weight)
+        if known is not None and all(own == NO_AXIS for own in known[1][:rows]):
+            found = reader(run, call, x, axis, weight, places)
+            return None if found is None else linear(run, call, found, out)
+    left, right = run.settle(a), run.settle(b)
+    wide = [set() if x is None else set(varying_axes(x)) for x in (left, right)]
+    if not (wide[0] <= {rows} and wide[1] <= {columns}) or all(wide):
+        return run.give_up(call, f"{call.name} in {run.here()} multiplies activations with each other (attention)")
+    for labels in (left, right):
+        if labels is not None and labels.numel() == 1:
+            run.freeze(labels, f"it is the only channel of a map that {run.here()} applies to others")
+    run.put(call.outputs[0], left if wide[0] else right if wide[1] else None)
 
 
 def batch_norm(run: ChannelPropagation, call: Call) -> None:

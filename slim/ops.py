@@ -41,7 +41,8 @@ VIEW = ["view", "_unsafe_view", "reshape", "_reshape_alias"]
 # The output is a rearrangement of the inputs' elements: the very same operator is applied to the labels.
 MOVE = [
     *VIEW, "permute", "transpose", "t", "expand", "squeeze", "unsqueeze", "slice", "select", "split",
-    "split_with_sizes", "unbind", "flip", "repeat", "repeat_interleave", "stack", "cat", "constant_pad_nd",
+    "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unbind",
+    "flip", "repeat", "repeat_interleave", "stack", "cat", "constant_pad_nd",
     "pixel_unshuffle", "roll", "rot90", "index_select", "narrow", "diagonal", "unfold", "index", "movedim",
     "channel_shuffle", "native_channel_shuffle",
 ]  # fmt: skip
@@ -64,9 +65,9 @@ CONVOLUTION = ["convolution", "_convolution", "cudnn_convolution", "mkldnn_convo
 
 MATMUL = ["mm", "addmm", "linear"]
 
-# Products of activations with each other: every output element sums over many input elements.
+# Products of activations with each other over channels: every output element sums over many input elements.
 ATTENTION = [
-    "bmm", "baddbmm", "_native_multi_head_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    "baddbmm", "_native_multi_head_attention", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math",
 ]  # fmt: skip
@@ -81,24 +82,35 @@ KINDS: dict[str, str] = {
     **dict.fromkeys(CONVOLUTION, "convolution"),
     **dict.fromkeys(MATMUL, "matmul"),
     **dict.fromkeys(ATTENTION, "attention"),
+    **dict.fromkeys(("new_empty", "new_full", "new_ones", "new_zeros", "new_empty_strided"), "fresh"),
+    "_weight_norm_interface": "weight_norm",
     "as_strided": "as_strided",
+    "bmm": "product",
+    "col2im": "col2im",
     "copy": "copy",
     "glu": "gated_halves",
+    "im2col": "im2col",
+    "max_unpool2d": "unpool",
+    "max_unpool3d": "unpool",
     "native_layer_norm": "layer_norm",
     "native_group_norm": "group_norm",
     "pixel_shuffle": "pixel_shuffle",
+    "torchvision::deform_conv2d": "deformable",
     "torchvision::roi_align": "windows",
     "torchvision::roi_pool": "windows",
 }
 
-READERS = ("convolution", "matmul")
+READERS = ("convolution", "matmul", "deformable", "product")
 """Kinds that read channels through a weight."""
 
 LAYERS = (*READERS, "batch_norm", "layer_norm", "group_norm")
 """Kinds of what modules with weights of their own compute."""
 
-LIKE_PARAMETER = ("t", "transpose", "permute", "detach", "alias", "_to_copy", "clone", "contiguous")
-"""A parameter that went through one of these is still that parameter, its axes in another order at most."""
+LIKE_PARAMETER = (
+    "t", "transpose", "permute", "detach", "alias", "_to_copy", "clone", "contiguous", "unsqueeze", "squeeze", "expand", *VIEW,
+)  # fmt: skip
+"""A parameter that went through one of these is still that parameter, its axes in another order or with others of size 1
+between them at most."""
 
 NONZERO_AT_ZERO = (
     "sigmoid", "hardsigmoid", "softplus", "log_sigmoid_forward", "exp", "cos", "_softmax", "_log_softmax", "rsub",

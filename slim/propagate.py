@@ -51,6 +51,10 @@ def spread(labels: Tensor | None, tensor: Tensor) -> Tensor:
     return labels.expand(tensor.shape)
 
 
+NO_AXIS = -1
+"""In the place of a parameter's axis: one of size 1 that a view has added."""
+
+
 def memory_of(tensor: Tensor) -> int:
     """What tensors that share memory have in common."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
@@ -255,7 +259,7 @@ class Propagation(TorchDispatchMode):
         return labels.reshape(-1).expand(tensor.shape[axis])
 
     def weight_of(self, tensor: Tensor | None) -> tuple[str, tuple[int, ...]] | None:
-        """(parameter name, its axes in this tensor's order) of a parameter or of a transposed or cast view of one."""
+        """(parameter name, its axes in this tensor's order) of a parameter or of a view of it that ``view_of_weight`` knows."""
         if tensor is not None and id(tensor) in self.tensors:
             return self.tensors[id(tensor)], tuple(range(tensor.ndim))
         return self.views.get(id(tensor))
@@ -285,8 +289,7 @@ class Propagation(TorchDispatchMode):
         self.seen.update(id(tensor) for tensor in inputs if id(tensor) in self.tensors)
         if not self.data_dependent.isdisjoint(map(id, inputs)):
             self.data_dependent.update(map(id, outputs))
-        if name in LIKE_PARAMETER and inputs and self.weight_of(inputs[0]) and inputs[0].ndim > 1:
-            self.view_of_weight(name, inputs[0], outputs[0], args)
+        if name in LIKE_PARAMETER and inputs and inputs[0].ndim > 1 and self.view_of_weight(name, args, outputs[0]):
             return out
         call = Call(name, func, args, kwargs, inputs, outputs, in_place, contiguous)
         self.count(call)
@@ -332,15 +335,21 @@ class Propagation(TorchDispatchMode):
         elif KINDS.get(call.name) == "matmul":
             weight = args[2] if call.name == "addmm" else args[1]
             positions = out.numel() // out.shape[-1]
+        elif KINDS.get(call.name) == "product" and any(map(self.weight_of, args[:2])):
+            weight, across = (args[1], -1) if self.weight_of(args[1]) else (args[0], -2)
+            positions = out.numel() // out.shape[across]
         else:
             return
         param, axes = self.weight_of(weight) or ("", tuple(range(weight.ndim)))
-        shape = tuple(weight.shape[axes.index(axis)] for axis in range(weight.ndim))
+        shape = tuple(weight.shape[axes.index(axis)] for axis in sorted(set(axes) - {NO_AXIS}))
         self.layers.append(LayerCost(self.where(), param, shape, positions // self.batch_size))
 
-    def view_of_weight(self, name: str, tensor: Tensor, out: Tensor, args: Any) -> None:
-        """A transposed or cast parameter is still that parameter."""
-        param, axes = self.weight_of(tensor) or ("", ())
+    def view_of_weight(self, name: str, args: Any, out: Tensor) -> bool:
+        """Note a parameter that is transposed, cast, or has other axes of size 1 as still that parameter; whether it is."""
+        tensor, known = args[0], self.weight_of(args[0])
+        if known is None:
+            return False
+        param, axes = known
         if name == "t":
             axes = axes[::-1]
         elif name == "transpose":
@@ -349,8 +358,29 @@ class Propagation(TorchDispatchMode):
             axes = tuple(order)
         elif name == "permute":
             axes = tuple(axes[d] for d in args[1])
+        elif tensor.shape != out.shape:
+            wide = [axis for axis, size in zip(axes, tensor.shape, strict=True) if size > 1]
+            # An expanded axis has stride 0: no element is on it.
+            places = [n for n, size in enumerate(out.shape) if size > 1 and (name != "expand" or out.stride(n))]
+            if len(wide) < 2 or [out.shape[n] for n in places] != [size for size in tensor.shape if size > 1]:
+                return False
+            axes = tuple(wide[places.index(n)] if n in places else NO_AXIS for n in range(out.ndim))
         if out is not tensor:
             self.views[id(out)] = (param, axes)
+        return True
+
+    def pads_alike(self, value: float) -> bool:
+        """Whether a border of this value around a map belongs to the map: 0 times a factor is 0."""
+        return value == 0
+
+    def padded(self, call: Call) -> Tensor:
+        """The labels of what a border is put around: if it is the map's, it has the label of the elements beside it."""
+        tensor, labels, widths = call.inputs[0], self.get(call.inputs[0]), list(call.argument("pad"))
+        if labels is None or not self.pads_alike(float(call.argument("value") or 0)):
+            return nn.functional.pad(spread(labels, tensor), widths)
+        alike = [axis for axis, size in enumerate(labels.shape) if size == 1]
+        widths = [0 if tensor.ndim - 1 - n // 2 in alike else width for n, width in enumerate(widths)]
+        return nn.functional.pad(labels, widths)
 
     def move(self, call: Call) -> None:
         """Operators that rearrange elements: apply the very same operator to the labels."""
@@ -361,13 +391,12 @@ class Propagation(TorchDispatchMode):
         def swap(leaf: Any) -> Any:
             return labelled.get(id(leaf), leaf.cpu()) if isinstance(leaf, Tensor) else leaf
 
-        if call.name in VIEW:
+        if call.name == "constant_pad_nd":
+            moved = [self.padded(call)]
+        elif call.name in VIEW:
             moved = [labelled[id(call.inputs[0])].reshape(call.outputs[0].shape)]
         else:
-            # The padding of a map carries no label, whatever its value.
-            padding = call.name == "constant_pad_nd"
-            args, kwargs = (call.args[:2], {}) if padding else (call.args, call.kwargs)
-            result = call.func(*tree_map(swap, args), **tree_map(swap, kwargs))
+            result = call.func(*tree_map(swap, call.args), **tree_map(swap, call.kwargs))
             moved = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
         for tensor, labels in zip(call.outputs, moved, strict=True):
             self.put(tensor, collapse(labels))

@@ -8,6 +8,7 @@ must go together. Layers with weights are in ``slim.layers``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from slim.channels import ChannelPropagation, RuleTable
 from slim.errors import SlimError
-from slim.layers import batch_norm, convolution, group_norm, layer_norm, matmul
+from slim.layers import along, batch_norm, convolution, deformable, group_norm, layer_norm, matmul, product, weight_norm
 from slim.ops import KINDS, VIEW, operator_name
 from slim.propagate import Call, collapse, split_axes, spread, varying_axes
 
@@ -120,6 +121,12 @@ def copy(run: ChannelPropagation, call: Call) -> None:
     run.put(target, labels.reshape((1,) * (target.ndim - labels.ndim) + tuple(labels.shape)))
 
 
+def fresh(run: ChannelPropagation, call: Call) -> None:
+    """A tensor of a given shape, of which the first input lends the type alone; of the same shape it has the same channels."""
+    same = call.outputs[0].shape == call.inputs[0].shape
+    run.put_outputs(call, run.get(call.inputs[0]) if same else None)
+
+
 def spatial(run: ChannelPropagation, call: Call) -> None:
     """Windows over trailing axes: labels stay when they are constant over those axes."""
     width = next(d for d in (1, 2, 3) if f"{d}d" in call.name)
@@ -157,10 +164,14 @@ def reduce(run: ChannelPropagation, call: Call) -> None:
     axes = call.axes(call.inputs[0])
     labels, vary = settled_along(run, call.inputs[0], axes)
     if labels is not None and vary:
-        if not all(axis in axes for axis in varying_axes(labels)):
-            return run.unknown(call)
-        run.mix(call, labels)
-        labels = None
+        if all(axis in axes for axis in varying_axes(labels)):
+            run.mix(call, labels)
+            labels = None
+        else:
+            # Maps that are laid beside each other along a summed axis (as by stack) are summed element by element.
+            beside = [axis for axis in axes if labels.shape[axis] > 1]
+            run.tie(labels.movedim(beside, list(range(len(beside)))).flatten(0, len(beside) - 1).flatten(1))
+            labels = labels.amax(beside, keepdim=True)
     if labels is not None:
         keep = bool(call.argument("keepdim", False))
         labels = labels.reshape([size for axis, size in enumerate(labels.shape) if keep or axis not in axes])
@@ -186,18 +197,28 @@ def move(run: ChannelPropagation, call: Call) -> None:
     if call.name in VIEW:
         labels, before = run.get(call.outputs[0]), run.get(call.inputs[0])
         split = split_axes(tuple(call.inputs[0].shape), tuple(call.outputs[0].shape))
-        parts = next((parts for axis, parts in split if before is not None and before.shape[axis] > 1), None)
-        if parts and labels is not None:
+        parts = next((parts for axis, parts in split if before is not None and before.shape[axis] > 1), [])
+        # Where the labels lie along one of the parts alone, blocks of one channel became an axis (flattened maps again).
+        if labels is not None and len([part for part in parts if labels.shape[part] > 1]) > 1:
             shape = [call.outputs[0].shape[a] if a in parts else s for a, s in enumerate(labels.shape)]
             run.tie(labels.expand(shape).movedim(parts[0], 0).flatten(1))
-    elif call.name == "split" and len(call.outputs) > 1:
+    elif call.name in ("split", "unsafe_split") and len(call.outputs) > 1:
         found = [x for t in call.outputs if (x := run.get(t)) is not None]
         axis = call.argument("dim", 0) % call.inputs[0].ndim
         alike = len(found) == len(call.outputs) and len({x.shape for x in found}) == 1
         if labelled_along(run, call.inputs[0], axis) and alike:
             run.tie(torch.stack([x.flatten() for x in found]))
     elif call.name == "slice":
-        tie_slices(run, call)
+        tensor, start = call.inputs[0], call.argument("start") or 0
+        axis = call.argument("dim", 0) % tensor.ndim
+        whole = tensor.shape[axis]
+        if (call.argument("step") or 1) == 1:
+            start = min(start % whole if start < 0 else start, whole)
+            tie_parts(run, tensor, axis, start, call.outputs[0].shape[axis])
+    elif call.name.endswith("split_with_sizes"):
+        axis, sizes = call.argument("dim", 0) % call.inputs[0].ndim, call.argument("split_sizes")
+        for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
+            tie_parts(run, call.inputs[0], axis, start, size)
     elif call.name.endswith("channel_shuffle"):
         channels = run.channel_labels(call.inputs[0], 1)
         if channels is not None:
@@ -209,19 +230,12 @@ def labelled_along(run: ChannelPropagation, tensor: Tensor, axis: int) -> bool:
     return labels is not None and labels.shape[axis] > 1
 
 
-def tie_slices(run: ChannelPropagation, call: Call) -> None:
-    """A slice at an equal part of the channels (half, a quarter) is taken for computed from their number, as chunk is."""
-    tensor, axis = call.inputs[0], call.argument("dim", 0) % call.inputs[0].ndim
-    whole, part = tensor.shape[axis], call.outputs[0].shape[axis]
-    start = call.argument("start") or 0
-    start = min(start % whole if start < 0 else start, whole)
+def tie_parts(run: ChannelPropagation, tensor: Tensor, axis: int, start: int, part: int) -> None:
+    """A part that is an equal one of the channels (half, a quarter) is taken for computed from their number, as chunk's are."""
+    labels, whole = run.get(tensor), tensor.shape[axis]
     size = min(part, whole - part)
-    labels = run.get(tensor)
-    if labels is None or not labelled_along(run, tensor, axis) or (call.argument("step") or 1) != 1:
-        return
-    if size > 1 and whole % size == 0 and start % size == 0:
-        parts = labels.movedim(axis, 0).reshape(whole // size, -1)
-        run.tie(parts)
+    if labels is not None and labels.shape[axis] > 1 and size > 1 and whole % size == 0 and start % size == 0:
+        run.tie(labels.movedim(axis, 0).reshape(whole // size, -1))
 
 
 def as_strided(run: ChannelPropagation, call: Call) -> None:
@@ -257,9 +271,39 @@ def pixel_shuffle(run: ChannelPropagation, call: Call) -> None:
     run.put(call.outputs[0], blocks.amax(1).reshape((1,) * (tensor.ndim - 3) + (-1, 1, 1)))
 
 
+def im2col(run: ChannelPropagation, call: Call) -> None:
+    """Windows of maps [N, C, H, W] as columns [N, C * elements of a window, windows]."""
+    channels = run.channel_labels(call.inputs[0], call.inputs[0].ndim - 3)
+    if channels is None:
+        return run.unknown(call)
+    out = call.outputs[0]
+    run.put(out, along(out, out.ndim - 2, channels.repeat_interleave(out.shape[-2] // len(channels))))
+
+
+def col2im(run: ChannelPropagation, call: Call) -> None:
+    """The inverse: the elements of a channel's windows go together."""
+    out, tensor = call.outputs[0], call.inputs[0]
+    columns = run.channel_labels(tensor, tensor.ndim - 2)
+    if columns is None:
+        return run.unknown(call)
+    windows = columns.reshape(out.shape[-3], -1)
+    run.tie(windows.t())
+    run.put(out, along(out, out.ndim - 3, windows.amax(1)))
+
+
+def unpool(run: ChannelPropagation, call: Call) -> None:
+    """Maxima go back to where the indices say, each channel by its own."""
+    labels = [run.get(tensor) for tensor in call.inputs]
+    known = [x for x in labels if x is not None]
+    if len(known) < 2 or any(varying_axes(x) not in ([], [1]) for x in known):
+        return run.unknown(call)
+    run.unite(*known)
+    run.put_outputs(call, known[0])
+
+
 _RULES = (
-    along_axis, as_strided, attention, batch_norm, convolution, copy, elementwise, gated_halves, group_norm, layer_norm,
-    matmul, move, pixel_shuffle, reduce, spatial, windows,
+    along_axis, as_strided, attention, batch_norm, col2im, convolution, copy, deformable, elementwise, fresh, gated_halves,
+    group_norm, im2col, layer_norm, matmul, move, pixel_shuffle, product, reduce, spatial, unpool, weight_norm, windows,
 )  # fmt: skip
 CHANNEL_RULES: dict[str, Rule] = {"unknown": ChannelPropagation.unknown, **{rule.__name__: rule for rule in _RULES}}
 """The rule of each kind of operator in ``slim.ops.KINDS``."""
@@ -301,7 +345,8 @@ def rule_for(name: str) -> Rule:
 
 
 TREATS_ALL_ALIKE = (
-    "elementwise", "spatial", "reduce", "along_axis", "batch_norm", "convolution", "matmul", "windows", "attention",
+    "elementwise", "spatial", "reduce", "along_axis", "batch_norm", "convolution", "matmul", "windows", "attention", "product",
+    "deformable", "fresh", "im2col", "unpool", "weight_norm",
 )  # fmt: skip
 """Kinds that treat all channels alike, by whatever axis they lie on."""
 KEEPS_ORDER = ("cat", "permute", "transpose", "t", "unsqueeze", "stack")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from slim.errors import SlimError
 from slim.ops import BATCH_NORMS
@@ -16,6 +17,8 @@ def refresh_widths(model: nn.Module) -> None:
     for module in model.modules():
         tensors: Any = {**module._parameters, **module._buffers}
         vector = tensors.get("weight") if tensors.get("weight") is not None else tensors.get("running_mean")
+        if is_parametrized(module, "weight"):
+            vector = module.weight
         if vector is None:
             continue
         if isinstance(module, nn.modules.conv._ConvNd):

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torchvision.ops import DeformConv2d
 
 import slim
 from tests.slim.networks import conv, prove, randomise
@@ -39,6 +41,22 @@ class Fixed(nn.Module):
 
 def head(channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels, 3, 1)
+
+
+def in_the_middle(x: Tensor) -> Tensor:
+    larger = x.new_zeros(x.shape[0], x.shape[1], x.shape[2] + 2, x.shape[3] + 2)
+    larger[:, :, 1:-1, 1:-1] = x
+    return larger
+
+
+def quarters(x: Tensor) -> tuple[Tensor, ...]:
+    return x.split([x.shape[1] // 4, x.shape[1] - x.shape[1] // 4], 1)  # type: ignore[no-any-return]
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every place is a mean over all places, by how alike they are."""
+    weights = (q.flatten(2).transpose(1, 2) @ k.flatten(2)).softmax(-1)
+    return (v.flatten(2) @ weights.transpose(1, 2)).view_as(v)
 
 
 X = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -318,6 +336,190 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, tuple[int, int
         ),
         X,
         {"a.0": (6, 1)},
+    ),
+    "zero padding before a convolution": (
+        lambda: Net(lambda m, x: m.head(nn.ZeroPad2d((0, 1, 0, 1))(m.a(x))), a=conv(3, 6), head=head(6)),
+        X,
+        {"a.0": (6, 1)},
+    ),
+    "padding before a pool and a norm": (
+        lambda: Net(
+            lambda m, x: m.head(
+                F.pad(m.n(F.pad(F.max_pool2d(F.pad(m.a(x), (1, 1, 1, 1), value=-9.0), 3), (1, 2))), (0, 1))
+            ),
+            a=conv(3, 6),
+            n=nn.BatchNorm2d(6),
+            head=head(6),
+        ),
+        X,
+        {"a.0": (6, 1)},
+    ),
+    "zero padding of a part before a sum": (
+        lambda: Net(
+            lambda m, x: m.head(F.pad(m.a(x)[:, :, 1:], (0, 0, 1, 0)) + m.b(x)),
+            a=conv(3, 6),
+            b=conv(3, 6),
+            head=head(6),
+        ),
+        X,
+        {"a.0": (6, 1)},
+    ),
+    "circular padding": (
+        lambda: Net(
+            lambda m, x: m.last(m.head(m.a(x))),
+            a=conv(3, 6),
+            head=nn.Conv2d(6, 5, 3, padding=1, padding_mode="circular"),
+            last=head(5),
+        ),
+        X,
+        {"a.0": (6, 1), "head": (5, 1)},
+    ),
+    "a map copied into the middle of another": (
+        lambda: Net(lambda m, x: m.head(in_the_middle(m.a(x))), a=conv(3, 6), head=head(6)),
+        X,
+        {"a.0": (6, 1)},
+    ),
+    "sum of a stack": (
+        lambda: Net(
+            lambda m, x: m.head(torch.stack([m.a(x), m.b(x)]).sum(0)), a=conv(3, 6), b=conv(3, 6), head=head(6)
+        ),
+        X,
+        {"a.0": (6, 1)},
+    ),
+    "mean and maximum of a stack in the middle": (
+        lambda: Net(
+            lambda m, x: m.head(
+                (lambda s: s.mean(2) + s.amax(2, keepdim=True).squeeze(2))(torch.stack([m.a(x), m.b(x)], 2))
+            ),
+            a=conv(3, 6),
+            b=conv(3, 6),
+            head=head(6),
+        ),
+        X,
+        {"a.0": (6, 1)},
+    ),
+    "layer behind an input that cannot be followed": (
+        lambda: Net(
+            lambda m, x: m.head(m.c(m.b(m.a(x).mean((2, 3))).view(-1, 4, 3, 3))),
+            a=conv(3, 6),
+            b=nn.Linear(6, 36),
+            c=nn.ConvTranspose2d(4, 8, 2),
+            head=head(8),
+        ),
+        X,
+        {"a.0": (6, 1), "c": (8, 1)},
+    ),
+    "split with sizes from the width": (
+        lambda: Net(
+            lambda m, x: m.head(torch.cat([y.relu() for y in quarters(m.a(x))[::-1]], 1)), a=conv(3, 16), head=head(16)
+        ),
+        X,
+        {"a.0": (4, 4)},
+    ),
+    "unsafe chunk": (
+        lambda: Net(lambda m, x: m.head(torch.mul(*m.a(x).unsafe_chunk(2, 1))), a=conv(3, 12), head=head(6)),
+        X,
+        {"a.0": (6, 2)},
+    ),
+    "unfold and a linear layer": (
+        lambda: Net(
+            lambda m, x: m.last(m.b(F.unfold(m.a(x), 3).transpose(1, 2)).relu().mean(1)),
+            a=conv(3, 6),
+            b=nn.Linear(54, 5),
+            last=nn.Linear(5, 2),
+        ),
+        X,
+        {"a.0": (6, 1), "b": (5, 1)},
+    ),
+    "fold": (
+        lambda: Net(
+            lambda m, x: m.head(F.fold(m.b(F.unfold(m.a(x), 2)), (8, 8), 2)),
+            a=conv(3, 6),
+            b=nn.Conv1d(24, 20, 1),
+            head=head(5),
+        ),
+        X,
+        {"a.0": (6, 1), "b": (5, 4)},
+    ),
+    "unpooling": (
+        lambda: Net(
+            lambda m, x: m.head(F.max_unpool2d(*F.max_pool2d(m.a(x), 2, return_indices=True), 2)),
+            a=conv(3, 6),
+            head=head(6),
+        ),
+        X,
+        {"a.0": (6, 1)},
+    ),
+    "deformable convolution": (
+        lambda: Net(
+            lambda m, x: (lambda y: m.head(m.c(y, m.b(y), m.e(y).sigmoid())))(m.a(x)),
+            a=conv(3, 6),
+            b=nn.Conv2d(6, 2 * 2 * 9, 3, padding=1),
+            e=nn.Conv2d(6, 2 * 9, 3, padding=1),
+            c=DeformConv2d(6, 8, 3, padding=1),
+            head=head(8),
+        ),
+        X,
+        {"a.0": (3, 2), "c": (8, 1)},
+    ),
+    "einsum with a parameter": (
+        lambda: Net(
+            lambda m, x: m.head(torch.einsum("oc,bchw->bohw", m.v, torch.einsum("bchw,oc->bohw", m.a(x), m.w))),
+            a=conv(3, 6),
+            w=nn.Parameter(torch.rand(5, 6)),
+            v=nn.Parameter(torch.rand(7, 5)),
+            head=head(7),
+        ),
+        X,
+        {"a.0": (6, 1), "w": (5, 1), "v": (7, 1)},
+    ),
+    "einsum over space": (
+        lambda: Net(
+            lambda m, x: m.head(torch.einsum("bchw,bwv->bchv", m.a(x), m.b(x).squeeze(1).softmax(1))),
+            a=conv(3, 6),
+            b=conv(3, 1),
+            head=head(6),
+        ),
+        X,
+        {"a.0": (6, 1)},
+    ),
+    "values of a spatial attention": (
+        lambda: Net(
+            lambda m, x: m.head(attended(m.q(x), m.k(x), m.a(x))),
+            q=conv(3, 4),
+            k=conv(3, 4),
+            a=conv(3, 6),
+            head=head(6),
+        ),
+        X,
+        {"a.0": (6, 1)},
+    ),
+    "matrix with an axis of size 1": (
+        lambda: Net(
+            lambda m, x: m.last(F.conv2d(m.a(x), m.b.weight[:, :, None, None]).relu()),
+            a=conv(3, 6),
+            b=nn.Linear(6, 5, bias=False),
+            last=head(5),
+        ),
+        X,
+        {"a.0": (6, 1), "b": (5, 1)},
+    ),
+    "convolution's weight as a matrix": (
+        lambda: Net(
+            lambda m, x: m.last(F.linear(m.a(x).mean((2, 3)), m.b.weight.view(5, -1)).relu()),
+            a=conv(3, 6),
+            b=nn.Conv2d(6, 5, 1, bias=False),
+            last=nn.Linear(5, 2),
+        ),
+        X,
+        {"a.0": (6, 1)},
+    ),
+    "weight norm": (
+        lambda: Net(
+            lambda m, x: m.head(m.b(m.a(x)).relu()), a=conv(3, 6), b=weight_norm(nn.Conv2d(6, 5, 1)), head=head(5)
+        ),
+        X,
+        {"b.parametrizations.weight": (5, 1)},
     ),
     "fixed depthwise filter (blur pooling)": (
         lambda: Net(

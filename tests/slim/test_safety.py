@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 
 import slim
 from slim import ops, rules
@@ -404,6 +406,40 @@ def test_layer_norm_freezes_unless_inexact_cuts_are_allowed() -> None:
     plan = slim.make_plan(graph, slim.score(model, graph, "l1"), channels=0.5, round_to=1, min_channels=1)
     pruned = slim.apply_plan(model, plan)
     assert pruned.norm.normalized_shape == (4,) and pruned(X).shape == (2, 3, 8, 8)
+
+
+def by_hand(x: Tensor) -> Tensor:
+    mean = x.mean(1, keepdim=True)
+    return (x - mean) / ((x - mean).pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
+
+
+def test_a_layer_norm_that_is_written_by_hand_is_inexact_too() -> None:
+    model = randomise(
+        Net(
+            lambda m, x: m.head(by_hand(m.a(x)) * m.scale),
+            a=conv(3, 6),
+            head=head(6),
+            scale=nn.Parameter(torch.rand(6, 1, 1)),
+        )
+    )
+    (group,) = (g for g in slim.trace(model, X).groups if g.name == "a.0")
+    assert group.frozen_reason == "mean in the model mixes channels, so no cut is exact"
+    inexact = slim.trace(model, X, allow_inexact=True)
+    assert prunable(inexact) == {"a.0": (6, 1)} and "inexact: mean in the model mixes channels" in inexact.report()
+    plan = slim.make_plan(inexact, slim.score(model, inexact, "l1"), channels=0.5, round_to=1, min_channels=1)
+    assert slim.cost(slim.apply_plan(model, plan), X).macs == plan.macs[1] < plan.macs[0]
+
+
+@pytest.mark.parametrize(
+    ("normed", "what"), [(spectral_norm, "computes the weight of b"), (weight_norm, "weight norm in b mixes them")]
+)
+def test_what_a_parametrisation_mixes_stays_until_it_is_removed(normed: Any, what: str) -> None:
+    model = Net(lambda m, x: m.head(m.b(m.a(x))), a=conv(3, 6), b=normed(nn.Conv2d(6, 4, 1)), head=head(4))
+    reason = slim.trace(randomise(model), X).by_name["a.0"].frozen_reason or ""
+    assert what in reason and "call torch.nn.utils.parametrize.remove_parametrizations first" in reason
+    remove_parametrizations(model.b, "weight")  # type: ignore[arg-type]
+    graph, _ = prove(model, X)
+    assert prunable(graph) == {"a.0": (6, 1), "b": (4, 1)}
 
 
 def test_norms_without_parameters_are_saved_and_loaded(tmp_path: Any) -> None:
