@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from slim.errors import SlimError
+from slim.forward import evaluation_mode
 from slim.ops import BATCH_NORMS
 
 
@@ -18,11 +20,12 @@ def refresh_widths(model: nn.Module) -> None:
         tensors: Any = {**module._parameters, **module._buffers}
         vector = tensors.get("weight") if tensors.get("weight") is not None else tensors.get("running_mean")
         if is_parametrized(module, "weight"):
-            vector = module.weight
+            with evaluation_mode(module), torch.no_grad():  # in training mode a spectral norm changes its estimate
+                vector = module.weight
         if vector is None:
             continue
         if isinstance(module, nn.modules.conv._ConvNd):
-            refresh_convolution(module)
+            refresh_convolution(module, vector.shape)
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = vector.shape
         elif isinstance(module, nn.PReLU):
@@ -35,9 +38,9 @@ def refresh_widths(model: nn.Module) -> None:
             module.num_features = vector.numel()
 
 
-def refresh_convolution(module: Any) -> None:
+def refresh_convolution(module: Any, weight_shape: Sequence[int]) -> None:
     """A depthwise convolution has as many groups as input channels; other group counts never change."""
-    rows, columns = module.weight.shape[:2]
+    rows, columns = weight_shape[:2]
     if module.groups > 1 and module.groups == module.in_channels:
         module.groups = rows if module.transposed else rows // (module.out_channels // module.groups)
     wide = columns * module.groups

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torchvision.ops import DeformConv2d
 
 MOST_CHANNELS = 24
 """Wider values are narrowed by a 1 x 1 convolution before a step takes them."""
@@ -572,6 +574,15 @@ def maxout(k: Choices, x: Tensor) -> Part:
     return Part(lambda m, x: m.a(x).unflatten(1, (2, -1)).amax(1), a=k.block(x.shape[1], k.multiple(2)))
 
 
+@op("stack that is summed")
+def stacked(k: Choices, x: Tensor) -> Part:
+    """Maps beside each other along a new axis, and a summary over it."""
+    axis = k.of(0, 1, 2, -1)
+    summary = k.of(torch.sum, torch.mean, torch.amax, torch.amin)
+    parts = {"a": k.block(x.shape[1], k.width), "b": k.block(x.shape[1], k.width, 3)}
+    return Part(lambda m, x: summary(torch.stack([m.a(x), m.b(x)], axis), dim=axis), **parts)
+
+
 @op("focus")
 def focus(k: Choices, x: Tensor) -> Part:
     def run(m: Part, x: Tensor) -> Tensor:
@@ -645,6 +656,124 @@ def rearranged(k: Choices, x: Tensor) -> Part:
             lambda m, x: torch.roll(x, n, 1),
         )
     )
+
+
+@op("split by the width")
+def split_by_width(k: Choices, x: Tensor) -> Part:
+    """Into a half or a third and the rest, with sizes computed from the number of channels."""
+    parts = k.of(2, 3)
+    cut = k.of(torch.split, torch.unsafe_split, lambda x, sizes, axis: [x[:, : sizes[0]], x[:, sizes[0] :]])
+
+    def run(m: Part, x: Tensor) -> Tensor:
+        y = m.a(x)
+        first = y.shape[1] // parts
+        sizes = first if cut is torch.unsafe_split else [first, y.shape[1] - first]
+        return torch.cat([z.tanh() if n else z for n, z in enumerate(cut(y, sizes, 1))][::-1], 1)
+
+    return Part(run, a=k.block(x.shape[1], k.multiple(parts)))
+
+
+@op("border")
+def border(k: Choices, x: Tensor) -> Part:
+    """Put around a map before what reads it."""
+    value, wide = k.of(0.0, -1.0, 0.5), [n for _ in range(k.dims) for n in (1, 0)]
+    padded = k.of(
+        lambda x: F.pad(x, wide, value=value),
+        lambda x: F.pad(x, wide, mode="circular"),
+        lambda x: F.pad(x, wide, mode="reflect" if k.dims > 1 else "replicate"),
+        lambda x: larger(x, wide),
+    )
+    reader = k.of(k.conv(x.shape[1], k.width, 2), BATCH_NORM[k.dims](x.shape[1]), nn.SiLU())
+    return Part(lambda m, x: m.a(padded(x))[(..., *[slice(n) for n in x.shape[2:]])], a=reader)
+
+
+def larger(x: Tensor, wide: list[int]) -> Tensor:
+    """The map copied into a larger one of zeros."""
+    out = x.new_zeros(*x.shape[:2], *[n + 1 for n in x.shape[2:]])
+    out[(..., *[slice(1, None)] * (x.ndim - 2))] = x
+    return out
+
+
+@op("columns")
+def columns(k: Choices, x: Tensor) -> Part:
+    """Windows as columns, read by a matrix, and put together again; of two dimensions."""
+    if k.dims != 2 or min(x.shape[2:]) < 4:
+        return Part(lambda m, x: m.a(x.unfold(-1, 2, 1)[..., 0]), a=k.block(x.shape[1], k.width))
+    size = k.of(2, 3)
+    if k.of(True, False):
+        layer = nn.Conv1d(x.shape[1] * size * size, k.width, 1)
+        return Part(lambda m, x: m.a(F.unfold(x, size, padding=1)).mean(-1)[..., None, None].expand(-1, -1, 4, 4), a=layer)
+    layer = nn.Conv1d(x.shape[1] * size * size, k.width * size * size, 1)
+    return Part(lambda m, x: F.fold(m.a(F.unfold(x, size)), x.shape[2:], size), a=layer)
+
+
+@op("unpooling")
+def unpooling(k: Choices, x: Tensor) -> Part:
+    if k.dims == 1 or any(n % 2 or n < 4 for n in x.shape[2:]):
+        return Part(lambda m, x: m.a(x), a=k.block(x.shape[1], k.width))
+    pool, back = (F.max_pool2d, F.max_unpool2d) if k.dims == 2 else (F.max_pool3d, F.max_unpool3d)
+    return Part(lambda m, x: back(*pool(m.a(x), 2, return_indices=True), 2), a=k.block(x.shape[1], k.width))
+
+
+@op("deformable convolution")
+def deformable(k: Choices, x: Tensor) -> Part:
+    if k.dims != 2:
+        return Part(lambda m, x: m.a(x), a=k.block(x.shape[1], k.width))
+    c = k.multiple(2)
+    return Part(
+        lambda m, x: (lambda y: m.c(y, 0.1 * m.o(y)))(m.a(x)),
+        a=k.block(x.shape[1], c),
+        o=nn.Conv2d(c, 18 * k.of(1, 2), 3, padding=1),
+        c=DeformConv2d(c, k.width, 3, padding=1),
+    )
+
+
+@op("fixed filter")
+def fixed_filter(k: Choices, x: Tensor) -> Part:
+    """A buffer in place of a weight: one filter for each channel, or one that mixes them."""
+    c, apply = x.shape[1], {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[k.dims]
+    if k.of(True, False):
+        filters = torch.rand(c, 1, *[3] * k.dims) + 0.1
+        return Part(lambda m, x: apply(x, m.filters, padding=1, groups=x.shape[1]), filters=filters)
+    filters = torch.rand(k.width, c, *[1] * k.dims)
+    return Part(lambda m, x: apply(x, m.filters), filters=filters)
+
+
+@op("parametrised convolution")
+def parametrised(k: Choices, x: Tensor) -> Part:
+    layer = k.of(weight_norm, spectral_norm)(k.conv(x.shape[1], k.width, 3))
+    return Part(lambda m, x: m.b(m.a(x)), a=layer, b=k.block(k.width, k.width))
+
+
+@op("product with a parameter")
+def parameter_product(k: Choices, x: Tensor) -> Part:
+    """A linear layer in other words."""
+    matrix = nn.Parameter(torch.randn(k.width, x.shape[1]) / x.shape[1] ** 0.5)
+    return Part(
+        k.of(
+            lambda m, x: torch.einsum("bcn,oc->bon", x.flatten(2), m.matrix).unflatten(2, x.shape[2:]),
+            lambda m, x: torch.einsum("oc,bcn->bon", m.matrix, x.flatten(2)).unflatten(2, x.shape[2:]),
+            lambda m, x: (m.matrix @ x.flatten(2)).unflatten(2, x.shape[2:]),
+            lambda m, x: (x.flatten(2).transpose(1, 2) @ m.matrix.t()).transpose(1, 2).unflatten(2, x.shape[2:]),
+        ),
+        matrix=matrix,
+    )
+
+
+@op("product over positions")
+def position_product(k: Choices, x: Tensor) -> Part:
+    """Places are mixed, channels are not: by a fixed matrix, by a map of weights, by how alike two places are."""
+    n = prod(x.shape[2:])
+    if k.of(True, False):
+        return Part(lambda m, x: (x.flatten(2) @ m.places).unflatten(2, x.shape[2:]), places=torch.rand(n, n) / n)
+
+    def run(m: Part, x: Tensor) -> Tensor:
+        query, key = m.q(x).flatten(2), m.k(x).flatten(2)
+        weights = (query.transpose(1, 2) @ key).softmax(-1)
+        return (m.v(x).flatten(2) @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])
+
+    c = x.shape[1]
+    return Part(run, q=k.conv(c, 2), k=k.conv(c, 2), v=k.conv(c, k.width))
 
 
 @op("rearranged positions")
