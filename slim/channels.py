@@ -81,12 +81,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Step:
-    """What one operator did to labels: those of its outputs, and the numbers that element-wise arithmetic used."""
+    """What one operator did to labels: those of its outputs and inputs, and the numbers that element-wise arithmetic used.
+
+    ``path`` is that of the module whose code called it, ``where`` the same in words.
+    """
 
     op: str
     where: str
     numbers: tuple[float, ...]
     labels: tuple[Tensor | None, ...]
+    inputs: tuple[Tensor | None, ...]
+    path: str
 
 
 @dataclass(frozen=True)
@@ -106,18 +111,22 @@ class ChannelPropagation(Propagation):
         rules: RuleTable,
         *,
         allow_inexact: bool = False,
-        depthwise: frozenset[str] | None = None,
+        original: ChannelPropagation | None = None,
         muted: bool = False,
     ) -> None:
         super().__init__(model, muted=muted)
         self.rules = rules
         self.allow_inexact = allow_inexact
-        # A cut can leave a grouped convolution one channel a group: to the dry run it is what it was before.
-        self.known_depthwise = depthwise
+        # A cut can leave a grouped convolution one channel a group, or unequal parts equally wide: to the dry run they are what
+        # they were in the run through the whole model.
+        self.original = original
         self.depthwise: set[str] = set()
+        self.equal_parts: list[bool] = []
         self.classes = UnionFind()
         self.fresh, self.unite = self.classes.fresh, self.classes.unite
         self.records: list[Record] = []
+        # Attributes of modules that count channels, see slim.counts.
+        self.counts: list[Record] = []
         self.claims: dict[tuple[str, int], Tensor] = {}
         self.frozen: list[tuple[Tensor, str]] = []
         self.inexact: list[tuple[Tensor, str]] = []
@@ -138,9 +147,7 @@ class ChannelPropagation(Propagation):
 
     def again(self, model: nn.Module, *, muted: bool) -> ChannelPropagation:
         """A new propagation over a copy of the model that has fewer channels."""
-        return ChannelPropagation(
-            model, self.rules, allow_inexact=self.allow_inexact, depthwise=frozenset(self.depthwise), muted=muted
-        )
+        return ChannelPropagation(model, self.rules, allow_inexact=self.allow_inexact, original=self, muted=muted)
 
     # -- labels of tensors --------------------------------------------------------------------------------------
 
@@ -261,11 +268,17 @@ class ChannelPropagation(Propagation):
 
     def is_depthwise(self, param: str, groups: int, in_channels: int) -> bool:
         """Whether a convolution has one input channel for each of its groups."""
-        if self.known_depthwise is not None:
-            return param in self.known_depthwise
+        if self.original is not None:
+            return param in self.original.depthwise
         if groups > 1 and groups == in_channels:
             self.depthwise.add(param)
         return param in self.depthwise
+
+    def are_parts(self, equal: bool) -> bool:
+        """Whether the parts of this split or slice, which are equally wide or not, are parts of one number of channels."""
+        before = self.original.equal_parts if self.original is not None else [equal] * (len(self.equal_parts) + 1)
+        self.equal_parts.append(equal and before[len(self.equal_parts) : len(self.equal_parts) + 1] == [True])
+        return self.equal_parts[-1]
 
     def here(self) -> str:
         """The running module, in words."""
@@ -292,7 +305,8 @@ class ChannelPropagation(Propagation):
         if KINDS.get(call.name) in LAYERS:
             self.layer_outputs.add(id(call.outputs[0]))
         labels = tuple(self.get(t) for t in call.outputs)
-        self.steps.append(Step(*self.called[-1], labels))
+        inputs = tuple(self.labels.get(id(t)) for t in call.inputs)
+        self.steps.append(Step(*self.called[-1], labels, inputs, self.where()))
         if self.rules.is_position_sensitive(self, call):
             self.position_sensitive += [x for x in (*labels, *map(self.get, call.inputs)) if x is not None]
         reads, offset = KINDS.get(call.name) in READERS, call.name in ("add", "sub") and len(call.inputs) == 1

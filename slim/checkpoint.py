@@ -23,7 +23,7 @@ from slim.forward import like
 from slim.gate import count_params, gate_layout, restore_gates
 from slim.propagate import cost
 from slim.surgery import swap_tensors
-from slim.widths import layer_widths, norm_widths, refresh_widths, set_norm_widths
+from slim.widths import counts_of, layer_widths, norm_widths, refresh_widths, set_counts, set_norm_widths
 from slim.wrapped import Model
 
 FORMAT = "slim-checkpoint"
@@ -49,6 +49,7 @@ def pack(model: nn.Module, build: Mapping[str, Any]) -> dict[str, Any]:
         "build": dict(build),
         "widths": layer_widths(model),
         "norms": norm_widths(model),
+        "counts": counts_of(model),
         "gates": gate_layout(model),
         "example": None if example is None else [[list(shape), kind] for shape, kind in example],
         "params": count_params(model),
@@ -165,6 +166,7 @@ def restore(
     swap_tensors(model, {id(own[name]): like(own[name], tensor) for name, tensor in resized.items()})
     refresh_widths(model)
     set_norm_widths(model, content.get("norms", {}))
+    set_counts(model, content.get("counts", {}))
     model.load_state_dict(state)
     verify(model, content, origin)
     return model

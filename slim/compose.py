@@ -46,7 +46,7 @@ def compose(first: Plan, second: Plan) -> Plan:
     for number, original in enumerate(first.groups):
         for param, axis, position in places(original, original.removed):
             removed.setdefault((param, axis), set()).add(position)
-        owners |= {place: (number, channel) for channel in original.keep for place in places(original, [channel])}
+        owners |= {place: (number, channel) for channel in original.keep for place in held(original, [channel])}
     check_fit(first, second, removed)
     gone: set[Channel] = set()
     taken: set[Place] = set()
@@ -54,7 +54,7 @@ def compose(first: Plan, second: Plan) -> Plan:
     new: list[GroupPlan] = []
     for group in second.groups:
         group = replace(group, members=carried_back(group, removed))
-        occupied = [places(group, [channel]) for channel in range(group.size)]
+        occupied = [held(group, [channel]) for channel in range(group.size)]
         originals = [{owners[place] for place in found if place in owners} for found in occupied]
         for number in {number for found in originals for number, _ in found}:
             rankings.setdefault(number, []).append(group)
@@ -64,7 +64,7 @@ def compose(first: Plan, second: Plan) -> Plan:
         new_channels = [channel for channel, found in enumerate(originals) if not found]
         if new_channels:
             new.append(part_of(group, new_channels))
-    whole = {place for number, channel in gone for place in places(first.groups[number], [channel])}
+    whole = {place for number, channel in gone for place in held(first.groups[number], [channel])}
     for place in [*owners, *sorted(taken)]:
         if (place in whole) != (place in taken):
             raise SlimError(
@@ -87,6 +87,12 @@ def compose(first: Plan, second: Plan) -> Plan:
 def places(group: GroupPlan, channels: Sequence[int]) -> list[Place]:
     """All that some of a group's channels occupy."""
     return [(m.param, m.axis, position) for m in group.members for position in m.positions(channels, group.size)]
+
+
+def held(group: GroupPlan, channels: Sequence[int]) -> list[Place]:
+    """What they occupy of tensors: a count has no positions that could be told from each other."""
+    tensors = replace(group, members=tuple(m for m in group.members if m.role != "width"))
+    return places(tensors, channels)
 
 
 def check_fit(first: Plan, second: Plan, removed: dict[tuple[str, int], set[int]]) -> None:

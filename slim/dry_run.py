@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from slim.channels import ChannelPropagation, Record
+from slim.counts import proposals
 from slim.errors import SlimError
 from slim.forward import transparent_gates
 from slim.graph import ChannelGraph, ChannelGroup
-from slim.groups import group_names
+from slim.groups import build_graph, group_names
 from slim.plan import GroupPlan, Plan
 from slim.surgery import KeptIndices, kept_indices, narrow_twin
 
@@ -38,26 +39,39 @@ OTHER_CHANNELS = "meets other channels after a cut: the code holds a channel cou
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in a dry run, and the groups that had to do with it (none: unknown)."""
+    """What went wrong in a dry run, the groups that had to do with it (none: unknown), and the module whose code it was."""
 
     reason: str
     suspects: tuple[str, ...] = ()
+    path: str | None = None
 
 
 def freeze_what_breaks(
     graph: ChannelGraph, owners: Tensor, run: ChannelPropagation, example_inputs: Any
 ) -> ChannelGraph:
-    """The graph with those groups frozen that cannot lose channels, each with the reason."""
+    """The graph with those groups frozen that cannot lose channels, each with the reason.
+
+    Where the code has a number of channels from an attribute, that is cut along instead.
+    """
     trial = DryRun(graph, owners, run, example_inputs)
     broken: dict[str, str] = {}
+    tried: set[str] = set()
     while True:
-        candidates = [g for g in graph.groups if g.prunable and g.size > 1 and g.name not in broken]
+        candidates = [g for g in trial.graph.groups if g.prunable and g.size > 1 and g.name not in broken]
         failure = trial.first_failure(candidates, bool(broken))
         if failure is None:
             break
-        broken.update(trial.bisect_failures(failure, candidates))
-    groups = tuple(replace(g, frozen_reason=broken[g.name]) if g.name in broken else g for g in graph.groups)
-    return replace(graph, groups=groups)
+        better = trial.with_counts(failure, tried)
+        if better is None:
+            broken.update(trial.bisect_failures(failure, candidates))
+            continue
+        # Other groups have other names: what is broken stays so by its channels.
+        for number, group in enumerate(trial.graph.groups):
+            if group.name in broken:
+                run.freeze((trial.owners[:, 0] == number).nonzero().flatten(), broken[group.name])
+        trial, broken = DryRun(*build_graph(run, example_inputs), run, example_inputs), {}
+    groups = tuple(replace(g, frozen_reason=broken[g.name]) if g.name in broken else g for g in trial.graph.groups)
+    return replace(trial.graph, groups=groups)
 
 
 def cuts_to_try(groups: list[ChannelGroup], thorough: bool) -> Iterator[Cut]:
@@ -100,6 +114,29 @@ class DryRun:
     def first_failure(self, groups: list[ChannelGroup], thorough: bool) -> Failure | None:
         """What goes wrong in the first of the cuts of these groups that does not work."""
         return next((failure for cut in cuts_to_try(groups, thorough) if (failure := self.attempt(cut))), None)
+
+    def with_counts(self, failure: Failure, tried: set[str]) -> DryRun | None:
+        """A trial in which attributes of the module that failed, or of one around it, count channels, if it fails later or
+        not at all; they stay noted in ``run.counts``. ``tried``: modules without such attributes."""
+        path = failure.path
+        while path is not None:
+            for records in proposals(self.run, path) if path not in tried else ():
+                self.run.counts += records
+                other = DryRun(*build_graph(self.run, self.example_inputs), self.run, self.example_inputs)
+                involved = other.group_names(torch.cat([record.labels for record in records]))
+                groups = [g for g in other.graph.groups if g.name in involved and g.prunable and g.size > 1]
+                again = other.first_failure(groups, True)
+                if groups and (again is None or self.begin_of(again.path) > self.begin_of(failure.path)):
+                    return other
+                del self.run.counts[-len(records) :]
+            tried.add(path)
+            path = path.rpartition(".")[0] if path else None
+        return None
+
+    def begin_of(self, path: str | None) -> int:
+        """The number of the first operator that a module or one within it called."""
+        within = (n for n, step in enumerate(self.run.steps) if f"{step.path}.".startswith(f"{path}."))
+        return next(within, -1) if path else -1
 
     def bisect_failures(self, failure: Failure, candidates: list[ChannelGroup]) -> dict[str, str]:
         """The groups that fail on their own, with the reason; all suspects where only a combination fails."""
@@ -156,6 +193,7 @@ class DryRun:
                 f"{where or 'the model'} does not run with fewer channels ({type(cause).__name__}: {text}): a channel "
                 "count is a constant there",
                 self.suspects_of([x for t in inputs if (x := again.get(t)) is not None], again, keep),
+                (again.failed_at or (again.where(),))[0],
             )
         shapes, sized = [t.shape for t in again.outputs], any(name in SIZED_BY_DATA for name, *_ in self.run.called)
         if not sized and shapes != [t.shape for t in self.run.outputs]:
@@ -184,7 +222,8 @@ class DryRun:
         ours, theirs = self.run.called[:end], again.called[:end]
         for (name, where, numbers), (other, _, others) in zip(ours, theirs, strict=False):
             if (name, numbers) != (other, others):
-                return Failure(f"{name} in {where} {OTHER_NUMBER if name == other else OTHER_OPERATOR}")
+                reason = f"{name} in {where} {OTHER_NUMBER if name == other else OTHER_OPERATOR}"
+                return Failure(reason, path="" if where == "the model" else where)
         return Failure(OTHER_OPERATORS) if len(ours) != len(theirs) else None
 
     def compare(self, again: ChannelPropagation, keep: KeptIndices, gone: Tensor, end: int) -> Failure | None:
@@ -193,40 +232,43 @@ class DryRun:
         before, after = self.roots, again.classes.roots()
         old: list[Tensor] = []
         new: list[Tensor] = []
-        reasons: list[str] = []
-        for reason, labels, found in self.paired_labels(again, keep, gone, end):
+        reasons: list[tuple[str, str]] = []
+        for reason, path, labels, found in self.paired_labels(again, keep, gone, end):
             if found is None or len(labels) != len(found):
-                return Failure(reason, self.group_names(labels))
+                return Failure(reason, self.group_names(labels), path)
             old.append(labels)
             new.append(found)
-            reasons.append(reason)
+            reasons.append((reason, path))
         if len(self.run.steps[:end]) != len(again.steps[:end]) or len(self.run.records) != len(again.records):
             return Failure(OTHER_OPERATORS)
         pair = torch.arange(len(old)).repeat_interleave(torch.tensor([len(x) for x in old], dtype=torch.int64))
         first, second = torch.cat([NO_CHANNEL, *old]), torch.cat([NO_CHANNEL, *new])
         bad = label_mismatch(first, second) | label_mismatch(before[first], after[second])
         if bool(bad.any()):
-            return Failure(reasons[int(pair[int(bad.nonzero()[0]) - 1])], self.group_names(first[bad]))
+            reason, path = reasons[int(pair[int(bad.nonzero()[0]) - 1])]
+            return Failure(reason, self.group_names(first[bad]), path)
         back = torch.zeros(len(after), dtype=torch.int64)
         back[after[second]] = before[first]
         return self.newly_frozen(again, after, back)
 
     def paired_labels(
         self, again: ChannelPropagation, keep: KeptIndices, gone: Tensor, end: int
-    ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-        """For each place: the message if it differs, the whole model's labels without those that went, the cut model's."""
+    ) -> Iterator[tuple[str, str, Tensor, Tensor | None]]:
+        """For each place: the message if it differs, the module, the whole model's labels without those that went, the cut
+        model's."""
         for record, found, labels in self.paired_records(again, keep):
             reason = f"{record.param} {OTHER_CHANNELS}"
-            yield reason, record.labels if labels is None else labels, None if labels is None else found.labels
+            path = record.param.rpartition(".")[0]
+            yield reason, path, record.labels if labels is None else labels, None if labels is None else found.labels
         for step, twin in zip(self.run.steps[:end], again.steps[:end], strict=False):
             there = f"{step.op} in {step.where}"
             flat, others = ([NO_CHANNEL[1:] if x is None else x.flatten() for x in s.labels] for s in (step, twin))
             if step.op != twin.op or len(flat) != len(others):
-                yield f"{there} {OTHER_OPERATOR}", flat[0], None
+                yield f"{there} {OTHER_OPERATOR}", step.path, flat[0], None
             if step.numbers != twin.numbers:
-                yield f"{there} {OTHER_NUMBER}", flat[0], None
+                yield f"{there} {OTHER_NUMBER}", step.path, flat[0], None
             for labels, other in zip(flat, others, strict=False):
-                yield f"{there} {OTHER_CHANNELS}", labels[~gone[labels]], other
+                yield f"{there} {OTHER_CHANNELS}", step.path, labels[~gone[labels]], other
 
     def paired_records(
         self, again: ChannelPropagation, keep: KeptIndices

@@ -58,7 +58,7 @@ def build_graph(run: ChannelPropagation, example_inputs: Any) -> tuple[ChannelGr
     # For each class what it occupies: keys, and the position on each one's axis.
     keys: dict[int, list[Key]] = {}
     positions: dict[int, list[int]] = {}
-    for record in run.records:
+    for record in [*run.records, *run.counts]:
         key = (record.param, record.axis, record.role)
         for position, root in enumerate(roots[record.labels].tolist()):
             if root:

@@ -234,7 +234,9 @@ def tie_parts(run: ChannelPropagation, tensor: Tensor, axis: int, start: int, pa
     """A part that is an equal one of the channels (half, a quarter) is taken for computed from their number, as chunk's are."""
     labels, whole = run.get(tensor), tensor.shape[axis]
     size = min(part, whole - part)
-    if labels is not None and labels.shape[axis] > 1 and size > 1 and whole % size == 0 and start % size == 0:
+    if labels is None or labels.shape[axis] == 1:
+        return
+    if run.are_parts(size > 1 and whole % size == 0 and start % size == 0):
         run.tie(labels.movedim(axis, 0).reshape(whole // size, -1))
 
 

@@ -50,7 +50,7 @@ def mask(model: Model, plan: Plan) -> Model:
         True
     """
     model = without_ddp(model)
-    kept_indices(model, plan)
+    kept_with_gates(model, plan)
     check_members(model, plan)
     masked = copied(model)
     tensors = named_tensors(masked)
@@ -105,7 +105,7 @@ def apply_plan(model: Any, plan: Plan, *, optimizer: Any = OMITTED, ema: Any = O
         True
     """
     model = without_ddp(model)
-    keep = kept_indices(model, plan)
+    keep = kept_with_gates(model, plan)
     pruned = cut(model, keep)
     if plan.example is not None:
         check_shapes(pruned, model, plan.example)
@@ -114,14 +114,14 @@ def apply_plan(model: Any, plan: Plan, *, optimizer: Any = OMITTED, ema: Any = O
         return pruned
     new_ema = new_optimizer = None
     if ema not in (None, OMITTED):
-        new_ema = copied(ema, {id(ema.module): cut(ema.module, kept_indices(ema.module, plan))})
+        new_ema = copied(ema, {id(ema.module): cut(ema.module, kept_with_gates(ema.module, plan))})
     if optimizer not in (None, OMITTED):
         new_optimizer = cut_optimizer(optimizer, model, pruned, keep)
     return pruned, new_optimizer, new_ema
 
 
 def kept_indices(model: nn.Module, plan: Plan) -> KeptIndices:
-    """What the plan leaves of everything that it touches; SlimError where the plan does not fit the model."""
+    """What the plan leaves of everything that it touches but gates; SlimError where the plan does not fit the model."""
     tensors = named_tensors(model)
     for name, planned in plan.shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else None
@@ -147,6 +147,12 @@ def kept_indices(model: nn.Module, plan: Plan) -> KeptIndices:
                 raise SlimError(f"the plan removes every channel of {name} (axis {axis}, {len(here)} positions)")
             if bool(here.any()):
                 keep.setdefault(name, {})[axis] = (~here).nonzero().flatten()
+    return keep
+
+
+def kept_with_gates(model: nn.Module, plan: Plan) -> KeptIndices:
+    """What the plan leaves of everything that it touches, gates included."""
+    keep = kept_indices(model, plan)
     plans = {group.name: group for group in plan.groups}
     for path, number, name, vector in vectors_in(model):
         if name in plans and plans[name].size != vector.numel():
@@ -171,7 +177,7 @@ def axis_length(model: nn.Module, tensors: Mapping[str, Tensor], member: Member)
         count = getattr(model.get_submodule(member.layer), member.param.rpartition(".")[2])
     except AttributeError:
         return None
-    return int(count[member.axis] if isinstance(count, tuple) else count)
+    return int(count[member.axis] if isinstance(count, (tuple, list)) else count)
 
 
 def cut(model: Model, keep: KeptIndices) -> Model:

@@ -85,13 +85,35 @@ def set_norm_widths(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -
 
 
 def set_count(model: nn.Module, name: str, axis: int, count: int) -> None:
-    """Set one counting attribute ``module.path.attribute``, or one entry of it where it is a tuple; in place."""
+    """Set one counting attribute ``module.path.attribute``, or one entry of it where it is a tuple or list; in place."""
     path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
+    module: Any = model.get_submodule(path)
     value = getattr(module, attribute)
-    if isinstance(value, tuple):
-        count = (*value[:axis], count, *value[axis + 1 :])  # type: ignore[assignment]
+    if isinstance(value, (tuple, list)):
+        count = type(value)([*value[:axis], count, *value[axis + 1 :]])  # type: ignore[assignment]
     setattr(module, attribute, count)
+    if not any(attribute in names for names in NORM_COUNTS.values()):
+        model.slim_counts = sorted({*getattr(model, "slim_counts", ()), name})  # type: ignore[assignment]
+
+
+def counts_of(model: nn.Module) -> dict[str, Any]:
+    """{module.path.attribute: value} of the attributes of the model's own modules that a cut has changed: plain data."""
+    values = {
+        name: getattr(model.get_submodule(path), a)
+        for name in getattr(model, "slim_counts", ())
+        for path, _, a in [name.rpartition(".")]
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def set_counts(model: nn.Module, counts: Mapping[str, Any]) -> None:
+    """The inverse of ``counts_of``, in place."""
+    for name, value in counts.items():
+        path, _, attribute = name.rpartition(".")
+        module: Any = model.get_submodule(path)
+        setattr(module, attribute, tuple(value) if isinstance(getattr(module, attribute), tuple) else value)
+    if counts:
+        model.slim_counts = sorted(counts)  # type: ignore[assignment]
 
 
 def check_layers(model: nn.Module) -> None:

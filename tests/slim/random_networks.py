@@ -64,9 +64,9 @@ class Recipe:
 
 
 class Part(nn.Module):
-    """Named modules, parameters and buffers, and a forward given as a function of itself and its inputs."""
+    """Named modules, parameters, buffers and numbers, and a forward given as a function of itself and its inputs."""
 
-    def __init__(self, run: Callable[..., Any], **parts: nn.Module | Tensor) -> None:
+    def __init__(self, run: Callable[..., Any], **parts: Any) -> None:
         super().__init__()
         self.run = run
         for name, part in parts.items():
@@ -673,6 +673,18 @@ def split_by_width(k: Choices, x: Tensor) -> Part:
     return Part(run, a=k.block(x.shape[1], k.multiple(parts)))
 
 
+@op("count in an attribute")
+def counted(k: Choices, x: Tensor) -> Part:
+    """Parts whose widths are numbers that the module holds."""
+    first, rest = k.of(2, 3, 4), k.of(2, 4, 5)
+    run = k.of(
+        lambda m, x: torch.cat([y.tanh() if n else y for n, y in enumerate(m.a(x).split(m.sizes, 1))][::-1], 1),
+        lambda m, x: torch.cat([(y := m.a(x))[:, m.first :], y[:, : m.first].tanh()], 1),
+        lambda m, x: (y := m.a(x))[:, : m.first].mean(1, keepdim=True) + y[:, m.first :],
+    )
+    return Part(run, a=k.block(x.shape[1], first + rest), first=first, sizes=[first, rest])
+
+
 @op("border")
 def border(k: Choices, x: Tensor) -> Part:
     """Put around a map before what reads it."""
@@ -702,7 +714,9 @@ def columns(k: Choices, x: Tensor) -> Part:
     size = k.of(2, 3)
     if k.of(True, False):
         layer = nn.Conv1d(x.shape[1] * size * size, k.width, 1)
-        return Part(lambda m, x: m.a(F.unfold(x, size, padding=1)).mean(-1)[..., None, None].expand(-1, -1, 4, 4), a=layer)
+        return Part(
+            lambda m, x: m.a(F.unfold(x, size, padding=1)).mean(-1)[..., None, None].expand(-1, -1, 4, 4), a=layer
+        )
     layer = nn.Conv1d(x.shape[1] * size * size, k.width * size * size, 1)
     return Part(lambda m, x: F.fold(m.a(F.unfold(x, size)), x.shape[2:], size), a=layer)
 
