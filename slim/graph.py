@@ -14,6 +14,8 @@ from torch import Tensor, nn
 Role = Literal["out", "in", "depthwise", "scale", "width"]
 """What a parameter's axis is to a channel: "out" produces it, "in" consumes it linearly, "depthwise" both, "scale" acts on
 it alone; "width" is no tensor but a module's integer attribute that counts the channels (a norm's ``num_features``)."""
+OUTPUT = "a model output"
+"""Why a group is frozen whose channels leave the model."""
 Example = tuple[tuple[tuple[int, ...], str], ...]
 """Shape and type (such as ``float32``) of each tensor that a model takes by position."""
 
@@ -164,6 +166,9 @@ class ChannelGraph:
     """Where gates go that come before the activations: behind the norms, and behind layers without one."""
     filters: frozenset[str] = frozenset()
     """Of the names in ``shapes`` those of buffers: layers' weights that do not learn."""
+    unfollowed: tuple[LayerCost, ...] = ()
+    """Calls of layers whose outputs are in no group, and in ``unfollowed_reasons`` why."""
+    unfollowed_reasons: tuple[str, ...] = ()
 
     @cached_property
     def macs(self) -> int:
@@ -194,10 +199,22 @@ class ChannelGraph:
         """Share of the network's MACs that produce these groups' channels, 0..1."""
         return sum(self.group_macs(group) for group in groups) / self.macs if self.macs else 0.0
 
+    def shares(self) -> dict[str, float]:
+        """Shares of the MACs that make channels that can be cut, channels that cannot, and outputs: they sum to 1."""
+        kinds: dict[str, list[ChannelGroup]] = {"prunable": [], "frozen": [], "output": []}
+        for group in self.groups:
+            kinds["prunable" if group.prunable else "output" if group.frozen_reason == OUTPUT else "frozen"].append(
+                group
+            )
+        shares = {kind: self.macs_share(groups) for kind, groups in kinds.items()}
+        shares["frozen"] += sum(call.macs for call in self.unfollowed) / self.macs if self.macs else 0.0
+        return shares
+
     def report(self) -> str:
         """A table: group, channels, share of the MACs that produce it, what it occupies, and what froze it.
 
-        Below it the totals, and each operator that froze channels with its module and the share that it froze.
+        Below it the totals, each operator that froze channels with its module and the share that it froze, and the layers
+        whose channels could not be followed at all.
         """
         width = max([5, *(len(g.name) for g in self.groups)])
         lines = [f"{'group':<{width}}  {'size':>9}  {'MACs':>6}  members"]
@@ -206,15 +223,20 @@ class ChannelGraph:
             state = f"{len(group.members)}" if group.prunable else f"frozen: {group.frozen_reason}"
             inexact = f"; inexact: {group.inexact}" if group.prunable and group.inexact else ""
             lines.append(f"{group.name:<{width}}  {size:>9}  {self.macs_share([group]):>6.1%}  {state}{inexact}")
-        frozen = [g for g in self.groups if not g.prunable]
+        shares = self.shares()
         lines.append(
-            f"{len(self.groups)} groups, {len(self.groups) - len(frozen)} prunable; {self.macs / 1e6:.1f} M MACs, "
-            f"{self.params / 1e6:.3f} M parameters; {self.macs_share(frozen):.1%} of the MACs make frozen channels"
+            f"{len(self.groups)} groups, {sum(g.prunable for g in self.groups)} prunable; {self.macs / 1e6:.1f} M MACs, "
+            f"{self.params / 1e6:.3f} M parameters; of the MACs {shares['prunable']:.1%} make channels that can be cut, "
+            f"{shares['frozen']:.1%} frozen ones, {shares['output']:.1%} outputs"
         )
         for op in self.freezing_ops:
             groups = [self.by_name[name] for name in op.groups]
             if groups:
                 lines.append(f"{op.reason}: froze {self.macs_share(groups):.1%} of the MACs ({', '.join(op.groups)})")
+        for reason in dict.fromkeys(self.unfollowed_reasons):
+            calls = [c for c, why in zip(self.unfollowed, self.unfollowed_reasons, strict=True) if why == reason]
+            share = sum(call.macs for call in calls) / self.macs
+            lines.append(f"{reason}: froze {share:.1%} of the MACs ({', '.join(dict.fromkeys(c.path for c in calls))})")
         if self.unused:
             lines.append(
                 f"did not run in evaluation mode, so keep their widths and do not fit what is cut before them: "

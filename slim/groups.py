@@ -13,12 +13,13 @@ from slim.channels import ChannelPropagation
 from slim.errors import SlimError
 from slim.forward import transparent_gates
 from slim.gate import gate_parameters
-from slim.graph import ChannelGraph, ChannelGroup, Example, FreezingOp, GateSite, Member, Role, unique_name
+from slim.graph import OUTPUT, ChannelGraph, ChannelGroup, Example, FreezingOp, GateSite, Member, Role, unique_name
 from slim.propagate import varying_axes
 from slim.rules import RULES
 from slim.wrapped import check_open, without_ddp
 
 Key = tuple[str, int, Role]
+COMPUTED_WEIGHT = "a weight that is computed as the network runs"
 
 
 def find_groups(
@@ -39,7 +40,7 @@ def find_groups(
     # That it is an output comes first among the reasons why a group is frozen.
     frozen, run.frozen = run.frozen, []
     for tensor in run.outputs:
-        run.freeze(run.get(tensor), "a model output")
+        run.freeze(run.get(tensor), OUTPUT)
     run.frozen += frozen
     for tensor in run.unread.values():
         if tensor.is_floating_point():  # not the places that a pooling layer took its maxima from
@@ -83,6 +84,9 @@ def build_graph(run: ChannelPropagation, example_inputs: Any) -> tuple[ChannelGr
     filters = {layer.weight: layer.shape for layer in run.layers if layer.weight and layer.weight not in shapes}
     used = {name.rpartition(".")[0] for key, name in run.tensors.items() if key in run.seen}
     layers = dict.fromkeys(name.rpartition(".")[0] for name in shapes)
+    made = {m.param for group in groups for m in group.members if m.produces}
+    unfollowed = tuple(layer for layer in run.layers if layer.weight not in made)
+    given_up = {path: reason for _, path, reason, _ in reversed(run.freezing_ops)}
     graph = ChannelGraph(
         groups=tuple(groups),
         layers=tuple(run.layers),
@@ -93,6 +97,11 @@ def build_graph(run: ChannelPropagation, example_inputs: Any) -> tuple[ChannelGr
         unused=tuple(layer for layer in layers if layer not in used),
         norm_sites=tuple(find_norm_sites(run, owners)),
         filters=frozenset(filters),
+        unfollowed=unfollowed,
+        unfollowed_reasons=tuple(
+            given_up.get(layer.path, "it cannot be followed") if layer.weight else COMPUTED_WEIGHT
+            for layer in unfollowed
+        ),
     )
     return graph, owners
 

@@ -101,7 +101,7 @@ def reader(
         if is_parametrized(run.module()):
             run.give_up(call, f"a parametrisation computes the weight of {run.here()}; {REMOVE}")
         else:
-            run.unknown(call)
+            run.give_up(call, f"the weight of {run.here()} is computed as the network runs")
         return None
     channels = run.channel_labels(x, axis)
     if channels is None:

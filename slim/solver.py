@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from slim.errors import SlimError
 from slim.graph import ChannelGraph, ChannelGroup
 from slim.plan import GroupPlan, Plan
-from slim.targets import Target, WidthConstraint, WidthCosts, Widths, unreachable, width_constraints
+from slim.targets import Target, WidthConstraint, WidthCosts, Widths, check_reachable, width_constraints
 
 Scope = Literal["global", "local", "isomorphic"]
 SCOPES = ("global", "local", "isomorphic")
@@ -84,16 +85,12 @@ def make_plan(
         raise SlimError(f"scope is {scope!r}; expected one of {', '.join(map(repr, SCOPES))}")
     if cost_aware and target.kind not in ("macs", "params"):
         raise SlimError(f"cost_aware=True needs macs= or params=: {target.kind} has no cost to divide by")
-    constraints = width_constraints(
-        graph,
-        checked_scores(graph, scores),
-        overrides or {},
-        (ignore,) if isinstance(ignore, str) else tuple(ignore),
-        round_to=round_to,
-        min_channels=min_channels,
-        min_keep=min_keep,
-    )
+    floors: dict[str, Any] = {"round_to": round_to, "min_channels": min_channels, "min_keep": min_keep}
+    patterns = overrides or {}, (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    constrain = partial(width_constraints, graph, checked_scores(graph, scores), *patterns)
+    constraints = constrain(**floors)
     costs = WidthCosts(graph, constraints)
+    check_reachable(target, constraints, costs, floors, constrain)
     values = {n: flat(scores[c.group.name]) for n, c in enumerate(constraints) if c.ranked}
     if target.kind == "threshold":
         # Scores reach the threshold or not in their own precision.
@@ -111,6 +108,8 @@ def make_plan(
         for constraint, width in zip(constraints, widths, strict=True)
         if constraint.counted and constraint.bound_by != "ignored"
     ]
+    if target.kind == "channels":
+        check_worth(graph, target, costs, widths)
     touched = {m.param for group in chosen for m in group.members}
     plan = Plan(
         groups=tuple(chosen),
@@ -120,6 +119,18 @@ def make_plan(
         example=graph.example,
     )
     return plan.known_from_trace()
+
+
+def check_worth(graph: ChannelGraph, target: Target, costs: WidthCosts, widths: Widths) -> None:
+    """SlimError for a target in channels whose cut hardly saves a MAC, since most of the network cannot be cut."""
+    whole = costs.measure("channels", costs.sizes)
+    asked = 1 - target.budget(whole) / whole if whole else 0.0
+    saved = 1 - costs.measure("macs", widths) / graph.macs if graph.macs else 1.0
+    if saved < asked / 10:
+        raise SlimError(
+            f"{target} would leave {1 - saved:.1%} of the MACs: the channels that can be cut make "
+            f"{graph.shares()['prunable']:.1%} of them; graph.report() says what freezes the others"
+        )
 
 
 def checked_scores(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> set[str]:
@@ -231,10 +242,8 @@ def channel_order(values: dict[int, Tensor]) -> Tensor:
 
 
 def solve(target: Target, constraints: list[WidthConstraint], costs: WidthCosts, ranking: Ranking) -> Widths:
-    """The widths that meet the target; SlimError when the floors do not allow it."""
+    """The widths that meet the target, which the floors allow."""
     budget = target.budget(costs.measure(target.kind, costs.sizes))
-    if costs.measure(target.kind, [constraint.floor for constraint in constraints]) > budget:
-        raise SlimError(unreachable(target, constraints, costs))
 
     def widths_at(rung: int) -> Widths:
         kept = ranking.kept(rung)

@@ -6,7 +6,7 @@ is as long as the kept channels that occupy it, so nothing is cut or run while s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -129,7 +129,8 @@ def width_constraints(
             step = lcm(*(round_to // gcd(round_to, count) for count in counts))
             least, share = -(-min_channels // min(counts)), ceil(min_keep * group.size - 1e-9)
             floor, without_share = (-(-width // step) * step for width in (max(least, share), least))
-            bound_by = "min_keep" if floor > without_share else ""
+            unrounded = "round_to" if min(group.size, floor) > least else "min_channels"
+            bound_by = "min_keep" if floor > without_share else unrounded
             constraints.append(WidthConstraint(group, min(group.size, floor), step, bound_by, ranked=True))
     return constraints
 
@@ -236,26 +237,39 @@ class WidthCosts:
         return sum(self.cost_of(kind, p, other) - self.cost_of(kind, p, widths) for p in self.touched[number])
 
 
-REMEDIES = {
-    "": "lower min_channels or round_to",
-    "min_keep": "lower min_keep",
-    "override": "lower the overrides",
-    "ignored": "ignore fewer groups",
-}
+REMEDIES = {"override": "lower the overrides", "ignored": "ignore fewer groups"}
 
 
-def unreachable(target: Target, constraints: list[WidthConstraint], costs: WidthCosts) -> str:
-    """The message for a target below what the floors allow: how far it goes, and what binds most of the rest."""
-    floors = [c.floor for c in constraints]
-    lowest, whole = costs.measure(target.kind, floors), costs.measure(target.kind, costs.sizes)
-    gains = [(-costs.change(target.kind, floors, n, 0), c.group.name, n) for n, c in enumerate(constraints)]
+def check_reachable(
+    target: Target,
+    constraints: list[WidthConstraint],
+    costs: WidthCosts,
+    floors: Mapping[str, float],
+    constrain: Callable[..., list[WidthConstraint]],
+) -> None:
+    """SlimError for a target below what the floors allow: how far it goes, what binds most of the rest, and what would do.
+
+    Args:
+        target: what is to come down
+        constraints: the widths that each group may take
+        costs: of widths
+        floors: ``round_to``, ``min_channels`` and ``min_keep``
+        constrain: the constraints with other floors than these
+    """
+    if target.kind == "threshold":
+        return
+    lowest = costs.measure(target.kind, [c.floor for c in constraints])
+    whole = costs.measure(target.kind, costs.sizes)
+    if lowest <= target.budget(whole):
+        return
+    least = [c.floor for c in constraints]
+    gains = [(-costs.change(target.kind, least, n, 0), c.group.name, n) for n, c in enumerate(constraints)]
     order = [constraints[n] for gain, _, n in sorted(gains, reverse=True) if gain]
     binding, stuck = [c for c in order if c.counted][:5], [c for c in order if not c.counted][:3]
     named = []
     for c in binding:
         channels = c.floor * c.group.per_channel
-        reason = f"{c.bound_by}: " if c.bound_by else ""
-        named.append(f"{c.group.name} ({reason}{channels} channel{'' if channels == 1 else 's'})")
+        named.append(f"{c.group.name} ({c.bound_by}: {channels} channel{'' if channels == 1 else 's'})")
     fixed = lowest - costs.measure(target.kind, [c.floor if c.counted else 0 for c in constraints])
     note = ""
     if stuck and fixed >= 0.05 * lowest:
@@ -263,9 +277,31 @@ def unreachable(target: Target, constraints: list[WidthConstraint], costs: Width
         note = f"; {fixed / whole:.3f} hangs on groups that cannot be cut: {reasons}"
     if not any(c.ranked for c in constraints):
         note += "; no group can be pruned"
-    remedies = [text for key, text in REMEDIES.items() if key in {c.bound_by for c in binding}]
-    return (
+    remedies = []
+    for option in dict.fromkeys(c.bound_by for c in binding):
+        if option in floors:
+            lower = (
+                n for n in lower_values(floors[option]) if reaches(target, costs, constrain(**{**floors, option: n}))
+            )
+            value = next(lower, None)
+            remedies.append(f"lower {option}" if value is None else f"{option}={value:g} would do")
+        else:
+            remedies.append(REMEDIES[option])
+    raise SlimError(
         f"{target} cannot be reached: with every group at its floor {lowest / whole:.3f} remains ({lowest:,} of {whole:,} "
         f"{UNITS[target.kind]}); the floors that bind most: {', '.join(named) or 'none'}{note}; "
         + ", ".join([*remedies, "or raise the target" if remedies else "raise the target"])
     )
+
+
+def lower_values(value: float) -> list[float]:
+    """Halves of a whole number down to 1, and of a share down to 0."""
+    if isinstance(value, int):
+        return [value >> n for n in range(1, value.bit_length())]
+    return [value / 2, value / 4, 0.0] if value else []
+
+
+def reaches(target: Target, costs: WidthCosts, constraints: list[WidthConstraint]) -> bool:
+    """Whether the floors of these constraints allow the target."""
+    budget = target.budget(costs.measure(target.kind, costs.sizes))
+    return costs.measure(target.kind, [c.floor for c in constraints]) <= budget

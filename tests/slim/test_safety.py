@@ -408,6 +408,50 @@ def test_layer_norm_freezes_unless_inexact_cuts_are_allowed() -> None:
     assert pruned.norm.normalized_shape == (4,) and pruned(X).shape == (2, 3, 8, 8)
 
 
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is computed from its parameter each time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+def test_the_report_tells_of_all_macs() -> None:
+    """Channels that can be cut, frozen ones, outputs: they sum to 1, and layers without a group are told of."""
+    model = Net(
+        lambda m, x: m.head(m.c(m.b(m.a(x)))), a=conv(3, 6), b=Standardised(6, 8, 3), c=conv(8, 4), head=head(4)
+    )
+    graph = slim.trace(randomise(model), X)
+    shares = graph.shares()
+    macs = {row.path: row.macs for row in graph.layers}
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-12)
+    assert shares["prunable"] == pytest.approx(macs["c.0"] / graph.macs)
+    assert shares["frozen"] == pytest.approx((macs["a.0"] + macs["b"]) / graph.macs)
+    report = graph.report()
+    assert (
+        f"a weight that is computed as the network runs: froze {macs['b'] / graph.macs:.1%} of the MACs (b)" in report
+    )
+    assert (
+        f"of the MACs {shares['prunable']:.1%} make channels that can be cut, {shares['frozen']:.1%} frozen ones"
+        in report
+    )
+
+
+def test_a_target_in_channels_that_saves_nothing_is_refused() -> None:
+    model = Net(
+        lambda m, x: m.head(m.b(m.b(m.a(x)))),
+        a=nn.Conv2d(3, 64, 1),
+        b=Standardised(64, 64, 3, padding=1),
+        head=head(64),
+    )
+    model.a = nn.Sequential(conv(3, 4), nn.Conv2d(4, 64, 1))
+    graph = slim.trace(randomise(model), X)
+    with pytest.raises(
+        slim.SlimError, match=r"channels=0.5 would leave 99.\d% of the MACs: the channels that can be cut make 0.\d% of"
+    ):
+        slim.make_plan(graph, slim.score(model, graph, "l1"), channels=0.5, round_to=1, min_channels=1)
+
+
 def by_hand(x: Tensor) -> Tensor:
     mean = x.mean(1, keepdim=True)
     return (x - mean) / ((x - mean).pow(2).mean(1, keepdim=True) + 1e-6).sqrt()

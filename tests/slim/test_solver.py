@@ -232,19 +232,28 @@ def test_target_is_met_and_costs_are_those_of_the_cut_model(target: str) -> None
     [
         ({"macs": 640},
          "macs=640 cannot be reached: with every group at its floor 0.208 remains (1,920 of 9,216 MACs); the floors that bind "
-         "most: first.0 (1 channel), second.0 (1 channel); 0.014 hangs on groups that cannot be cut: head (frozen: a model "
-         "output); lower min_channels or round_to, or raise the target"),
+         "most: first.0 (min_channels: 1 channel), second.0 (min_channels: 1 channel); 0.014 hangs on groups that cannot be cut: "
+         "head (frozen: a model output); lower min_channels, or raise the target"),
+        ({"macs": 0.3, "round_to": 4},
+         "macs=0.3 cannot be reached: with every group at its floor 0.917 remains (8,448 of 9,216 MACs); the floors that bind "
+         "most: first.0 (round_to: 4 channels), second.0 (round_to: 4 channels); 0.056 hangs on groups that cannot be cut: "
+         "head (frozen: a model output); round_to=1 would do, or raise the target"),
+        ({"macs": 0.3, "min_channels": 4},
+         "macs=0.3 cannot be reached: with every group at its floor 0.917 remains (8,448 of 9,216 MACs); the floors that bind "
+         "most: first.0 (min_channels: 4 channels), second.0 (min_channels: 4 channels); 0.056 hangs on groups that cannot be "
+         "cut: head (frozen: a model output); min_channels=1 would do, or raise the target"),
         ({"channels": 0.5, "min_keep": 0.75},
          "channels=0.5 cannot be reached: with every group at its floor 0.800 remains (8 of 10 channels); the floors that "
-         "bind most: second.0 (min_keep: 5 channels), first.0 (min_keep: 3 channels); lower min_keep, or raise the target"),
+         "bind most: second.0 (min_keep: 5 channels), first.0 (min_keep: 3 channels); min_keep=0.375 would do, or raise the "
+         "target"),
         ({"channels": 2, "overrides": {"second.0": 5}, "round_to": 2},
          "channels=2 cannot be reached: with every group at its floor 0.700 remains (7 of 10 channels); the floors that bind "
-         "most: second.0 (override: 5 channels), first.0 (2 channels); lower min_channels or round_to, lower the overrides, "
-         "or raise the target"),
+         "most: second.0 (override: 5 channels), first.0 (round_to: 2 channels); lower the overrides, lower round_to, or raise "
+         "the target"),
         ({"params": 0.5, "ignore": ["first.*"], "overrides": {"second.0": 6}},
          "params=0.5 cannot be reached: with every group at its floor 1.000 remains (166 of 166 parameters); the floors that "
          "bind most: first.0 (ignored: 4 channels), second.0 (override: 6 channels); 0.084 hangs on groups that cannot be "
-         "cut: head (frozen: a model output); no group can be pruned; lower the overrides, ignore fewer groups, or raise the "
+         "cut: head (frozen: a model output); no group can be pruned; ignore fewer groups, lower the overrides, or raise the "
          "target"),
     ],
 )  # fmt: skip
