@@ -8,6 +8,7 @@ needs no numbers: a slice that silently takes other channels is found as surely 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,8 @@ NO_CHANNEL = torch.zeros(1, dtype=torch.int64)
 """The label of no channel, which sequences of labels begin with so that they are not empty."""
 SIZED_BY_DATA = {"nonzero", "masked_select", "nms", "_unique2", "unique_dim"}
 """Operators whose results are as long as the data make them."""
+ENOUGH_OF_A_KIND = 2
+"""So many modules of one class without attributes that count channels speak for all of them."""
 OTHER_OPERATORS = "the model runs other operators after a cut: its code depends on the number of channels"
 OTHER_OPERATOR = "is another operator after a cut: the code depends on the number of channels"
 OTHER_OUTPUTS = "an output is narrower after a cut: a part of it comes from code that cannot be followed"
@@ -55,7 +58,7 @@ def freeze_what_breaks(
     """
     trial = DryRun(graph, owners, run, example_inputs)
     broken: dict[str, str] = {}
-    tried: set[str] = set()
+    tried: Counter[type] = Counter()
     while True:
         candidates = [g for g in trial.graph.groups if g.prunable and g.size > 1 and g.name not in broken]
         failure = trial.first_failure(candidates, bool(broken))
@@ -115,12 +118,13 @@ class DryRun:
         """What goes wrong in the first of the cuts of these groups that does not work."""
         return next((failure for cut in cuts_to_try(groups, thorough) if (failure := self.attempt(cut))), None)
 
-    def with_counts(self, failure: Failure, tried: set[str]) -> DryRun | None:
+    def with_counts(self, failure: Failure, tried: Counter[type]) -> DryRun | None:
         """A trial in which attributes of the module that failed, or of one around it, count channels, if it fails later or
-        not at all; they stay noted in ``run.counts``. ``tried``: modules without such attributes."""
+        not at all; they stay noted in ``run.counts``. ``tried``: how many modules of a kind turned out to have none."""
         path = failure.path
         while path is not None:
-            for records in proposals(self.run, path) if path not in tried else ():
+            kind = type(self.run.model.get_submodule(path))
+            for records in proposals(self.run, path) if tried[kind] < ENOUGH_OF_A_KIND else ():
                 self.run.counts += records
                 other = DryRun(*build_graph(self.run, self.example_inputs), self.run, self.example_inputs)
                 involved = other.group_names(torch.cat([record.labels for record in records]))
@@ -129,7 +133,7 @@ class DryRun:
                 if groups and (again is None or self.begin_of(again.path) > self.begin_of(failure.path)):
                     return other
                 del self.run.counts[-len(records) :]
-            tried.add(path)
+            tried[kind] += 1
             path = path.rpartition(".")[0] if path else None
         return None
 
