@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
+from tqdm import tqdm
 
 from engine import match_detections
 from slim import SlimError, write_text_atomically
@@ -156,16 +157,14 @@ def append_bootstrap_rows(
     def matches(run: str) -> ImageMatches:
         return ImageMatches(ground_truth, json.loads(predictions(run).read_text(encoding="utf-8")))
 
-    found = [
-        asdict(bootstrap_difference(matches(run), matches(against), resamples=resamples))
-        for run, against in zip(new["hash"], new["against_hash"], strict=True)
-    ]
-    if found:
-        made = pd.concat([new.reset_index(drop=True), pd.DataFrame(found)], axis=1)
+    # A pair takes seconds to a minute: each is written as it is found.
+    for pair in tqdm(new.to_dict("records"), desc="pairs on resampled images", leave=False):
+        found = bootstrap_difference(matches(pair["hash"]), matches(pair["against_hash"]), resamples=resamples)
+        made = pd.DataFrame([pair | asdict(found)])
         rows = pd.concat([rows, made], ignore_index=True)[list(BOOTSTRAP_COLUMNS)] if len(rows) else made
         text = rows.to_csv(columns=list(BOOTSTRAP_COLUMNS), index=False, float_format="%.6f", lineterminator="\n")
         write_text_atomically(path, text)
-    return len(found)
+    return len(new)
 
 
 def _class_matches(matching: Any, position: int) -> _ClassMatches:
