@@ -29,6 +29,17 @@ CLASSIFICATION = [
 ]  # fmt: skip
 
 
+TIMM = [
+    "cspdarknet53", "cspresnet50", "darknet53", "densenet121", "dla34", "dpn68", "ecaresnet26t", "efficientnet_b0",
+    "ese_vovnet19b_dw", "fasternet_t0", "gernet_s", "ghostnet_100", "hardcorenas_a", "hrnet_w18_small", "inception_resnet_v2",
+    "inception_v4", "lcnet_050", "legacy_senet18", "mixnet_s", "mobilenetv3_large_100", "mobileone_s0", "poolformer_s12",
+    "regnetv_040", "regnetz_b16", "repghostnet_050", "repvgg_a0", "res2net50_26w_4s", "res2next50", "resnest14d", "resnet50d",
+    "resnext50_32x4d", "rexnet_100", "selecsls42b", "seresnet18", "skresnet18", "skresnext50_32x4d", "starnet_s1",
+    "tf_efficientnet_b0", "tf_mobilenetv3_small_100", "tinynet_e", "tresnet_m", "vovnet39a", "wide_resnet50_2", "xception41",
+]  # fmt: skip
+"""Of the many in timm: at most a tenth of their MACs makes channels that cannot be cut."""
+
+
 def named(names: list[str]) -> list[Any]:
     """Test parameters: what is not quick runs in ``make zoo`` alone."""
     return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.zoo) for name in names]
@@ -75,6 +86,18 @@ def frozen_share(graph: slim.ChannelGraph) -> float:
     shares = graph.shares()
     assert sum(shares.values()) == pytest.approx(1, abs=1e-9)
     return 1 - shares["prunable"]
+
+
+@pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name: str) -> None:
+    timm = pytest.importorskip("timm", reason="needs timm: pip install '.[zoo]'")
+    torch.manual_seed(0)
+    model, x = settle_on(timm.create_model(name, pretrained=False), 96), torch.rand(1, 3, 96, 96)
+    graph, plan = half_of_the_channels(model, x)
+    assert frozen_share(graph) - graph.shares()["output"] <= 0.1
+    assert_proven(model, plan, x, lambda network: network)
 
 
 @pytest.mark.filterwarnings("ignore")
