@@ -248,9 +248,7 @@ class Loop:
 def proven_fold(model: torch.nn.Module, images: torch.Tensor) -> tuple[torch.nn.Module, float]:
     """The model without gates, and its largest relative difference from the one with them on ``images``."""
     folded = slim.fold_gates(model, images)
-    return folded, proven(
-        "with and without gates", model, folded, images, lambda wide: slim.fold_gates(wide, images.double())
-    )
+    return folded, proven("folded = gated", model, folded, images, lambda wide: slim.fold_gates(wide, images.double()))
 
 
 def iterate(flags: IterateFlags, world: World | None = None) -> Path:

@@ -161,7 +161,7 @@ def cut(inputs: PruneInputs, plan: slim.Plan, recalibration_batches: int = 0) ->
     if masked_evaluation:
         print(f"masked AP {masked_evaluation.ap:.4f}")
     pruned = slim.apply_plan(model, plan)
-    difference = proven("pruned and masked", masked.cpu(), pruned, inputs.images)
+    difference = proven("pruned = masked", masked.cpu(), pruned, inputs.images)
     inputs.recalibrate(pruned, recalibration_batches)
     pruned_evaluation = evaluator(pruned) if evaluator else None
     if pruned_evaluation:
@@ -209,7 +209,9 @@ def proven(
     try:
         proof = slim.prove(first, second, images, remade=remade)
     except SlimError as error:
-        raise SlimError(f"{what}: {error}; nothing was saved; please report the model description") from error
+        raise SlimError(
+            f"{what} does not hold: {error}; nothing was saved; please report the model description"
+        ) from error
     print(f"{what}: {proof}, on {len(images)} images")
     return proof.difference
 

@@ -13,7 +13,7 @@ from slim.forward import copied, like
 from slim.gate import vectors_in
 from slim.graph import ChannelGroup, Example, inputs_like
 from slim.groups import find_groups
-from slim.ops import VIEW
+from slim.ops import KINDS
 from slim.plan import GroupPlan, Plan
 from slim.rules import RULES
 
@@ -88,7 +88,8 @@ def check_shapes(pruned: nn.Module, model: nn.Module, example: Example) -> None:
 
 def calls_on_shapes(model: nn.Module, example: Example) -> list[tuple[str, str, tuple[float, ...]]] | str:
     """The operators of a forward pass on the meta device, which computes shapes and no values, with their modules and
-    numbers; or where and why it fails. Views and copies, which one channel can make needless, are left out."""
+    numbers; or where and why it fails. What only rearranges or copies elements is left out: that one channel can make a copy
+    needless and einsum takes its factors in an order that depends on their sizes changes no result."""
     hollow = {id(t): like(t, torch.empty_like(t, device="meta")) for t in [*model.parameters(), *model.buffers()]}
     inputs = tuple(torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in example)
     run = ChannelPropagation(copied(model, hollow), RULES, muted=True)
@@ -96,4 +97,5 @@ def calls_on_shapes(model: nn.Module, example: Example) -> list[tuple[str, str, 
         run.run(inputs)
     except SlimError as error:
         return f"{run.failed_in()}: {str(error.__cause__).strip().splitlines()[0]}"
-    return [call for call in run.called if call[0] not in (*VIEW, *WITHOUT_ARITHMETIC, "copy", "as_strided")]
+    rearranging = {*WITHOUT_ARITHMETIC, "copy", "as_strided"}
+    return [call for call in run.called if KINDS.get(call[0]) != "move" and call[0] not in rearranging]

@@ -783,7 +783,7 @@ def position_product(k: Choices, x: Tensor) -> Part:
 
     def run(m: Part, x: Tensor) -> Tensor:
         query, key = m.q(x).flatten(2), m.k(x).flatten(2)
-        weights = (query.transpose(1, 2) @ key).softmax(-1)
+        weights = (8 * query.transpose(1, 2) @ key).softmax(-1)
         return (m.v(x).flatten(2) @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])
 
     c = x.shape[1]

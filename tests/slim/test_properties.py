@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 import slim
 from tests.slim.random_networks import OPS, RECIPE_BYTES, Network, Recipe, Step, build, example_inputs, recipe_of
@@ -65,6 +66,8 @@ def draw_plan(model: nn.Module, graph: slim.ChannelGraph, cut: Cut) -> slim.Plan
         return slim.make_plan(graph, scores, threshold=1 - cut.keep, overrides={chosen: 0.3}, **options)
     least, whole = sum(g.per_channel for g in free), sum(g.per_channel * g.size for g in free)
     keep = (least + (whole - least) * min(cut.keep, 0.9)) / whole
+    if graph.shares()["prunable"] < 0.2:  # such a share of the channels could save nothing, which is refused
+        return slim.make_plan(graph, scores, threshold=1 - cut.keep, **options)
     return slim.make_plan(graph, scores, channels=min(1.0, keep + 1e-9), **options)
 
 
@@ -272,14 +275,14 @@ def test_outputs_depend_on_every_layer() -> None:
     seen: Counter[bool] = Counter()
     generator = torch.Generator().manual_seed(0)
 
-    @settings(UNHURRIED, max_examples=25, derandomize=True, phases=[Phase.generate])
+    @settings(UNHURRIED, max_examples=60, derandomize=True, phases=[Phase.generate])
     @given(CASES)
     def disturb(case: tuple[Recipe, Cut]) -> None:
         recipe, _ = case
         model = build(recipe)
         fresh = example_inputs(recipe, 2, 1)
         for path, module in model.named_modules():
-            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and not is_parametrized(module):
                 other = copy.deepcopy(model)
                 with torch.no_grad():
                     weight = other.get_parameter(f"{path}.weight")
