@@ -30,9 +30,9 @@ CLASSIFICATION = [
 
 
 TIMM = [
-    "cspdarknet53", "cspresnet50", "darknet53", "densenet121", "dla34", "dpn68", "ecaresnet26t", "efficientnet_b0",
+    "cspdarknet53", "cspresnet50", "darknet53", "densenet121", "dla34", "dpn68", "efficientnet_b0",
     "ese_vovnet19b_dw", "fasternet_t0", "gernet_s", "ghostnet_100", "hardcorenas_a", "hrnet_w18_small", "inception_resnet_v2",
-    "inception_v4", "lcnet_050", "legacy_senet18", "mixnet_s", "mobilenetv3_large_100", "mobileone_s0", "poolformer_s12",
+    "inception_v4", "lcnet_050", "legacy_seresnet18", "mixnet_s", "mobilenetv3_large_100", "mobileone_s0",
     "regnetv_040", "regnetz_b16", "repghostnet_050", "repvgg_a0", "res2net50_26w_4s", "res2next50", "resnest14d", "resnet50d",
     "resnext50_32x4d", "rexnet_100", "selecsls42b", "seresnet18", "skresnet18", "skresnext50_32x4d", "starnet_s1",
     "tf_efficientnet_b0", "tf_mobilenetv3_small_100", "tinynet_e", "tresnet_m", "vovnet39a", "wide_resnet50_2", "xception41",
