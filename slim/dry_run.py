@@ -68,11 +68,13 @@ def freeze_what_breaks(
         if better is None:
             broken.update(trial.bisect_failures(failure, candidates))
             continue
-        # Other groups have other names: what is broken stays so by its channels.
-        for number, group in enumerate(trial.graph.groups):
-            if group.name in broken:
-                run.freeze((trial.owners[:, 0] == number).nonzero().flatten(), broken[group.name])
-        trial, broken = DryRun(*build_graph(run, example_inputs), run, example_inputs), {}
+        if broken:
+            # Other groups have other names: what is broken stays so by its channels.
+            for number, group in enumerate(trial.graph.groups):
+                if group.name in broken:
+                    run.freeze((trial.owners[:, 0] == number).nonzero().flatten(), broken[group.name])
+            better = DryRun(*build_graph(run, example_inputs), run, example_inputs)
+        trial, broken = better, {}
     groups = tuple(replace(g, frozen_reason=broken[g.name]) if g.name in broken else g for g in trial.graph.groups)
     return replace(trial.graph, groups=groups)
 

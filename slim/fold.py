@@ -18,6 +18,7 @@ from slim.gate import Gate, detach_gate, gate_parameters, gated_path, gates_in, 
 from slim.graph import inputs_like
 from slim.ops import SCALABLE
 from slim.propagate import Call, Propagation, spread
+from slim.surgery import named_tensors
 from slim.wrapped import Model
 
 logger = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ def fold_into_readers(run: GatePropagation, model: nn.Module, stuck: dict[int, s
     """Multiply the weights that read what is scaled; of stuck vectors nothing is taken up. In place."""
     taken = [torch.ones_like(v) if id(v) in stuck else v for v in gate_parameters(model)]
     factors = torch.cat([torch.ones(1), *[v.detach().float().cpu() for v in taken]])
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = named_tensors(model)
     for param, entries in run.readers.items():
         weight = tensors[param]
         factor = factors[entries].to(weight.device, weight.dtype)

@@ -16,7 +16,6 @@ from slim.gate import gate_parameters
 from slim.graph import OUTPUT, ChannelGraph, ChannelGroup, Example, FreezingOp, GateSite, Member, Role, unique_name
 from slim.propagate import varying_axes
 from slim.rules import RULES
-from slim.wrapped import check_open, without_ddp
 
 Key = tuple[str, int, Role]
 COMPUTED_WEIGHT = "a weight that is computed as the network runs"
@@ -29,13 +28,11 @@ def find_groups(
 
     Also gives the owner of each label, see ``build_graph``, and the propagation.
     """
-    model = without_ddp(model)
-    check_open(model)
-    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    run = ChannelPropagation(model, RULES, allow_inexact=allow_inexact)
+    lazy = next((name for name, p in run.model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise SlimError(f"{lazy} has no shape yet (a lazy module); run the model once before slim.trace")
-    run = ChannelPropagation(model, RULES, allow_inexact=allow_inexact)
-    with transparent_gates(model):
+    with transparent_gates(run.model):
         run.run(example_inputs)
     # That it is an output comes first among the reasons why a group is frozen.
     frozen, run.frozen = run.frozen, []
