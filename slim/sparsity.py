@@ -338,7 +338,8 @@ def strength_for(total_lr: float, travel: float = 2.0) -> float:
 
     Args:
         total_lr: sum of the learning rates over the sparse steps
-        travel: how far; a gate starts at 1 and the data resists, so that 2 closes about the smallest half
+        travel: how far; a gate starts at 1 and the data resists, so that 2 closes about the smallest half; with
+            ``BudgetL1``, whose choice grows over the steps, 4 to 7 close what it chooses last as well
 
     Raises:
         SlimError: when ``total_lr`` is not above 0.

@@ -1,4 +1,4 @@
-"""Networks that others wrote, cut to half of their channels and proven: torchvision's and ultralytics'.
+"""Networks that others wrote, cut to half of their channels and proven: torchvision's, timm's and others.
 
 A few run with every ``make test``; all of them run with ``make zoo``.
 """
@@ -70,6 +70,7 @@ def randomise_gates(model: nn.Module) -> None:
 
 def half_of_the_channels(model: nn.Module, example: Any, seed: int = 0) -> tuple[slim.ChannelGraph, slim.Plan]:
     graph = slim.trace(model, example)
+    assert frozen_share(graph) < 1
     scores = slim.score(model, graph, "random", seed=seed)
     return graph, slim.make_plan(graph, scores, channels=0.5, round_to=1, min_channels=1)
 
@@ -92,7 +93,7 @@ def frozen_share(graph: slim.ChannelGraph) -> float:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name: str) -> None:
-    timm = pytest.importorskip("timm", reason="needs timm: pip install '.[zoo]'")
+    timm = pytest.importorskip("timm", reason="needs the extra 'zoo' (pip install '.[zoo]')")
     torch.manual_seed(0)
     model, x = settle_on(timm.create_model(name, pretrained=False), 96), torch.rand(1, 3, 96, 96)
     graph, plan = half_of_the_channels(model, x)
@@ -143,6 +144,30 @@ def test_convnext(inexact: bool) -> None:
         assert frozen_share(graph) == pytest.approx(0.533, abs=0.005)
         assert all(g.prunable or "layer_norm" in g.frozen_reason or g.frozen_reason == OUTPUT for g in graph.groups)  # type: ignore[operator]
         assert_proven(model, half_of_the_channels(model, x)[1], x, lambda m: m)
+
+
+SEGMENTERS = [
+    ("Unet", "resnet18"), ("Unet", "densenet121"), ("UnetPlusPlus", "mobilenet_v2"), ("MAnet", "resnet18"),
+    ("Linknet", "vgg11_bn"), ("FPN", "se_resnext50_32x4d"), ("FPN", "mit_b0"), ("PSPNet", "resnet18"),
+    ("PAN", "resnet18"), ("DeepLabV3", "resnet18"), ("DeepLabV3Plus", "mobilenet_v2"), ("UPerNet", "mobilenet_v2"),
+    ("Segformer", "resnet18"),
+]  # fmt: skip
+"""Decoder and encoder, of segmentation-models-pytorch."""
+ATTENTION = {"mit_b0": 0.15}
+"""Share of the MACs that layer norms over channels and attention hold, where it is more than a tenth."""
+
+
+@pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("decoder", "encoder"), SEGMENTERS, ids="-".join)
+def test_segmentation_models_pytorch(decoder: str, encoder: str) -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="needs the extra 'zoo' (pip install '.[zoo]')")
+    torch.manual_seed(0)
+    model = settle_on(getattr(smp, decoder)(encoder, encoder_weights=None, classes=3), 128)
+    x = torch.rand(1, 3, 128, 128)
+    graph, plan = half_of_the_channels(model, x)
+    assert frozen_share(graph) - graph.shares()["output"] <= ATTENTION.get(encoder, 0.1)
+    assert_proven(model, plan, x, lambda network: network)
 
 
 SEGMENTATION = {
