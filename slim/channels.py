@@ -56,6 +56,12 @@ class UnionFind:
                 return roots
             roots = further
 
+    def distinct(self, labels: Tensor) -> Tensor:
+        """Each of these labels once, ascending, [n]."""
+        occurring = torch.zeros(len(self.parent), dtype=torch.bool)
+        occurring[labels.flatten()] = True  # maps of an image's size have millions: sorting them would take seconds
+        return occurring.nonzero().flatten()
+
     def unite(self, first: Tensor, second: Tensor) -> None:
         """Unite element by element where both labels are not 0; the shapes broadcast."""
         first, second = torch.broadcast_tensors(first, second)
@@ -229,19 +235,19 @@ class ChannelPropagation(Propagation):
     def freeze(self, labels: Tensor | None, reason: str) -> None:
         """These channels stay."""
         if labels is not None and bool(labels.any()):
-            self.frozen.append((torch.unique(labels), reason))
+            self.frozen.append((self.classes.distinct(labels), reason))
 
     def freeze_at(self, call: Call, labels: Tensor | None, reason: str) -> None:
         """These channels stay, and the report names the operator that is why."""
         if labels is not None and bool(labels.any()):
             self.freeze(labels, reason)
-            self.freezing_ops.append((call.name, self.where(), reason, torch.unique(labels)))
+            self.freezing_ops.append((call.name, self.where(), reason, self.classes.distinct(labels)))
 
     def mix(self, call: Call, labels: Tensor) -> None:
         """The operator mixes these channels without weights: its result changes when one goes."""
         reason = f"{call.name} in {self.here()} mixes channels"
         if self.allow_inexact:
-            self.inexact.append((torch.unique(labels), reason))
+            self.inexact.append((self.classes.distinct(labels), reason))
         else:
             self.freeze_at(call, labels, f"{reason}, so no cut is exact")
 
@@ -251,7 +257,7 @@ class ChannelPropagation(Propagation):
         for tensor, found in zip(call.inputs, labels, strict=True):
             self.freeze(found, reason)
             self.untouchable(tensor, f"is read by {call.name}")
-        entering = [torch.unique(x) for x in labels if x is not None]
+        entering = [self.classes.distinct(x) for x in labels if x is not None]
         if entering:
             self.freezing_ops.append((call.name, self.where(), reason, torch.cat(entering)))
         self.put_outputs(call, None)

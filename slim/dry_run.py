@@ -146,7 +146,12 @@ class DryRun:
 
     def bisect_failures(self, failure: Failure, candidates: list[ChannelGroup]) -> dict[str, str]:
         """The groups that fail on their own, with the reason; all suspects where only a combination fails."""
-        suspects = [g for g in candidates if g.name in failure.suspects] or candidates
+        suspects = [g for g in candidates if g.name in failure.suspects]
+        if not suspects:
+            met = self.groups_met_in(failure.path)
+            suspects = [g for g in candidates if g.name in met]
+            if len(suspects) in (0, len(candidates)) or self.first_failure(suspects, True) is None:
+                suspects = candidates
         if len(suspects) == 1:
             return {suspects[0].name: failure.reason}
         found: dict[str, str] = {}
@@ -300,6 +305,17 @@ class DryRun:
     def group_names(self, labels: Tensor) -> tuple[str, ...]:
         """The groups that hold the channels of these labels."""
         return group_names(self.graph.groups, self.owners, labels)
+
+    def groups_met_in(self, path: str | None) -> tuple[str, ...]:
+        """The groups whose channels a module and those within it met in the whole model; none where the module is unknown."""
+        met = [
+            labels.flatten()
+            for step in (self.run.steps if path else ())
+            if f"{step.path}.".startswith(f"{path}.")
+            for labels in step.inputs
+            if labels is not None
+        ]
+        return self.group_names(torch.cat(met)) if met else ()
 
     def suspects_of(self, entered: list[Tensor], again: ChannelPropagation, keep: KeptIndices) -> tuple[str, ...]:
         """The groups whose channels entered the operator that failed in the cut model."""

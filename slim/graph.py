@@ -14,6 +14,8 @@ from torch import Tensor, nn
 Role = Literal["out", "in", "depthwise", "scale", "width"]
 """What a parameter's axis is to a channel: "out" produces it, "in" consumes it linearly, "depthwise" both, "scale" acts on
 it alone; "width" is no tensor but a module's integer attribute that counts the channels (a norm's ``num_features``)."""
+PRODUCING = ("out", "depthwise")
+"""The roles of axes along which a layer makes its channels."""
 OUTPUT = "a model output"
 """Why a group is frozen whose channels leave the model."""
 Example = tuple[tuple[tuple[int, ...], str], ...]
@@ -46,7 +48,7 @@ class Member:
     @property
     def produces(self) -> bool:
         """Whether the parameter is a weight whose output the channels are."""
-        return self.role in ("out", "depthwise")
+        return self.role in PRODUCING
 
     @cached_property
     def index_tensor(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""From the labels of a finished propagation to groups, classes of united labels that occur alike, and to where gates go."""
+"""From the labels of a finished propagation to groups: classes of united labels that occur alike."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from slim.channels import ChannelPropagation
+from slim.channels import ChannelPropagation, Record
 from slim.errors import SlimError
 from slim.forward import transparent_gates
 from slim.gate import gate_parameters
-from slim.graph import OUTPUT, ChannelGraph, ChannelGroup, Example, FreezingOp, GateSite, Member, Role, unique_name
-from slim.propagate import varying_axes
+from slim.graph import OUTPUT, PRODUCING, ChannelGraph, ChannelGroup, Example, FreezingOp, Member, Role, unique_name
 from slim.rules import RULES
+from slim.sites import find_gate_sites, find_norm_sites
 
 Key = tuple[str, int, Role]
+NO_CLASS = torch.zeros(1, dtype=torch.int64)
+"""What sequences of classes begin with so that they are not empty."""
 COMPUTED_WEIGHT = "a weight that is computed as the network runs"
 
 
@@ -51,38 +53,33 @@ def build_graph(run: ChannelPropagation, example_inputs: Any) -> tuple[ChannelGr
     Also gives the owner of each label, [labels, 2]: the number of its group and its channel there, -1 for none.
     """
     roots = run.classes.roots()
+    records = [*run.records, *run.counts]
+    occurring = [roots[record.labels] for record in records]
     unreadable = [(r.labels, run.unreadable[r.param]) for r in run.records if r.param in run.unreadable]
-    frozen, inexact = first_reasons([*run.frozen, *unreadable], roots), first_reasons(run.inexact, roots)
-    # For each class what it occupies: keys, and the position on each one's axis.
-    keys: dict[int, list[Key]] = {}
-    positions: dict[int, list[int]] = {}
-    for record in [*run.records, *run.counts]:
-        key = (record.param, record.axis, record.role)
-        for position, root in enumerate(roots[record.labels].tolist()):
-            if root:
-                keys.setdefault(root, []).append(key)
-                positions.setdefault(root, []).append(position)
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for root, found in keys.items():
-        alike.setdefault((tuple(found), frozen.get(root), inexact.get(root)), []).append(root)
-    groups: list[ChannelGroup] = []
+    frozen, frozen_reasons = first_reasons([*run.frozen, *unreadable], roots)
+    inexact, inexact_reasons = first_reasons(run.inexact, roots)
+    places, made = places_of(records, occurring, len(roots))
+    traits = (places * len(frozen_reasons) + frozen) * len(inexact_reasons) + inexact
+    kinds = [part for part in alike(in_order(occurring), traits) if int(places[part[0]]) in made]
     owners = torch.full((len(roots), 2), -1)
-    for (found, reason, mixed), classes in alike.items():
-        members = gather_members(found, [positions[root] for root in classes])
-        producer = next((m for m in members if m.produces), None)
-        if producer is None:
-            continue
-        owners[classes] = torch.tensor([(len(groups), channel) for channel in range(len(classes))])
-        name = unique_name(producer.layer or producer.param, {group.name for group in groups})
-        groups.append(ChannelGroup(name, len(classes), members, reason, mixed))
+    for number, classes in enumerate(kinds):
+        owners[classes] = torch.stack([torch.full_like(classes, number), torch.arange(len(classes))], 1)
+    groups: list[ChannelGroup] = []
+    names: set[str] = set()
+    for classes, members in zip(kinds, gather_members(records, occurring, owners, len(kinds)), strict=True):
+        producer = next(m for m in members if m.produces)
+        name = unique_name(producer.layer or producer.param, names)
+        names.add(name)
+        reasons = frozen_reasons[frozen[classes[0]]], inexact_reasons[inexact[classes[0]]]
+        groups.append(ChannelGroup(name, len(classes), members, *reasons))
     owners = owners[roots]
     gates = {id(p) for p in gate_parameters(run.model)}
     shapes = {name: tuple(p.shape) for name, p in run.model.named_parameters() if id(p) not in gates}
     filters = {layer.weight: layer.shape for layer in run.layers if layer.weight and layer.weight not in shapes}
     used = {name.rpartition(".")[0] for key, name in run.tensors.items() if key in run.seen}
     layers = dict.fromkeys(name.rpartition(".")[0] for name in shapes)
-    made = {m.param for group in groups for m in group.members if m.produces}
-    unfollowed = tuple(layer for layer in run.layers if layer.weight not in made)
+    producing = {m.param for group in groups for m in group.members if m.produces}
+    unfollowed = tuple(layer for layer in run.layers if layer.weight not in producing)
     given_up = {path: reason for _, path, reason, _ in reversed(run.freezing_ops)}
     graph = ChannelGraph(
         groups=tuple(groups),
@@ -108,24 +105,76 @@ def group_names(groups: Sequence[ChannelGroup], owners: Tensor, labels: Tensor) 
     return tuple(groups[n].name for n in torch.unique(owners[labels][:, 0]).tolist() if n >= 0)
 
 
-def first_reasons(given: list[tuple[Tensor, str]], roots: Tensor) -> dict[int, str]:
-    """The first reason given for each class."""
-    found: dict[int, str] = {}
+def first_reasons(given: list[tuple[Tensor, str]], roots: Tensor) -> tuple[Tensor, list[str | None]]:
+    """The number of the first reason given for each class, [labels], and the reasons by their numbers: 0 is none."""
+    numbers, reasons = torch.zeros(len(roots), dtype=torch.int64), dict[str | None, int]({None: 0})
     for labels, reason in given:
-        for root in roots[labels[labels != 0]].tolist():
-            found.setdefault(root, reason)
-    return found
+        classes = roots[labels[labels != 0]]
+        numbers[classes[numbers[classes] == 0]] = reasons.setdefault(reason, len(reasons))
+    return numbers, list(reasons)
 
 
-def gather_members(keys: Sequence[Key], rows: list[list[int]]) -> tuple[Member, ...]:
-    """One member per (parameter, axis, role) from the positions of each channel, in the order of ``keys``; each once."""
-    columns: dict[Key, list[int]] = {}
-    for column, key in enumerate(keys):
-        columns.setdefault(key, []).append(column)
-    return tuple(
-        Member(*key, tuple(position for row in rows for position in dict.fromkeys([row[c] for c in numbers])))
-        for key, numbers in columns.items()
-    )
+def places_of(records: list[Record], occurring: list[Tensor], count: int) -> tuple[Tensor, set[int]]:
+    """A number for each class, [labels], equal for those that occur equally often on the same axes in the same order; and
+    the numbers of those that a layer makes. ``occurring`` has the class at each position of a record, 0 for none."""
+    places, numbers = torch.zeros(count, dtype=torch.int64), dict[tuple[Key, int, int], int]()
+    made: set[int] = set()
+    for record, classes in zip(records, occurring, strict=True):
+        classes, times = torch.unique(classes[classes != 0], return_counts=True)
+        most = int(times.max()) + 1 if len(times) else 1
+        before, which = torch.unique(places[classes] * most + times, return_inverse=True)
+        after = []
+        for old, often in (divmod(number, most) for number in before.tolist()):
+            after.append(numbers.setdefault((key_of(record), old, often), len(numbers) + 1))
+            if record.role in PRODUCING or old in made:
+                made.add(after[-1])
+        places[classes] = torch.tensor(after, dtype=torch.int64)[which]
+    return places, made
+
+
+def in_order(occurring: list[Tensor]) -> Tensor:
+    """Each class once, in the order in which they occur."""
+    classes = torch.cat([NO_CLASS, *occurring])
+    kinds, which = torch.unique(classes, return_inverse=True)
+    first = torch.full_like(kinds, len(classes))
+    first.scatter_reduce_(0, which, torch.arange(len(classes)), "amin")
+    ordered: Tensor = kinds[first.argsort()]
+    return ordered[1:]
+
+
+def alike(classes: Tensor, traits: Tensor) -> list[Tensor]:
+    """The classes that share a trait, in the order in which the traits occur."""
+    _, which, sizes = torch.unique(traits[classes], return_inverse=True, return_counts=True)
+    parts = which.argsort(stable=True).split(sizes.tolist())
+    return [classes[part] for part in sorted(parts, key=lambda part: int(part[0]))]
+
+
+def gather_members(
+    records: list[Record], occurring: list[Tensor], owners: Tensor, groups: int
+) -> list[tuple[Member, ...]]:
+    """The members of each group: one per (parameter, axis, role), in the order of the records. ``owners``: group and channel
+    of each class, [labels, 2]."""
+    found: list[dict[Key, list[Tensor]]] = [{} for _ in range(groups)]
+    for record, classes in zip(records, occurring, strict=True):
+        group, channel = owners[classes].unbind(1)
+        for number in torch.unique(group[group >= 0]).tolist():
+            positions = (group == number).nonzero().flatten()
+            ordered = positions[channel[positions].argsort(stable=True)]
+            found[number].setdefault(key_of(record), []).append(torch.stack([channel[ordered], ordered]))
+    return [tuple(Member(*key, index_of(parts)) for key, parts in members.items()) for members in found]
+
+
+def index_of(parts: list[Tensor]) -> tuple[int, ...]:
+    """The positions of each channel one after another, each once, from [channel and position, n] of one or more records."""
+    if len(parts) == 1 or all(torch.equal(parts[0], part) for part in parts):
+        return tuple(parts[0][1].tolist())
+    channels, positions = torch.cat(parts, 1)
+    order = channels.argsort(stable=True)
+    return tuple(p for _, p in dict.fromkeys(zip(channels[order].tolist(), positions[order].tolist(), strict=True)))
+
+
+def key_of(record: Record) -> Key:
+    return record.param, record.axis, record.role
 
 
 def example_spec(example_inputs: Any) -> Example | None:
@@ -134,61 +183,3 @@ def example_spec(example_inputs: Any) -> Example | None:
     if not isinstance(leaves, (list, tuple)) or not all(isinstance(leaf, Tensor) for leaf in leaves):
         return None
     return tuple((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in leaves)
-
-
-def find_gate_sites(run: ChannelPropagation, owners: Tensor) -> list[GateSite]:
-    """Where gates can go: behind activations, and behind layers whose channels reach a reader past no activation of their own.
-
-    Activations count straight behind layers, where they run once per forward and their every channel belongs to a group
-    (a ResNet block runs one ReLU module three times, and its last norm is summed before it). ``owners`` [labels, 2]: group
-    and channel of each label, -1 for none.
-    """
-    activations = [path for kind, path, _, _ in run.flow if kind == "activation"]
-    sites = [site for path in dict.fromkeys(activations) if (site := site_at(run, owners, path))]
-    layers = ungated_layers(run, {site.path for site in sites})
-    return sites + [site for path in layers if (site := site_at(run, owners, path))]
-
-
-def find_norm_sites(run: ChannelPropagation, owners: Tensor) -> list[GateSite]:
-    """Where gates go that come before the activations: behind layers whose channels reach a reader, of a convolution and its
-    norm behind the norm.
-
-    Groups that meet an activation module with f(0) != 0, such as a softplus, have none: a gate before it would close nothing.
-    """
-    shifted = {key for kind, _, _, outputs in run.flow if kind == "end" for key in outputs}
-    behind = [tensor for outputs in run.module_outputs.values() for tensor in outputs if id(tensor) in shifted]
-    labels = [found for tensor in behind if (found := run.get(tensor)) is not None]
-    barred = {group for found in labels for group in owners[found.flatten()][:, 0].tolist()}
-    sites = [site for path in ungated_layers(run, set()) if (site := site_at(run, owners, path))]
-    return [site for site in sites if barred.isdisjoint(group for group, _ in site.channels)]
-
-
-def site_at(run: ChannelPropagation, owners: Tensor, path: str) -> GateSite | None:
-    outputs = run.module_outputs[path]
-    labels = run.get(outputs[0])
-    if len(outputs) != 1 or labels is None or len(varying_axes(labels)) != 1:
-        return None
-    axis = varying_axes(labels)[0]
-    channels = owners[labels.flatten()]
-    if len(channels) != outputs[0].shape[axis] or not bool((channels >= 0).all()):
-        return None
-    return GateSite(path, axis, tuple((group, channel) for group, channel in channels.tolist()))
-
-
-def ungated_layers(run: ChannelPropagation, gated: set[str]) -> list[str]:
-    """The layers whose outputs reach some reader past no gated activation: of a convolution and its norm, the norm."""
-    reaching: dict[int, frozenset[str]] = {}
-    found: dict[str, None] = {}
-    nothing: frozenset[str] = frozenset()
-    for kind, what, inputs, outputs in run.flow:
-        if kind == "activation" and what not in gated:
-            # The module's operators ran before; what they passed on stands.
-            continue
-        layers = nothing.union(*(reaching.get(key, nothing) for key in inputs))
-        if kind == "read":
-            found.update(dict.fromkeys(sorted(layers)))
-        if kind != "move":
-            layers = frozenset([what]) if kind == "layer" else nothing
-        for key in outputs:
-            reaching[key] = layers
-    return list(found)

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import remove_parametrizations
 
 import slim
-from slim import ops, rules
+from slim import dry_run, ops, rules
 from slim.plan import GroupPlan
 from tests.slim.networks import Residual, conv, prove, randomise
 from tests.slim.test_operators import Forward, Net, X, head, prunable
@@ -281,6 +281,34 @@ def test_attention_is_frozen_with_the_reason() -> None:
     graph = slim.trace(Attention(), X)
     assert prunable(graph) == {}
     assert "multiplies activations with each other (attention)" in (graph.by_name["stem.0"].frozen_reason or "")
+
+
+class SelfAttention(nn.Module):
+    """Its heads' channels stay, so that what it reshapes has no labels; how wide to make it, its input says."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.last = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width, high, wide = x.shape
+        q, k, v = self.qkv(x.flatten(2).mT).reshape(batch, high * wide, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, high * wide, width)
+        return x + self.last(mixed).mT.unflatten(2, (high, wide))
+
+
+def test_a_failure_is_looked_for_among_what_the_module_that_failed_has_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not among all groups of the network, half by half."""
+    cuts: list[Any] = []
+    narrow_twin = dry_run.narrow_twin
+    monkeypatch.setattr(dry_run, "narrow_twin", lambda *given: cuts.append(given) or narrow_twin(*given))
+    layers = [conv(3, 8)] + [layer for _ in range(20) for layer in (conv(8, 8), nn.ReLU())]
+    model = nn.Sequential(*layers, SelfAttention(8), conv(8, 8), nn.ReLU(), conv(8, 2))
+    graph = slim.trace(model, torch.rand(1, 3, 4, 4))
+    frozen = [group.name for group in graph.groups if group.frozen_reason not in (None, "a model output")]
+    assert frozen == ["39.0", "41.qkv"]
+    assert len(cuts) <= 6
+    prove(model, torch.rand(2, 3, 4, 4))
 
 
 def test_several_inputs_by_position_and_by_name() -> None:
