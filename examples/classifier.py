@@ -19,7 +19,7 @@ from torchvision.models import resnet18
 
 import slim
 
-CLASSES, SIZE_PX, BATCH, LAST_RATE = 4, 32, 16, 0.3
+CLASSES, SIZE_PX, BATCH, LR, LAST_RATE = 4, 32, 16, 0.02, 0.3
 
 
 def draw(images: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -35,12 +35,10 @@ def draw(images: int, seed: int) -> tuple[Tensor, Tensor]:
     return stripes + 0.7 * torch.randn(images, 3, SIZE_PX, SIZE_PX, generator=random), labels
 
 
-def train(
-    model: nn.Module, data: tuple[Tensor, Tensor], epochs: int, lr: float, sparsity: slim.L1Step | None = None
-) -> None:
-    """SGD, its rate falling in a line to ``LAST_RATE`` times ``lr``. If you add weight decay, then not on the gates."""
+def train(model: nn.Module, data: tuple[Tensor, Tensor], epochs: int, sparsity: slim.L1Step | None = None) -> None:
+    """SGD, its rate falling in a line to ``LAST_RATE`` times ``LR``. If you add weight decay, then not on the gates."""
     images, labels = data
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, LAST_RATE, epochs * (len(images) // BATCH))
     model.train()
     for epoch in range(epochs):
@@ -76,16 +74,16 @@ def main() -> None:
 
     model = resnet18(num_classes=CLASSES)
     print("dense")
-    train(model, training, args.epochs, lr=0.02)
+    train(model, training, args.epochs)
     dense = accuracy(model, test)
 
     print("sparse")
     graph = slim.trace(model, example)
     slim.add_gates(model, graph)
     steps = args.epochs * (args.images // BATCH)
-    strength = slim.strength_for(total_lr=steps * 0.02 * (1 + LAST_RATE) / 2, travel=4)
+    strength = slim.strength_for(total_lr=steps * LR * (1 + LAST_RATE) / 2, travel=4)
     sparsity = slim.BudgetL1(model, graph, macs=args.keep_macs, strength=strength, steps=steps)
-    train(model, training, args.epochs, 0.02, sparsity)
+    train(model, training, args.epochs, sparsity)
 
     plan = slim.make_plan(graph, slim.score(model, graph, "gate"), macs=args.keep_macs, cost_aware=True)
     pruned = slim.apply_plan(model, plan)
@@ -94,7 +92,7 @@ def main() -> None:
 
     print("fine-tuning")
     network = slim.fold_gates(pruned)
-    train(network, training, args.epochs, lr=0.02)
+    train(network, training, args.epochs)
 
     torch.onnx.export(network, (example,), args.out, input_names=["images"], dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(args.out, providers=["CPUExecutionProvider"])

@@ -35,9 +35,8 @@ def dense_network(settings: dict[str, Any]) -> nn.Module:
         if isinstance(module, Conv):
             module.act = copy.deepcopy(module.act)  # all share one, behind which no gate could sit
         elif isinstance(module, C2f):
-            module.forward = (
-                module.forward_split
-            )  # what an export runs, with a count of channels that the trace must see
+            # What an export runs, with a count of channels that the trace must see.
+            module.forward = module.forward_split
     return trainer.model
 
 

@@ -240,8 +240,9 @@ class ChannelPropagation(Propagation):
     def freeze_at(self, call: Call, labels: Tensor | None, reason: str) -> None:
         """These channels stay, and the report names the operator that is why."""
         if labels is not None and bool(labels.any()):
-            self.freeze(labels, reason)
-            self.freezing_ops.append((call.name, self.where(), reason, self.classes.distinct(labels)))
+            stay = self.classes.distinct(labels)
+            self.freeze(stay, reason)
+            self.freezing_ops.append((call.name, self.where(), reason, stay))
 
     def mix(self, call: Call, labels: Tensor) -> None:
         """The operator mixes these channels without weights: its result changes when one goes."""
@@ -253,11 +254,12 @@ class ChannelPropagation(Propagation):
 
     def give_up(self, call: Call, reason: str) -> None:
         """Freeze all channels that enter; the outputs have none that could be followed."""
-        labels = [self.get(t) for t in call.inputs]
-        for tensor, found in zip(call.inputs, labels, strict=True):
-            self.freeze(found, reason)
+        entering: list[Tensor] = []
+        for tensor, labels in [(t, self.get(t)) for t in call.inputs]:
+            if labels is not None:
+                entering.append(self.classes.distinct(labels))
+                self.freeze(entering[-1], reason)
             self.untouchable(tensor, f"is read by {call.name}")
-        entering = [self.classes.distinct(x) for x in labels if x is not None]
         if entering:
             self.freezing_ops.append((call.name, self.where(), reason, torch.cat(entering)))
         self.put_outputs(call, None)

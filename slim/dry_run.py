@@ -21,14 +21,12 @@ from slim.counts import proposals
 from slim.errors import SlimError
 from slim.forward import transparent_gates
 from slim.graph import ChannelGraph, ChannelGroup
-from slim.groups import build_graph, group_names
+from slim.groups import NO_CHANNEL, build_graph, group_names
 from slim.plan import GroupPlan, Plan
 from slim.surgery import KeptIndices, kept_indices, narrow_twin
 
 Cut = list[tuple[ChannelGroup, int]]
 """Groups to cut, each with the number of channels that it keeps."""
-NO_CHANNEL = torch.zeros(1, dtype=torch.int64)
-"""The label of no channel, which sequences of labels begin with so that they are not empty."""
 SIZED_BY_DATA = {"nonzero", "masked_select", "nms", "_unique2", "unique_dim"}
 """Operators whose results are as long as the data make them."""
 ENOUGH_OF_A_KIND = 2
@@ -141,8 +139,7 @@ class DryRun:
 
     def begin_of(self, path: str | None) -> int:
         """The number of the first operator that a module or one within it called."""
-        within = (n for n, step in enumerate(self.run.steps) if f"{step.path}.".startswith(f"{path}."))
-        return next(within, -1) if path else -1
+        return next((n for n, step in enumerate(self.run.steps) if is_within(step.path, path)), -1)
 
     def bisect_failures(self, failure: Failure, candidates: list[ChannelGroup]) -> dict[str, str]:
         """The groups that fail on their own, with the reason; all suspects where only a combination fails."""
@@ -308,14 +305,9 @@ class DryRun:
 
     def groups_met_in(self, path: str | None) -> tuple[str, ...]:
         """The groups whose channels a module and those within it met in the whole model; none where the module is unknown."""
-        met = [
-            labels.flatten()
-            for step in (self.run.steps if path else ())
-            if f"{step.path}.".startswith(f"{path}.")
-            for labels in step.inputs
-            if labels is not None
-        ]
-        return self.group_names(torch.cat(met)) if met else ()
+        steps = [step for step in self.run.steps if is_within(step.path, path)]
+        met = [labels.flatten() for step in steps for labels in step.inputs if labels is not None]
+        return self.group_names(torch.cat([NO_CHANNEL, *met]))
 
     def suspects_of(self, entered: list[Tensor], again: ChannelPropagation, keep: KeptIndices) -> tuple[str, ...]:
         """The groups whose channels entered the operator that failed in the cut model."""
@@ -329,6 +321,11 @@ class DryRun:
             if labels is not None
         ]
         return self.group_names(torch.cat(found)) if found else ()
+
+
+def is_within(path: str, outer: str | None) -> bool:
+    """Whether a module's path is another one's or lies below it; never where that one is the model itself or unknown."""
+    return bool(outer) and f"{path}.".startswith(f"{outer}.")
 
 
 def label_mismatch(old: Tensor, new: Tensor) -> Tensor:

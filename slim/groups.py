@@ -18,8 +18,8 @@ from slim.rules import RULES
 from slim.sites import find_gate_sites, find_norm_sites
 
 Key = tuple[str, int, Role]
-NO_CLASS = torch.zeros(1, dtype=torch.int64)
-"""What sequences of classes begin with so that they are not empty."""
+NO_CHANNEL = torch.zeros(1, dtype=torch.int64)
+"""The label of no channel, which sequences of labels begin with so that they are not empty."""
 COMPUTED_WEIGHT = "a weight that is computed as the network runs"
 
 
@@ -58,15 +58,15 @@ def build_graph(run: ChannelPropagation, example_inputs: Any) -> tuple[ChannelGr
     unreadable = [(r.labels, run.unreadable[r.param]) for r in run.records if r.param in run.unreadable]
     frozen, frozen_reasons = first_reasons([*run.frozen, *unreadable], roots)
     inexact, inexact_reasons = first_reasons(run.inexact, roots)
-    places, made = places_of(records, occurring, len(roots))
-    traits = (places * len(frozen_reasons) + frozen) * len(inexact_reasons) + inexact
-    kinds = [part for part in alike(in_order(occurring), traits) if int(places[part[0]]) in made]
+    kinds, made = kinds_of(records, occurring, len(roots))
+    traits = (kinds * len(frozen_reasons) + frozen) * len(inexact_reasons) + inexact
+    parts = [part for part in alike(in_order(occurring), traits) if int(kinds[part[0]]) in made]
     owners = torch.full((len(roots), 2), -1)
-    for number, classes in enumerate(kinds):
+    for number, classes in enumerate(parts):
         owners[classes] = torch.stack([torch.full_like(classes, number), torch.arange(len(classes))], 1)
     groups: list[ChannelGroup] = []
     names: set[str] = set()
-    for classes, members in zip(kinds, gather_members(records, occurring, owners, len(kinds)), strict=True):
+    for classes, members in zip(parts, gather_members(records, occurring, owners, len(parts)), strict=True):
         producer = next(m for m in members if m.produces)
         name = unique_name(producer.layer or producer.param, names)
         names.add(name)
@@ -114,31 +114,31 @@ def first_reasons(given: list[tuple[Tensor, str]], roots: Tensor) -> tuple[Tenso
     return numbers, list(reasons)
 
 
-def places_of(records: list[Record], occurring: list[Tensor], count: int) -> tuple[Tensor, set[int]]:
+def kinds_of(records: list[Record], occurring: list[Tensor], count: int) -> tuple[Tensor, set[int]]:
     """A number for each class, [labels], equal for those that occur equally often on the same axes in the same order; and
     the numbers of those that a layer makes. ``occurring`` has the class at each position of a record, 0 for none."""
-    places, numbers = torch.zeros(count, dtype=torch.int64), dict[tuple[Key, int, int], int]()
+    kinds, numbers = torch.zeros(count, dtype=torch.int64), dict[tuple[Key, int, int], int]()
     made: set[int] = set()
     for record, classes in zip(records, occurring, strict=True):
         classes, times = torch.unique(classes[classes != 0], return_counts=True)
         most = int(times.max()) + 1 if len(times) else 1
-        before, which = torch.unique(places[classes] * most + times, return_inverse=True)
+        before, which = torch.unique(kinds[classes] * most + times, return_inverse=True)
         after = []
         for old, often in (divmod(number, most) for number in before.tolist()):
             after.append(numbers.setdefault((key_of(record), old, often), len(numbers) + 1))
             if record.role in PRODUCING or old in made:
                 made.add(after[-1])
-        places[classes] = torch.tensor(after, dtype=torch.int64)[which]
-    return places, made
+        kinds[classes] = torch.tensor(after, dtype=torch.int64)[which]
+    return kinds, made
 
 
 def in_order(occurring: list[Tensor]) -> Tensor:
     """Each class once, in the order in which they occur."""
-    classes = torch.cat([NO_CLASS, *occurring])
-    kinds, which = torch.unique(classes, return_inverse=True)
-    first = torch.full_like(kinds, len(classes))
+    classes = torch.cat([NO_CHANNEL, *occurring])
+    once, which = torch.unique(classes, return_inverse=True)
+    first = torch.full_like(once, len(classes))
     first.scatter_reduce_(0, which, torch.arange(len(classes)), "amin")
-    ordered: Tensor = kinds[first.argsort()]
+    ordered: Tensor = once[first.argsort()]
     return ordered[1:]
 
 

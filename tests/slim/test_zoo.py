@@ -159,7 +159,7 @@ ATTENTION = {"mit_b0": 0.15}
 
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("decoder", "encoder"), SEGMENTERS, ids="-".join)
+@pytest.mark.parametrize(("decoder", "encoder"), SEGMENTERS, ids=["-".join(pair) for pair in SEGMENTERS])
 def test_segmentation_models_pytorch(decoder: str, encoder: str) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch", reason="needs the extra 'zoo' (pip install '.[zoo]')")
     torch.manual_seed(0)
