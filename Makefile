@@ -1,6 +1,6 @@
 # make demo: set up, then the main job on shapes that the project draws itself; make test: set up, then the tests;
 # make quick: the tests that a change in a minute deserves; make test-long: tests of minutes each (processes killed, data sets exchanged);
-# make zoo: the pruning library on many networks of others (about twenty minutes); make bench: slim's speed;
+# make zoo: the pruning library on many networks of others (about a quarter of an hour); make bench: slim's speed;
 # make tables: the tables and plots of docs/ from the rows of experiments/results.
 # Every one takes PYTHON=python3.13, say, and keeps an environment for it beside the default one.
 PYTHON ?= python3

@@ -2,8 +2,8 @@
 
     python examples/yolo11.py --weights yolo11n.pt --data coco128.yaml --img 640 --epochs 100 --lr 0.01
 
-By default it starts from random weights, on a small data set that it draws, and takes ten minutes on one core. Needs ultralytics,
-onnx and onnxruntime; Ultralytics is under AGPL-3.0.
+By default it starts from random weights, on a small data set that it draws, and takes seven minutes on one core. Needs
+ultralytics, onnx and onnxruntime; Ultralytics is under AGPL-3.0.
 
 Three things make it work. A trainer whose ``model`` is a network, and not a file's name, trains that very network and builds none
 anew. A hook that PyTorch calls after each step of an optimiser takes the L1 step there, while the trainer still has the gradients
