@@ -19,6 +19,7 @@ from slim.rules import RULES
 
 Place = tuple[str, int, str, int]
 """A parameter's (or buffer's, or attribute's) name, one of its axes, the role of that, and a position there."""
+WITH_BIAS = {"addmm": ("mm", "add"), "baddbmm": ("bmm", "add")}
 
 
 def check_members(model: nn.Module, plan: Plan) -> None:
@@ -88,8 +89,9 @@ def check_shapes(pruned: nn.Module, model: nn.Module, example: Example) -> None:
 
 def calls_on_shapes(model: nn.Module, example: Example) -> list[tuple[str, str, tuple[float, ...]]] | str:
     """The operators of a forward pass on the meta device, which computes shapes and no values, with their modules and
-    numbers; or where and why it fails. What only rearranges or copies elements is left out: that one channel can make a copy
-    needless and einsum takes its factors in an order that depends on their sizes changes no result."""
+    numbers; or where and why it fails. What only rearranges or copies elements is left out, and a product with a bias counts
+    as a product and a sum: that one channel makes a copy needless, einsum takes its factors in an order that depends on their
+    sizes, and a Linear of contiguous inputs adds its bias within the product changes no result."""
     hollow = {id(t): like(t, torch.empty_like(t, device="meta")) for t in [*model.parameters(), *model.buffers()]}
     inputs = tuple(torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in example)
     run = ChannelPropagation(copied(model, hollow), RULES, muted=True)
@@ -98,4 +100,5 @@ def calls_on_shapes(model: nn.Module, example: Example) -> list[tuple[str, str, 
     except SlimError as error:
         return f"{run.failed_in()}: {str(error.__cause__).strip().splitlines()[0]}"
     rearranging = {*WITHOUT_ARITHMETIC, "copy", "as_strided"}
-    return [call for call in run.called if KINDS.get(call[0]) != "move" and call[0] not in rearranging]
+    calls = [call for call in run.called if KINDS.get(call[0]) != "move" and call[0] not in rearranging]
+    return [(name, *rest) for called, *rest in calls for name in WITH_BIAS.get(called, (called,))]

@@ -66,7 +66,7 @@ def draw_plan(model: nn.Module, graph: slim.ChannelGraph, cut: Cut) -> slim.Plan
         return slim.make_plan(graph, scores, threshold=1 - cut.keep, overrides={chosen: 0.3}, **options)
     least, whole = sum(g.per_channel for g in free), sum(g.per_channel * g.size for g in free)
     keep = (least + (whole - least) * min(cut.keep, 0.9)) / whole
-    if graph.shares()["prunable"] < 0.2:  # such a share of the channels could save nothing, which is refused
+    if graph.shares()["prunable"] < 0.1:  # such a share of the channels could save nothing, which is refused
         return slim.make_plan(graph, scores, threshold=1 - cut.keep, **options)
     return slim.make_plan(graph, scores, channels=min(1.0, keep + 1e-9), **options)
 

@@ -480,6 +480,26 @@ def test_a_target_in_channels_that_saves_nothing_is_refused() -> None:
         slim.make_plan(graph, slim.score(model, graph, "l1"), channels=0.5, round_to=1, min_channels=1)
 
 
+def test_a_target_in_channels_that_takes_cheap_ones_is_carried_out() -> None:
+    """Nearly the whole network can be cut; that the lowest scores are of a layer without much work is no error."""
+    x = torch.rand(1, 3, 32, 32)
+    heads = nn.Sequential(nn.Conv2d(32, 60, 1), nn.Conv2d(60, 5, 1))
+    model = Net(lambda m, x: m.heads(m.a(x).mean((2, 3), keepdim=True)), a=conv(3, 32), heads=heads)
+    graph = slim.trace(randomise(model), x)
+    scores = {g.name: torch.rand(g.size) + (g.name == "a.0") for g in graph.groups if g.prunable}
+    plan = slim.make_plan(graph, scores, channels=0.9, round_to=1, min_channels=1)
+    assert plan.macs[1] > 0.99 * plan.macs[0] and graph.shares()["prunable"] > 0.9
+    assert slim.max_difference(slim.mask(model, plan), slim.apply_plan(model, plan), x) < 1e-5
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_linear_that_adds_its_bias_otherwise_does_the_same(width: int) -> None:
+    """Of one channel the transposed map is contiguous, and torch adds the bias within the product."""
+    model = Net(lambda m, x: m.fc(m.a(x).flatten(2).transpose(1, 2)), a=conv(3, 4), fc=nn.Linear(4, 5))
+    _, plan = prove(randomise(model), X, width / 4)
+    assert [len(group.keep) for group in plan.groups] == [width]
+
+
 def by_hand(x: Tensor) -> Tensor:
     mean = x.mean(1, keepdim=True)
     return (x - mean) / ((x - mean).pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
