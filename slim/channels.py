@@ -89,7 +89,7 @@ class Record:
 class Step:
     """What one operator did to labels: those of its outputs and inputs, and the numbers that element-wise arithmetic used.
 
-    ``path`` is that of the module whose code called it, ``where`` the same in words.
+    ``path`` is that of the module whose code called it, ``where`` the same in words; ``number`` counts all operators.
     """
 
     op: str
@@ -98,6 +98,7 @@ class Step:
     labels: tuple[Tensor | None, ...]
     inputs: tuple[Tensor | None, ...]
     path: str
+    number: int
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class ChannelPropagation(Propagation):
         self.module_outputs: dict[str, list[Tensor]] = {}
         self.steps: list[Step] = []
         self.called: list[tuple[str, str, tuple[float, ...]]] = []
+        self.shapes: list[torch.Size] = []
         # Channels that an operator took by position or counted: where code could hold a number of channels.
         self.position_sensitive: list[Tensor] = []
         # Weights that are made of a direction and a magnitude: by identity the magnitude's name, and the axis that it lies along.
@@ -314,7 +316,7 @@ class ChannelPropagation(Propagation):
             self.layer_outputs.add(id(call.outputs[0]))
         labels = tuple(self.get(t) for t in call.outputs)
         inputs = tuple(self.labels.get(id(t)) for t in call.inputs)
-        self.steps.append(Step(*self.called[-1], labels, inputs, self.where()))
+        self.steps.append(Step(*self.called[-1], labels, inputs, self.where(), len(self.called) - 1))
         if self.rules.is_position_sensitive(self, call):
             self.position_sensitive += [x for x in (*labels, *map(self.get, call.inputs)) if x is not None]
         reads, offset = KINDS.get(call.name) in READERS, call.name in ("add", "sub") and len(call.inputs) == 1
@@ -354,6 +356,7 @@ class ChannelPropagation(Propagation):
             lone = (t for t in call.inputs if t.ndim == 0 and not t.is_meta and id(t) not in self.data_dependent)
             numbers += [float(t) for t in lone]
         self.called.append((call.name, self.here(), tuple(numbers)))
+        self.shapes.append(call.outputs[0].shape)
 
     def before_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         # An activation in place overwrites what it was given, so this must be seen before it runs.

@@ -22,7 +22,9 @@ from slim.errors import SlimError
 from slim.forward import transparent_gates
 from slim.graph import ChannelGraph, ChannelGroup
 from slim.groups import NO_CHANNEL, build_graph, group_names
+from slim.ops import KINDS
 from slim.plan import GroupPlan, Plan
+from slim.propagate import varying_axes
 from slim.surgery import KeptIndices, kept_indices, narrow_twin
 
 Cut = list[tuple[ChannelGroup, int]]
@@ -113,10 +115,15 @@ class DryRun:
     def __init__(self, graph: ChannelGraph, owners: Tensor, run: ChannelPropagation, example_inputs: Any) -> None:
         self.graph, self.owners, self.run, self.example_inputs = graph, owners, run, example_inputs
         self.roots = run.classes.roots()
+        chosen = next((n for n, (name, *_) in enumerate(run.called) if name in SIZED_BY_DATA), len(run.called))
+        later = [labels for step in run.steps if step.number >= chosen for labels in step.labels]
+        self.behind_choice = [labels for labels in later if labels is not None]
 
-    def first_failure(self, groups: list[ChannelGroup], thorough: bool) -> Failure | None:
-        """What goes wrong in the first of the cuts of these groups that does not work."""
-        return next((failure for cut in cuts_to_try(groups, thorough) if (failure := self.attempt(cut))), None)
+    def first_failure(self, groups: list[ChannelGroup], thorough: bool, explain: bool = True) -> Failure | None:
+        """What goes wrong in the first of the cuts of these groups that does not work. ``explain``: and whose channels had to do
+        with it."""
+        cuts = cuts_to_try(groups, thorough)
+        return next((failure for cut in cuts if (failure := self.attempt(cut, explain))), None)
 
     def with_counts(self, failure: Failure, tried: Counter[type]) -> DryRun | None:
         """A trial in which attributes of the module that failed, or of one around it, count channels, if it fails later or
@@ -129,7 +136,7 @@ class DryRun:
                 other = DryRun(*build_graph(self.run, self.example_inputs), self.run, self.example_inputs)
                 involved = other.group_names(torch.cat([record.labels for record in records]))
                 groups = [g for g in other.graph.groups if g.name in involved and g.prunable and g.size > 1]
-                again = other.first_failure(groups, True)
+                again = other.first_failure(groups, True, explain=False)
                 if groups and (again is None or self.begin_of(again.path) > self.begin_of(failure.path)):
                     return other
                 del self.run.counts[-len(records) :]
@@ -158,20 +165,28 @@ class DryRun:
                 found.update(self.bisect_failures(again, half))
         return found or {g.name: failure.reason for g in suspects}
 
-    def attempt(self, cut: Cut) -> Failure | None:
+    def attempt(self, cut: Cut, explain: bool) -> Failure | None:
         """Cut these groups and compare what every operator does; None when all is as it should be."""
-        # Labels are followed again only where something takes the channels that go by position; else it does not matter
-        # which ones go.
+        # Where nothing takes the channels that go by position, it does not matter which ones go, and labels are followed again
+        # only to tell whose channels a failure is about, or where a narrow network's other numbers may lead elsewhere.
         last = {g.name: tuple(range(g.size - width, g.size)) for g, width in cut}
         keep, gone = self.kept_and_gone(cut, last)
-        if not any(bool(gone[labels].any()) for labels in self.run.position_sensitive):
-            return self.attempt_with(keep, None)
-        for mirrored in (False, True):
+        by_position = any(bool(gone[labels].any()) for labels in self.run.position_sensitive)
+        unfollowed = None
+        if not by_position and not self.are_behind_choice(gone):
+            unfollowed = self.attempt_with(keep, gone, muted=True)
+            if unfollowed is None or unfollowed.suspects or not explain:
+                return unfollowed
+        for mirrored in (False, True) if by_position else (False,):
             keep, gone = self.kept_and_gone(cut, {g.name: channels_to_try(g.size, w, mirrored) for g, w in cut})
             failure = self.attempt_with(keep, gone)
             if failure is not None:
                 return failure
-        return None
+        return unfollowed
+
+    def are_behind_choice(self, gone: Tensor) -> bool:
+        """Whether an operator met channels that go behind one of ``SIZED_BY_DATA``, as a detector's choice of boxes has one."""
+        return any(bool(gone[labels].any()) for labels in self.behind_choice)
 
     def kept_and_gone(self, cut: Cut, channels: dict[str, tuple[int, ...]]) -> tuple[KeptIndices, Tensor]:
         """What such a cut keeps of every tensor, and which labels are of channels that go, bool [labels]."""
@@ -187,9 +202,9 @@ class DryRun:
         gone[0] = False
         return keep, gone[self.roots]
 
-    def attempt_with(self, keep: KeptIndices, gone: Tensor | None) -> Failure | None:
-        """Run the model without these channels and compare; labels are followed only when ``gone`` says which ones go."""
-        again = self.run.again(narrow_twin(self.run.model, keep), muted=gone is None)
+    def attempt_with(self, keep: KeptIndices, gone: Tensor, *, muted: bool = False) -> Failure | None:
+        """Run the model without these channels, those of the labels ``gone``, and compare; ``muted``: follow no labels again."""
+        again = self.run.again(narrow_twin(self.run.model, keep), muted=muted)
         try:
             with transparent_gates(again.model):
                 again.run(self.example_inputs)
@@ -206,33 +221,43 @@ class DryRun:
         shapes, sized = [t.shape for t in again.outputs], any(name in SIZED_BY_DATA for name, *_ in self.run.called)
         if not sized and shapes != [t.shape for t in self.run.outputs]:
             return Failure(OTHER_OUTPUTS)
-        end = self.shared_path(again)
-        return self.compare_operators(again, end) if gone is None else self.compare(again, keep, gone, end)
+        end = self.shared_path(again, gone)
+        return self.compare_operators(again, gone, end, sized) if muted else self.compare(again, keep, gone, end)
 
-    def shared_path(self, again: ChannelPropagation) -> int:
+    def shared_path(self, again: ChannelPropagation, gone: Tensor) -> int:
         """How many operators must be the same: all, or those up to where the data, not the width, chose others.
 
-        Behind an operator of ``SIZED_BY_DATA``, as a detector's choice of boxes has one, a narrow network's other numbers may
-        lead elsewhere. Where no channel that could go is seen any more, that says nothing of the code.
+        That is behind an operator of ``SIZED_BY_DATA`` and where no channel that goes is seen any more: other numbers there say
+        nothing of the code.
         """
         names, others = ([name for name, *_ in r.called] for r in (self.run, again))
         whole, shorter = max(len(names), len(others)), min(len(names), len(others))
         same = next((i for i in range(shorter) if names[i] != others[i]), shorter)
-        chosen = next((i for i, name in enumerate(names[:same]) if name in SIZED_BY_DATA), None)
-        if same == whole or chosen is None or 0 < len(again.records) != len(self.run.records):
+        chosen = any(name in SIZED_BY_DATA for name in names[:same])
+        if not chosen or 0 < len(again.records) != len(self.run.records) or self.are_behind_choice(gone):
             return whole
-        later = [labels.flatten() for step in self.run.steps[chosen:] for labels in step.labels if labels is not None]
-        followed = self.group_names(torch.cat([NO_CHANNEL, *later]))
-        return whole if any(self.graph.by_name[name].prunable for name in followed) else same
+        return same
 
-    def compare_operators(self, again: ChannelPropagation, end: int) -> Failure | None:
-        """Both runs must call the same operators with the same numbers, of the first ``end`` ones."""
+    def compare_operators(self, again: ChannelPropagation, gone: Tensor, end: int, sized: bool) -> Failure | None:
+        """Both runs must call the same operators with the same numbers, of the first ``end`` ones, and what moves channels must
+        give results of the width that is left. ``sized``: their other axes are as long as the data make them."""
         ours, theirs = self.run.called[:end], again.called[:end]
         for (name, where, numbers), (other, _, others) in zip(ours, theirs, strict=False):
             if (name, numbers) != (other, others):
                 reason = f"{name} in {where} {OTHER_NUMBER if name == other else OTHER_OPERATOR}"
                 return Failure(reason, path="" if where == "the model" else where)
-        return Failure(OTHER_OPERATORS) if len(ours) != len(theirs) else None
+        if len(ours) != len(theirs):
+            return Failure(OTHER_OPERATORS)
+        for step in self.run.steps:
+            labels = step.labels[0]
+            if labels is None or KINDS.get(step.op) != "move" or len(varying_axes(labels)) != 1 or step.number >= end:
+                continue
+            (axis,) = varying_axes(labels)
+            wanted, found = list(self.run.shapes[step.number]), list(again.shapes[step.number])
+            wanted[axis] = int((~gone[labels]).sum())
+            if found != wanted and not (sized and found[axis : axis + 1] == [wanted[axis]]):
+                return Failure(f"{step.op} in {step.where} {OTHER_CHANNELS}", self.group_names(labels), step.path)
+        return None
 
     def compare(self, again: ChannelPropagation, keep: KeptIndices, gone: Tensor, end: int) -> Failure | None:
         """Both runs must do the same to the same channels: operator by operator of the first ``end`` ones, weight by weight,
@@ -247,7 +272,8 @@ class DryRun:
             old.append(labels)
             new.append(found)
             reasons.append((reason, path))
-        if len(self.run.steps[:end]) != len(again.steps[:end]) or len(self.run.records) != len(again.records):
+        steps, others = (sum(step.number < end for step in run.steps) for run in (self.run, again))
+        if steps != others or len(self.run.records) != len(again.records):
             return Failure(OTHER_OPERATORS)
         pair = torch.arange(len(old)).repeat_interleave(torch.tensor([len(x) for x in old], dtype=torch.int64))
         first, second = torch.cat([NO_CHANNEL, *old]), torch.cat([NO_CHANNEL, *new])
@@ -268,7 +294,8 @@ class DryRun:
             reason = f"{record.param} {OTHER_CHANNELS}"
             path = record.param.rpartition(".")[0]
             yield reason, path, record.labels if labels is None else labels, None if labels is None else found.labels
-        for step, twin in zip(self.run.steps[:end], again.steps[:end], strict=False):
+        steps, twins = ([step for step in run.steps if step.number < end] for run in (self.run, again))
+        for step, twin in zip(steps, twins, strict=False):
             there = f"{step.op} in {step.where}"
             flat, others = ([NO_CHANNEL[1:] if x is None else x.flatten() for x in s.labels] for s in (step, twin))
             if step.op != twin.op or len(flat) != len(others):

@@ -139,8 +139,11 @@ def transparent_gates(model: nn.Module) -> Iterator[None]:
 
 def copied(model: Model, instead: Mapping[int, Tensor] | None = None) -> Model:
     """A deep copy; ``instead`` has, by identity, what takes the place of some of the model's tensors."""
+    # Half of the time that copy.deepcopy would take goes into tables of hooks with nothing in them.
+    values = [value for module in model.modules() for value in vars(module).values()]
+    empty = {id(value): type(value)() for value in values if type(value) in (dict, OrderedDict) and not value}
     try:
-        return copy.deepcopy(model, dict(instead or {}))
+        return copy.deepcopy(model, empty | dict(instead or {}))
     except (RuntimeError, TypeError) as error:
         raise SlimError(
             f"the model cannot be copied ({str(error).splitlines()[0]}); a module holds what "

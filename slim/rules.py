@@ -356,17 +356,23 @@ KEEPS_ORDER = ("cat", "permute", "transpose", "t", "unsqueeze", "stack")
 
 
 def is_position_sensitive(run: ChannelPropagation, call: Call) -> bool:
-    """Whether an operator takes channels by position or by number, so that a constant in the code could decide which."""
+    """Whether an operator takes channels by position or by number, so that a constant in the code could decide which.
+
+    What only sets the whole sequence of channels on another axis, as flattening a pooled map does, has done the same at
+    another width if its result is then as wide as that sequence.
+    """
     kind = KINDS.get(call.name)
     # A roll all round changes nothing at this width, and does at others.
-    if call.name in REGISTERED or call.name in VIEW or call.name == "roll":
+    if call.name in REGISTERED or call.name == "roll":
         return True
     if kind == "group_norm":
         return not isinstance(run.module(), nn.GroupNorm)
     if kind in TREATS_ALL_ALIKE or call.name in KEEPS_ORDER:
         return False
-    before, after = run.get(call.inputs[0]), [run.get(tensor) for tensor in call.outputs]
-    return before is None or len(after) != 1 or after[0] is None or not torch.equal(before, after[0])
+    before, after = (run.get(tensors[0]) if len(tensors) == 1 else None for tensors in (call.inputs, call.outputs))
+    if before is None or after is None or max(len(varying_axes(labels)) for labels in (before, after)) > 1:
+        return True
+    return not torch.equal(before.flatten(), after.flatten())
 
 
 RULES = RuleTable(rule_for, is_position_sensitive)

@@ -298,9 +298,10 @@ def channel_rows(rows: Tensor, member: Member, size: int) -> Tensor:
 
 
 def channel_norms(model: nn.Module, member: Member, size: int, order: int) -> Tensor:
-    """Norm over everything that belongs to one channel, [size]."""
-    norms: Tensor = torch.linalg.vector_norm(channel_rows(filters(model, member), member, size), order, dim=1)
-    return norms
+    """Norm over everything that belongs to one channel, [size]: of the norms of what is at each of its positions."""
+    norms = torch.linalg.vector_norm(filters(model, member), order, dim=1)
+    whole: Tensor = torch.linalg.vector_norm(channel_rows(norms, member, size), order, dim=1)
+    return whole
 
 
 def channel_distances(model: nn.Module, member: Member, size: int) -> Tensor:

@@ -131,7 +131,7 @@ def kept_indices(model: nn.Module, plan: Plan) -> KeptIndices:
             )
     gone: dict[str, dict[int, Tensor]] = {}
     for group in plan.groups:
-        removed = list(group.removed)
+        removed = torch.tensor(group.removed, dtype=torch.int64)
         for member in group.members:
             length, index = axis_length(model, tensors, member), member.index_tensor
             if length is None or int(index.max()) >= length:

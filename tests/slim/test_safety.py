@@ -130,6 +130,7 @@ def by_width(m: Net, x: Tensor) -> Tensor:
 CONSTANTS: dict[str, Forward] = {
     "view": lambda m, x: m.a(x).view(-1, 2, 4, 8, 8).sum(1).repeat(1, 2, 1, 1),
     "view that always fits": lambda m, x: m.a(x).reshape(x.shape[0], 8, -1).unflatten(2, (-1, 8)),
+    "views that fit": lambda m, x: F.avg_pool1d(m.a(x).view(len(x), 8, -1), 3, 1, 1).view(len(x), -1, 8, 8),
     "slice": lambda m, x: torch.cat([m.a(x)[:, 4:], m.a(x)[:, :4]], 1),
     "split into parts of a size": lambda m, x: torch.cat(m.a(x).split(4, 1)[::-1], 1),
     "split into given sizes": lambda m, x: torch.cat(m.a(x).split([3, 5], 1)[::-1], 1),
@@ -181,6 +182,15 @@ def test_channel_counts_held_as_constants_are_found_frozen_and_reported(name: st
     prove(model, X)
     # Without the dry run the same channels would be offered for cutting.
     assert any(key.startswith("a.0") for key in prunable(slim.trace(model, X, dry_run=False)))
+
+
+def test_flattening_a_pooled_map_takes_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps channels in order, so one cut tells as much as any other and no labels are followed again."""
+    trials, attempt = [], dry_run.DryRun.attempt_with
+    monkeypatch.setattr(dry_run.DryRun, "attempt_with", lambda *a, **k: trials.append(k) or attempt(*a, **k))
+    model = Net(lambda m, x: m.head(m.a(x).mean((2, 3), keepdim=True).flatten(1)), a=conv(3, 8), head=nn.Linear(8, 4))
+    assert prunable(slim.trace(randomise(model), X)) == {"a.0": (8, 1)}
+    assert trials == [{"muted": True}]
 
 
 @pytest.mark.parametrize("width", range(3, 13))
