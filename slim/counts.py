@@ -44,9 +44,8 @@ def attributes_of(module: nn.Module) -> list[Attribute]:
     return found
 
 
-def sequences_at(run: ChannelPropagation, path: str) -> list[Tensor]:
+def sequences_at(run: ChannelPropagation, path: str, roots: Tensor) -> list[Tensor]:
     """The channels that a module's own code met: labels along an axis, each sequence once."""
-    roots = run.classes.roots()
     found: dict[tuple[int, ...], Tensor] = {}
     for step in run.steps:
         if step.path == path:
@@ -60,7 +59,8 @@ def proposals(run: ChannelPropagation, path: str) -> Iterator[list[Record]]:
     """What the attributes of the module at a path, and of all modules of its kind, could count: all that fit, then each alone."""
     kind = type(run.model.get_submodule(path))
     alike = [other for other, module in run.model.named_modules() if type(module) is kind]
-    fitting = {other: fits(run, other) for other in alike}
+    roots = run.classes.roots()
+    fitting = {other: fits(run, other, roots) for other in alike}
     names = list(dict.fromkeys((a.name, a.entry) for a, _ in fitting[path]))
     for chosen in [names, *([name] for name in names)] if len(names) > 1 else [names]:
         records = [
@@ -73,13 +73,14 @@ def proposals(run: ChannelPropagation, path: str) -> Iterator[list[Record]]:
             yield records
 
 
-def fits(run: ChannelPropagation, path: str) -> list[tuple[Attribute, Tensor]]:
-    """The attributes of a module that equal the width of something that its code met, each with what it may count.
+def fits(run: ChannelPropagation, path: str, roots: Tensor) -> list[tuple[Attribute, Tensor]]:
+    """The attributes of a module that equal the width of something that its code met, each with what it may count; ``roots``
+    represent each label's class.
 
     The entries of a list count different things in the order in which the code met them, as the sizes of a split do.
     """
     known = {(record.param, record.axis): record.labels for record in run.counts}
-    sequences = [x for x in sequences_at(run, path) if bool((x != 0).all())]
+    sequences = [x for x in sequences_at(run, path, roots) if bool((x != 0).all())]
     pairs: list[tuple[Attribute, Tensor]] = []
     for attribute in attributes_of(run.model.get_submodule(path)):
         param = attribute.record(path, NOTHING).param
