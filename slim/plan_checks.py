@@ -91,8 +91,9 @@ def check_shapes(pruned: nn.Module, model: nn.Module, example: Example) -> None:
 
 def keep_shape(norm: Any, x: Tensor) -> Tensor:
     """What a batch norm does to shapes; ValueError where it is for another number of channels."""
-    if x.shape[1] != norm.num_features:
-        raise ValueError(f"a batch norm of {norm.num_features} channels gets {x.shape[1]}")
+    vectors = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
+    if any(len(vector) != x.shape[1] for vector in vectors):
+        raise ValueError(f"a batch norm of {len(vectors[0])} channels gets {x.shape[1]}")
     return x
 
 
