@@ -137,6 +137,7 @@ class Propagation(TorchDispatchMode):
         self.tensors: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.tensors.setdefault(id(tensor), name)
+        self.memories = {memory_of(tensor) for tensor in model.parameters()}
         # Parameters and buffers that an operator has seen, by identity.
         self.seen: set[int] = set()
         self.views: dict[int, tuple[str, tuple[int, ...]]] = {}
@@ -327,7 +328,7 @@ class Propagation(TorchDispatchMode):
 
     def count(self, call: Call) -> None:
         """Note the cost of a convolution or linear layer."""
-        args, out = call.args, call.outputs[0]
+        args, out, repeated = call.args, call.outputs[0], list[int]()
         if KINDS.get(call.name) == "convolution":
             weight, transposed = args[1], bool(args[6])
             applied = args[0] if transposed else out
@@ -335,14 +336,19 @@ class Propagation(TorchDispatchMode):
         elif KINDS.get(call.name) == "matmul":
             weight = args[2] if call.name == "addmm" else args[1]
             positions = out.numel() // out.shape[-1]
-        elif KINDS.get(call.name) == "product" and any(map(self.weight_of, args[:2])):
-            weight, across = (args[1], -1) if self.weight_of(args[1]) else (args[0], -2)
+        elif KINDS.get(call.name) == "product" and any(map(self.is_of_parameter, args[:2])):
+            weight, across = (args[1], -1) if self.is_of_parameter(args[1]) else (args[0], -2)
             positions = out.numel() // out.shape[across]
+            repeated = [axis for axis in range(weight.ndim) if not weight.stride(axis)]
         else:
             return
-        param, axes = self.weight_of(weight) or ("", tuple(range(weight.ndim)))
+        param, axes = self.weight_of(weight) or ("", tuple(n for n in range(weight.ndim) if n not in repeated))
         shape = tuple(weight.shape[axes.index(axis)] for axis in sorted(set(axes) - {NO_AXIS}))
         self.layers.append(LayerCost(self.where(), param, shape, positions // self.batch_size))
+
+    def is_of_parameter(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter or a view of one, of a single row or column, too, which no longer tells its axes apart."""
+        return self.weight_of(tensor) is not None or memory_of(tensor) in self.memories
 
     def view_of_weight(self, name: str, args: Any, out: Tensor) -> bool:
         """Note a parameter that is transposed, cast, or has other axes of size 1 as still that parameter; whether it is."""

@@ -715,7 +715,7 @@ def columns(k: Choices, x: Tensor) -> Part:
     if k.of(True, False):
         layer = nn.Conv1d(x.shape[1] * size * size, k.width, 1)
         return Part(
-            lambda m, x: m.a(F.unfold(x, size, padding=1)).mean(-1)[..., None, None].expand(-1, -1, 4, 4), a=layer
+            lambda m, x: m.a(F.unfold(x, size, padding=1)).mean(-1)[..., None, None].repeat(1, 1, 4, 4), a=layer
         )
     layer = nn.Conv1d(x.shape[1] * size * size, k.width * size * size, 1)
     return Part(lambda m, x: F.fold(m.a(F.unfold(x, size)), x.shape[2:], size), a=layer)

@@ -575,3 +575,19 @@ def test_groups_and_a_proven_cut(name: str) -> None:
     cost = slim.cost(cut, x)
     assert (cost.macs, cost.params) == (plan.macs[1], plan.params[1])
     assert slim.trace(cut, x).report()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("order", ["bcn,oc->bon", "oc,bcn->bon"])
+def test_products_of_a_parameter_count_down_to_one_channel(order: str, width: int, batch: int) -> None:
+    """Of one channel the matrix is a vector to torch, and its view one without axes of its own."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        factors = (x.flatten(2), m.w) if order.startswith("b") else (m.w, x.flatten(2))
+        return m.head(torch.einsum(order, *factors).unflatten(2, x.shape[2:]))  # type: ignore[no-any-return]
+
+    model = Net(forward, w=nn.Parameter(torch.rand(width, 3)), head=head(width))
+    x = torch.rand(batch, 3, 8, 8)
+    expected = 64 * (3 * width + model.head.weight.numel())
+    assert slim.cost(model, x).macs == slim.trace(model, x).macs == expected
