@@ -21,7 +21,9 @@ from slim.rules import RULES
 
 Place = tuple[str, int, str, int]
 """A parameter's (or buffer's, or attribute's) name, one of its axes, the role of that, and a position there."""
-WITH_BIAS = {"addmm": ("mm", "add"), "baddbmm": ("bmm", "add")}
+SAME_WORK = {"addmm": ("mm", "add"), "bmm": ("mul",)}
+"""What torch takes one for the other by the width alone: a Linear adds its bias within the product where its inputs are
+contiguous, and einsum multiplies a lone channel without a sum."""
 
 
 def check_members(model: nn.Module, plan: Plan) -> None:
@@ -99,9 +101,9 @@ def keep_shape(norm: Any, x: Tensor) -> Tensor:
 
 def calls_on_shapes(model: nn.Module, example: Example) -> list[tuple[str, str, tuple[float, ...]]] | str:
     """The operators of a forward pass on the meta device, which computes shapes and no values, with their modules and
-    numbers; or where and why it fails. What only rearranges or copies elements is left out, and a product with a bias counts
-    as a product and a sum: that one channel makes a copy needless, einsum takes its factors in an order that depends on their
-    sizes, and a Linear of contiguous inputs adds its bias within the product changes no result."""
+    numbers; or where and why it fails. What only rearranges or copies elements is left out, and ``SAME_WORK`` counts alike:
+    that one channel can make a copy needless and einsum takes its factors in an order that depends on their sizes changes no
+    result."""
     hollow = {id(t): like(t, torch.empty_like(t, device="meta")) for t in [*model.parameters(), *model.buffers()]}
     inputs = tuple(torch.empty(shape, dtype=getattr(torch, kind), device="meta") for shape, kind in example)
     shell = copied(model, hollow)
@@ -115,4 +117,4 @@ def calls_on_shapes(model: nn.Module, example: Example) -> list[tuple[str, str, 
         return f"{run.failed_in()}: {str(error.__cause__).strip().splitlines()[0]}"
     rearranging = {*WITHOUT_ARITHMETIC, "copy", "as_strided"}
     calls = [call for call in run.called if KINDS.get(call[0]) != "move" and call[0] not in rearranging]
-    return [(name, where, numbers) for called, where, numbers in calls for name in WITH_BIAS.get(called, (called,))]
+    return [(name, where, numbers) for called, where, numbers in calls for name in SAME_WORK.get(called, (called,))]

@@ -503,10 +503,16 @@ def test_a_target_in_channels_that_takes_cheap_ones_is_carried_out() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2])
-def test_a_linear_that_adds_its_bias_otherwise_does_the_same(width: int) -> None:
-    """Of one channel the transposed map is contiguous, and torch adds the bias within the product."""
-    model = Net(lambda m, x: m.fc(m.a(x).flatten(2).transpose(1, 2)), a=conv(3, 4), fc=nn.Linear(4, 5))
-    _, plan = prove(randomise(model), X, width / 4)
+@pytest.mark.parametrize("einsum", [False, True])
+def test_what_torch_computes_otherwise_for_one_channel_is_the_same(einsum: bool, width: int) -> None:
+    """Of one channel the transposed map is contiguous, so a Linear adds its bias within the product; einsum sums nothing."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        rows = m.a(x).flatten(2).transpose(1, 2)
+        return torch.einsum("bnc,oc->bno", rows, m.w) if einsum else m.fc(rows)  # type: ignore[no-any-return]
+
+    last: dict[str, Any] = {"w": nn.Parameter(torch.rand(5, 4))} if einsum else {"fc": nn.Linear(4, 5)}
+    _, plan = prove(randomise(Net(forward, a=conv(3, 4), **last)), X, width / 4)
     assert [len(group.keep) for group in plan.groups] == [width]
 
 
