@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
@@ -137,7 +138,7 @@ class Propagation(TorchDispatchMode):
         self.tensors: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.tensors.setdefault(id(tensor), name)
-        self.memories = {memory_of(tensor) for tensor in model.parameters()}
+        self.memories = {memory_of(tensor) for tensor in model.parameters() if not is_lazy(tensor)}
         # Parameters and buffers that an operator has seen, by identity.
         self.seen: set[int] = set()
         self.views: dict[int, tuple[str, tuple[int, ...]]] = {}
