@@ -115,8 +115,9 @@ class DryRun:
     def __init__(self, graph: ChannelGraph, owners: Tensor, run: ChannelPropagation, example_inputs: Any) -> None:
         self.graph, self.owners, self.run, self.example_inputs = graph, owners, run, example_inputs
         self.roots = run.classes.roots()
-        chosen = next((n for n, (name, *_) in enumerate(run.called) if name in SIZED_BY_DATA), len(run.called))
-        later = [labels for step in run.steps if step.number >= chosen for labels in step.labels]
+        # The number of the first operator of ``SIZED_BY_DATA``, as in a detector's choice of boxes, and the channels behind it.
+        self.choice = next((n for n, (name, *_) in enumerate(run.called) if name in SIZED_BY_DATA), len(run.called))
+        later = [labels for step in run.steps if step.number >= self.choice for labels in step.labels]
         self.behind_choice = [labels for labels in later if labels is not None]
 
     def first_failure(self, groups: list[ChannelGroup], thorough: bool, explain: bool = True) -> Failure | None:
@@ -171,9 +172,9 @@ class DryRun:
         # only to tell whose channels a failure is about, or where a narrow network's other numbers may lead elsewhere.
         last = {g.name: tuple(range(g.size - width, g.size)) for g, width in cut}
         keep, gone = self.kept_and_gone(cut, last)
-        by_position = any(bool(gone[labels].any()) for labels in self.run.position_sensitive)
+        by_position = any_goes(self.run.position_sensitive, gone)
         unfollowed = None
-        if not by_position and not self.are_behind_choice(gone):
+        if not by_position and not any_goes(self.behind_choice, gone):
             unfollowed = self.attempt_with(keep, gone, muted=True)
             if unfollowed is None or unfollowed.suspects or not explain:
                 return unfollowed
@@ -183,10 +184,6 @@ class DryRun:
             if failure is not None:
                 return failure
         return unfollowed
-
-    def are_behind_choice(self, gone: Tensor) -> bool:
-        """Whether an operator met channels that go behind one of ``SIZED_BY_DATA``, as a detector's choice of boxes has one."""
-        return any(bool(gone[labels].any()) for labels in self.behind_choice)
 
     def kept_and_gone(self, cut: Cut, channels: dict[str, tuple[int, ...]]) -> tuple[KeptIndices, Tensor]:
         """What such a cut keeps of every tensor, and which labels are of channels that go, bool [labels]."""
@@ -218,11 +215,15 @@ class DryRun:
                 self.suspects_of([x for t in inputs if (x := again.get(t)) is not None], again, keep),
                 (again.failed_at or (again.where(),))[0],
             )
-        shapes, sized = [t.shape for t in again.outputs], any(name in SIZED_BY_DATA for name, *_ in self.run.called)
-        if not sized and shapes != [t.shape for t in self.run.outputs]:
+        shapes, others = ([t.shape for t in run.outputs] for run in (self.run, again))
+        if not self.sized() and shapes != others:
             return Failure(OTHER_OUTPUTS)
         end = self.shared_path(again, gone)
-        return self.compare_operators(again, gone, end, sized) if muted else self.compare(again, keep, gone, end)
+        return self.compare_operators(again, gone, end) if muted else self.compare(again, keep, gone, end)
+
+    def sized(self) -> bool:
+        """Whether results of the model are as long as the data make them."""
+        return self.choice < len(self.run.called)
 
     def shared_path(self, again: ChannelPropagation, gone: Tensor) -> int:
         """How many operators must be the same: all, or those up to where the data, not the width, chose others.
@@ -233,14 +234,13 @@ class DryRun:
         names, others = ([name for name, *_ in r.called] for r in (self.run, again))
         whole, shorter = max(len(names), len(others)), min(len(names), len(others))
         same = next((i for i in range(shorter) if names[i] != others[i]), shorter)
-        chosen = any(name in SIZED_BY_DATA for name in names[:same])
-        if not chosen or 0 < len(again.records) != len(self.run.records) or self.are_behind_choice(gone):
+        if self.choice >= same or 0 < len(again.records) != len(self.run.records) or any_goes(self.behind_choice, gone):
             return whole
         return same
 
-    def compare_operators(self, again: ChannelPropagation, gone: Tensor, end: int, sized: bool) -> Failure | None:
+    def compare_operators(self, again: ChannelPropagation, gone: Tensor, end: int) -> Failure | None:
         """Both runs must call the same operators with the same numbers, of the first ``end`` ones, and what moves channels must
-        give results of the width that is left. ``sized``: their other axes are as long as the data make them."""
+        give results of the width that is left."""
         ours, theirs = self.run.called[:end], again.called[:end]
         for (name, where, numbers), (other, _, others) in zip(ours, theirs, strict=False):
             if (name, numbers) != (other, others):
@@ -255,7 +255,7 @@ class DryRun:
             (axis,) = varying_axes(labels)
             wanted, found = list(self.run.shapes[step.number]), list(again.shapes[step.number])
             wanted[axis] = int((~gone[labels]).sum())
-            if found != wanted and not (sized and found[axis : axis + 1] == [wanted[axis]]):
+            if found != wanted and not (self.sized() and found[axis : axis + 1] == [wanted[axis]]):
                 return Failure(f"{step.op} in {step.where} {OTHER_CHANNELS}", self.group_names(labels), step.path)
         return None
 
@@ -348,6 +348,11 @@ class DryRun:
             if labels is not None
         ]
         return self.group_names(torch.cat(found)) if found else ()
+
+
+def any_goes(met: list[Tensor], gone: Tensor) -> bool:
+    """Whether a cut takes any of these channels; ``gone``: which labels it takes, bool [labels]."""
+    return any(bool(gone[labels].any()) for labels in met)
 
 
 def is_within(path: str, outer: str | None) -> bool:
