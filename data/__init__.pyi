@@ -1,4 +1,5 @@
 from .config import DataConfig as DataConfig
+from .config import described_names as described_names
 from .config import find_root as find_root
 from .config import load_data_config as load_data_config
 from .dataset import DetectionDataset as DetectionDataset

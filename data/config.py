@@ -172,6 +172,12 @@ def read_description(file: Path) -> Mapping[str, Any]:
     return content
 
 
+def described_names(path: str | Path) -> tuple[str, ...]:
+    """The classes that a data set's description names, whether the data set is there or not; DataError where it does not."""
+    content = read_description(Path(path))
+    return _names(content.get("names"), content.get("nc"), Path(path))
+
+
 def _names(names: Any, count: Any, file: Path) -> tuple[str, ...]:
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
         raise DataError(f"{file}: nc is {count!r}, expected the number of classes, a whole number of at least 1")

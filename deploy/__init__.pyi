@@ -17,6 +17,7 @@ from .network import whole_or_nothing as whole_or_nothing
 from .onnx_file import OnnxNetwork as OnnxNetwork
 from .open_file import SUFFIX_FOR as SUFFIX_FOR
 from .open_file import SUFFIXES as SUFFIXES
+from .open_file import network_file as network_file
 from .open_file import open_exported as open_exported
 from .openvino_file import OpenVinoNetwork as OpenVinoNetwork
 from .profiling import LayerTime as LayerTime

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,6 +35,7 @@ class EngineNetwork(nn.Module):
         input_shape: [B, 3, H, W], None for an axis of any size
         takes_bytes: whether the file takes uint8
         precision: what it computes in: ``float32``, ``bfloat16``, or ``int8`` where a part of it is quantised
+        columns: the size of its output's last axis, None where the file does not say
     """
 
     engine: ClassVar[Engine]
@@ -52,6 +53,7 @@ class EngineNetwork(nn.Module):
         *,
         takes_bytes: bool,
         precision: str,
+        columns: int | None = None,
     ) -> None:
         super().__init__()
         if len(input_shape) != 4:
@@ -59,7 +61,7 @@ class EngineNetwork(nn.Module):
                 f"{path}: its input has {len(input_shape)} axes, expected images as [batch, channels, height, width]"
             )
         self.path, self.metadata, self.input_shape = path, dict(metadata), input_shape
-        self.takes_bytes, self.precision = takes_bytes, precision
+        self.takes_bytes, self.precision, self.columns = takes_bytes, precision, columns
         self.bytes_on_disk = sum(part.stat().st_size for part in parts_of(path) if part.is_file())
 
     def run(self, images: Tensor) -> Tensor:
@@ -104,6 +106,20 @@ class EngineNetwork(nn.Module):
 def parts_of(path: Path) -> list[Path]:
     """The files of an exported network: OpenVINO keeps the weights beside the graph."""
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
+def index_of_boxes(path: Path, shapes: Sequence[tuple[int | None, ...]]) -> int:
+    """Which of a file's outputs holds the boxes, [batch, boxes, 5 + classes]: a lone one, or the one of three axes.
+
+    Exports of others also give the maps that boxes are decoded from, [batch, anchors, rows, columns, 5 + classes].
+    """
+    found = [0] if len(shapes) == 1 else [index for index, shape in enumerate(shapes) if len(shape) == 3]
+    if len(found) != 1:
+        raise SlimError(
+            f"{path}: its outputs are {', '.join(map(size_text, shapes)) or 'none'}; expected one of batch x boxes x "
+            "(5 + classes), as export.py and YOLOv5's own export write"
+        )
+    return found[0]
 
 
 def as_bytes(images: Tensor) -> Tensor:

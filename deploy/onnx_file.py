@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slim import SlimError
 
 from .graph_wrappers import WRAPPED, FromBytes, unwrapped
-from .network import INPUT, OUTPUT, EngineNetwork, existing, threads_of
+from .network import INPUT, OUTPUT, EngineNetwork, existing, index_of_boxes, threads_of
 from .profiling import WARMUP, LayerTime
 
 if TYPE_CHECKING:
@@ -44,23 +44,23 @@ class OnnxNetwork(EngineNetwork):
         # The callers' own threads compute, too: the runtime counts one of them.
         self.threads = max(1, threads_of(num_cores) - at_once + 1)
         session = _session(path, self.threads)
-        if len(session.get_inputs()) != 1 or len(session.get_outputs()) != 1:
-            raise SlimError(
-                f"{path}: it has {len(session.get_inputs())} inputs and {len(session.get_outputs())} outputs, "
-                "expected one of each, as export.py writes"
-            )
+        if len(session.get_inputs()) != 1:
+            raise SlimError(f"{path}: it has {len(session.get_inputs())} inputs, expected one, as export.py writes")
         entry = session.get_inputs()[0]
+        shapes = [_sizes(output.shape) for output in session.get_outputs()]
+        boxes = index_of_boxes(path, shapes)
         super().__init__(
             path,
             session.get_modelmeta().custom_metadata_map,
-            tuple(size if isinstance(size, int) else None for size in entry.shape),
+            _sizes(entry.shape),
             takes_bytes=entry.type == "tensor(uint8)",
             precision="int8" if any(node.op_type == "QuantizeLinear" for node in nodes) else "float32",
+            columns=shapes[boxes][-1] if shapes[boxes] else None,
         )
-        self.session, self.entry = session, entry.name
+        self.session, self.entry, self.output = session, entry.name, session.get_outputs()[boxes].name
 
     def run(self, images: Tensor) -> Tensor:
-        (output,) = self.session.run(None, {self.entry: images.numpy()})
+        (output,) = self.session.run([self.output], {self.entry: images.numpy()})
         return torch.from_numpy(output)
 
     def layer_times(self, images: Tensor, runs: int) -> list[list[LayerTime]]:
@@ -78,6 +78,11 @@ class OnnxNetwork(EngineNetwork):
             elif event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
                 found[-1].append(_layer_time(event, makers))
         return found[WARMUP : WARMUP + runs]
+
+
+def _sizes(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
+    """A shape as ONNX Runtime gives it; axes of any size have a name there."""
+    return tuple(size if isinstance(size, int) else None for size in shape)
 
 
 def _session(path: Path, threads: int, profile_prefix: str = "") -> onnxruntime.InferenceSession:

@@ -22,6 +22,18 @@ SUFFIX_FOR: dict[Engine, str] = {engines[0]: suffix for suffix, engines in SUFFI
 """The kind of file that is written for an engine."""
 
 
+def network_file(path: str | Path) -> Path:
+    """The file that opens a network: of a folder such as ``yolov5s_openvino_model`` the ``.xml`` in it."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.xml"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise SlimError(f"{path}: a folder, expected a file, or an OpenVINO folder with one .xml; found {names}")
+    return found[0]
+
+
 def open_exported(
     path: str | Path,
     engine: Engine | None = None,
@@ -30,11 +42,14 @@ def open_exported(
     precision: RuntimePrecision = "auto",
     at_once: int = 1,
 ) -> EngineNetwork:
-    """Open an exported file under an engine; SlimError where that does not run such files, or not in ``precision``.
+    """Open an exported file (or OpenVINO folder) under an engine.
+
+    SlimError where that does not run such files, or not in ``precision``.
 
     ``num_cores``: threads, 0 for all; ``at_once``: calls that run side by side on them, from as many threads.
     """
-    suffix = Path(path).suffix
+    path = network_file(path)
+    suffix = path.suffix
     if suffix not in SUFFIXES:
         raise SlimError(f"{path}: not an exported network; expected one of {', '.join(SUFFIXES)}")
     chosen = engine or SUFFIXES[suffix][0]

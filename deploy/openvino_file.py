@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from slim import SlimError
 
-from .network import EngineNetwork, existing, threads_of
+from .network import EngineNetwork, existing, index_of_boxes, threads_of
 from .onnx_file import read_onnx
 from .profiling import WARMUP, LayerTime
 from .settings import RuntimePrecision
@@ -47,11 +48,10 @@ class OpenVinoNetwork(EngineNetwork):
 
         path = existing(path, "an OpenVINO or ONNX network")
         graph, metadata = read_openvino(path)
-        if len(graph.inputs) != 1 or len(graph.outputs) != 1:
-            raise SlimError(
-                f"{path}: it has {len(graph.inputs)} inputs and {len(graph.outputs)} outputs, expected one of each, "
-                "as export.py writes"
-            )
+        if len(graph.inputs) != 1:
+            raise SlimError(f"{path}: it has {len(graph.inputs)} inputs, expected one, as export.py writes")
+        shapes = [_sizes(output.partial_shape) for output in graph.outputs]
+        self.output = index_of_boxes(path, shapes)
         self.settings: dict[str, object] = {
             "PERFORMANCE_HINT": "LATENCY",
             # Several compiled networks of one thread each may all be bound to the same core; streams are not.
@@ -71,9 +71,10 @@ class OpenVinoNetwork(EngineNetwork):
         super().__init__(
             path,
             metadata,
-            tuple(size.get_length() if size.is_static else None for size in graph.inputs[0].partial_shape),
+            _sizes(graph.inputs[0].partial_shape),
             takes_bytes=graph.inputs[0].element_type == openvino.Type.u8,
             precision="int8" if quantised else floating,
+            columns=shapes[self.output][-1] if shapes[self.output] else None,
         )
         self.floating_precision = floating
         self.requests = SimpleQueue[openvino.InferRequest]()
@@ -83,7 +84,7 @@ class OpenVinoNetwork(EngineNetwork):
     def run(self, images: Tensor) -> Tensor:
         request = self.requests.get()
         try:
-            return torch.from_numpy(np.array(request.infer([images.numpy()], share_inputs=True)[0]))
+            return torch.from_numpy(np.array(request.infer([images.numpy()], share_inputs=True)[self.output]))
         finally:
             self.requests.put(request)
 
@@ -96,6 +97,12 @@ class OpenVinoNetwork(EngineNetwork):
             request.infer([given])
             found.append([_layer_time(i) for i in request.get_profiling_info() if i.status == i.Status.EXECUTED])
         return found[WARMUP:]
+
+
+def _sizes(shape: openvino.PartialShape) -> tuple[int | None, ...]:
+    if shape.rank.is_dynamic:
+        return ()
+    return tuple(size.get_length() if size.is_static else None for size in shape)
 
 
 def _layer_time(info: openvino.ProfilingInfo) -> LayerTime:
@@ -124,12 +131,28 @@ def read_openvino(path: Path) -> tuple[openvino.Model, dict[str, str]]:
         graph = openvino_core().read_model(path)
         if path.suffix != ".onnx":
             known = graph.get_rt_info(INFO).value if graph.has_rt_info(INFO) else {}
-            metadata = {key: str(getattr(value, "value", value)) for key, value in known.items()}
+            metadata = metadata_beside(path) | {
+                key: str(getattr(value, "value", value)) for key, value in known.items()
+            }
     except RuntimeError as error:
         raise SlimError(
             f"{path}: not a network that OpenVINO can read ({_last_line(error)}); export it anew"
         ) from error
     return graph, metadata
+
+
+def metadata_beside(path: Path) -> dict[str, str]:
+    """What the YAML beside an ``.xml`` says of it: of its own name, as YOLOv5 writes it, or ``metadata.yaml``."""
+    for file in (path.with_suffix(".yaml"), path.with_name("metadata.yaml")):
+        if file.is_file():
+            try:
+                content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+                raise SlimError(
+                    f"{file}: cannot be read ({' '.join(str(error).split())}); restore or remove it"
+                ) from error
+            return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
+    return {}
 
 
 def from_onnx(proto: onnx.ModelProto) -> openvino.Model:

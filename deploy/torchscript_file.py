@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from slim import SlimError
 
 from .graph_wrappers import FromBytes
-from .network import EngineNetwork, as_bytes, existing, read_list
+from .network import EngineNetwork, as_bytes, existing, index_of_boxes, read_list
 
 INFO = "config.txt"
 """The extra file in which YOLOv5's exports say what they are: JSON."""
@@ -31,7 +33,7 @@ class TorchScriptNetwork(EngineNetwork):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 script = torch.jit.load(str(path), map_location="cpu", _extra_files=extra).eval()
-            metadata = {key: str(value) for key, value in json.loads(extra[INFO] or "{}").items()}
+            metadata = {key: _as_literal(value) for key, value in json.loads(extra[INFO] or "{}").items()}
         except (RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise SlimError(f"{path}: not a TorchScript network ({first}); export it anew") from error
@@ -45,8 +47,16 @@ class TorchScriptNetwork(EngineNetwork):
         self.script = script
 
     def run(self, images: Tensor) -> Tensor:
-        output: Tensor = self.script(images)
-        return output
+        output: Any = self.script(images)
+        tensors = [one for one in ([output] if isinstance(output, Tensor) else output) if isinstance(one, Tensor)]
+        return tensors[index_of_boxes(self.path, [tuple(one.shape) for one in tensors])]
+
+
+def _as_literal(value: Any) -> str:
+    """A value of the JSON as Python writes it, whose mappings have numbers as keys."""
+    return str(
+        {int(key) if key.isdecimal() else key: of for key, of in value.items()} if isinstance(value, dict) else value
+    )
 
 
 def save_torchscript(
@@ -54,7 +64,9 @@ def save_torchscript(
 ) -> None:
     """Trace and write a network, for images of the shape of ``images`` alone: tracing writes sizes down as numbers."""
     traced, example = (FromBytes(model).eval(), as_bytes(images)) if uint8_input else (model, images)
-    known = {**metadata, "shape": list(images.shape), "uint8_input": json.dumps(uint8_input)}
+    # YOLOv5 reads the names as a mapping and the stride as a number.
+    of_detector = {key: ast.literal_eval(metadata[key]) for key in ("names", "stride") if key in metadata}
+    known = {**metadata, **of_detector, "shape": list(images.shape), "uint8_input": json.dumps(uint8_input)}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         script = torch.jit.freeze(torch.jit.trace(traced, (example,), check_trace=False))

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from deploy import (
     SUFFIXES,
     Engine,
     RuntimePrecision,
+    network_file,
     profile,
     profile_text,
     threads_of,
@@ -69,7 +69,7 @@ class Setup:
         return self.detector(self.images)
 
 
-def open_setups(flags: BenchmarkFlags, images: Images, stack: ExitStack) -> list[Setup]:
+def open_setups(flags: BenchmarkFlags, images: Images, names: Sequence[str], stack: ExitStack) -> list[Setup]:
     """All combinations of the flags that there are, each once: what was asked for as ``auto`` may be float32 as well.
 
     They stay open as long as ``stack``. SlimError for weights of which none of the engines, sizes or precisions can be had.
@@ -81,7 +81,12 @@ def open_setups(flags: BenchmarkFlags, images: Images, stack: ExitStack) -> list
             combinations = itertools.product(asked or [DEFAULT_SIDES], dict.fromkeys(flags.batch_size), flags.num_cores)
             for sides, count, cores in combinations:
                 opened = open_detector(
-                    weights, engine, num_cores=cores, precision=precision, images=images(sides, count)
+                    weights,
+                    engine,
+                    num_cores=cores,
+                    precision=precision,
+                    images=images(sides, count),
+                    names=names,
                 )
                 detector = stack.enter_context(opened)
                 # Where a file takes none of the sizes, the first one's refusal says so.
@@ -100,7 +105,7 @@ def runtimes_of(
 
     All engines run checkpoints, which are exported for them.
     """
-    own = SUFFIXES.get(Path(weights).suffix, ENGINES)
+    own = SUFFIXES.get(network_file(weights).suffix, ENGINES)
 
     def can_run(engine: Engine | None, precision: RuntimePrecision) -> bool:
         chosen = engine or own[0]
@@ -157,7 +162,7 @@ def benchmark(flags: BenchmarkFlags) -> list[Row]:
     rounds, data, names = rounds_for(flags.repeats, flags.warmup), BenchmarkData(flags), short_names(flags.weights)
     rows: list[Row] = []
     with torch_threads(), ExitStack() as stack:
-        setups = open_setups(flags, data.images, stack)
+        setups = open_setups(flags, data.images, data.config.names if data.config else (), stack)
         if data.config is not None:
             for one in setups:
                 check_classes(one.detector, data.config, one.detector.weights, str(flags.dataset.data))

@@ -44,6 +44,7 @@ ALIASES = {
     "cos_lr": "schedule=cosine",
     "task": "split",
     "pull_from": "sparse_from",
+    "data": "names",
 }
 """Other spellings of flags, YOLOv5's above all."""
 BARE = {"cache": "ram"}

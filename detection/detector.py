@@ -23,6 +23,7 @@ from deploy import (
     Engine,
     EngineNetwork,
     RuntimePrecision,
+    network_file,
     open_exported,
     threads_of,
     torch_threads,
@@ -35,6 +36,9 @@ from slim import SlimError
 from .evaluator import AsModel, Evaluator
 from .network import Network, check_image_size, check_side, read_network
 from .write_file import metadata_of, write_file
+
+_STRIDE_PX = 32
+"""Where a file does not say: that of YOLOv5's networks for 640 pixels."""
 
 
 class TorchNetwork(EngineNetwork):
@@ -89,17 +93,31 @@ class Detector:
     has_nms: bool
 
     @classmethod
-    def of(cls, weights: str, network: EngineNetwork) -> Detector:
-        """Read the metadata; SlimError where they are not those of a detector."""
+    def of(cls, weights: str, network: EngineNetwork, names: Sequence[str] = ()) -> Detector:
+        """Read the metadata; SlimError where they are not those of a detector.
+
+        Classes that they do not name are ``names``, or without these class0, class1 and so on, as YOLOv5 calls them.
+        """
         try:
-            names = [str(name) for name in ast.literal_eval(network.metadata["names"]).values()]
-            stride = int(float(network.metadata["stride"]))
+            known = ast.literal_eval(network.metadata.get("names", "[]"))
+            own = [str(name) for name in (known.values() if isinstance(known, dict) else known)]
+            stride = int(float(network.metadata.get("stride", _STRIDE_PX)))
             nms = json.loads(network.metadata.get("nms", "null"))
-        except (KeyError, ValueError, SyntaxError, AttributeError) as error:
+        except (ValueError, SyntaxError, TypeError) as error:
             raise SlimError(
                 f"{weights}: its metadata do not name its classes and its stride ({error!r}); expected a detector as "
                 "export.py or YOLOv5's own export writes it"
             ) from error
+        names = own or list(names) or [f"class{i}" for i in range((network.columns or 0) - 5)]
+        if not names:
+            raise SlimError(
+                f"{weights}: its metadata name no classes; add --names, the classes or a data.yaml with them"
+            )
+        if nms is None and network.columns not in (None, 5 + len(names)):
+            raise SlimError(
+                f"{weights}: its boxes have {network.columns} values each, expected {5 + len(names)}: x, y, width, height, "
+                f"objectness and {len(names)} classes ({', '.join(names[:5])}); give the classes that it was trained for"
+            )
         return cls(weights, network, names, stride, nms is not None)
 
     @property
@@ -223,6 +241,7 @@ def open_detector(
     images: Tensor | None = None,
     device: torch.device | None = None,
     as_trained: bool = False,
+    names: Sequence[str] = (),
 ) -> Iterator[Detector]:
     """Open a checkpoint or an exported file under an engine; without one, under that of its kind.
 
@@ -236,9 +255,10 @@ def open_detector(
             torch on them
         device: of a checkpoint under torch
         as_trained: a checkpoint under torch keeps its gates and batch norms
+        names: the classes of an exported file that does not name them
     """
     with ExitStack() as stack:
-        path = Path(weights)
+        path = network_file(weights)
         if not is_exported(weights) and engine not in (None, "torch"):
             if images is None:
                 raise SlimError(f"{weights}: --engine {engine} runs exported files; write one with export.py first")
@@ -255,9 +275,9 @@ def open_detector(
         if network.engine == "torch":
             total = threads_of(num_cores) if num_cores else torch.get_num_threads()
             stack.enter_context(torch_threads(max(1, total // at_once)))
-        yield Detector.of(weights, network)
+        yield Detector.of(weights, network, names)
 
 
 def is_exported(weights: str | Path) -> bool:
     """Whether a path names an exported file rather than a checkpoint."""
-    return Path(weights).suffix in SUFFIXES
+    return network_file(weights).suffix in SUFFIXES

@@ -404,6 +404,9 @@ class DetectFlags(ScriptFlags):
     nosave: Annotated[bool, "write no annotated images and videos"] = False
     runtime: RuntimeSettings = RuntimeSettings(num_cores=2)
     nms: NmsSettings = NmsSettings()
+    names: Annotated[
+        tuple[str, ...], "classes of an exported file that does not name them, or a data.yaml with them"
+    ] = ()
     classes: Annotated[tuple[int | str, ...], "names or numbers of the classes to keep; else all"] = ()
     agnostic_nms: Annotated[bool, "boxes of different classes remove each other, too"] = False
     drawing: DrawingSettings = DrawingSettings()

@@ -14,15 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import slim
-from data import DataError
+from data import DataError, described_names
 from data.images import Canvas
 from data.letterbox import Letterbox
-from deploy import SUFFIXES, threads_of, torch_threads
+from deploy import threads_of, torch_threads
 from slim import SlimError
 from tracking import Painter, RunFolder
 
 from ..command import flat
-from ..detector import Detector, open_detector
+from ..detector import Detector, is_exported, open_detector
 from ..flags import DetectFlags
 from ..network import choose_device
 from .pictures import ImagePicture, Picture, planes_of, read_pictures
@@ -52,6 +52,11 @@ def chosen_classes(words: Sequence[int | str], names: list[str], weights: str) -
     return found or None
 
 
+def names_of(words: Sequence[str]) -> Sequence[str]:
+    """The classes of --names: themselves, or those of a data.yaml."""
+    return described_names(words[0]) if len(words) == 1 and Path(words[0]).suffix in (".yaml", ".yml") else words
+
+
 def canvas_of(img: Sequence[int], detector: Detector) -> Canvas:
     """What pictures are scaled to: --img, else the file's own size or 640."""
     fixed = detector.sides_px
@@ -67,7 +72,7 @@ def pictures_at_once(flags: DetectFlags, sources: list[MediaSource], device: tor
     """
     if flags.at_once:
         return flags.at_once
-    on_gpu = device.type != "cpu" and Path(flags.weights).suffix not in SUFFIXES
+    on_gpu = device.type != "cpu" and not is_exported(flags.weights)
     if on_gpu or any(source.kind in ("camera", "stream") for source in sources):
         return 1
     return min(threads_of(flags.runtime.num_cores), _MOST_AT_ONCE)
@@ -208,6 +213,7 @@ def detect(flags: DetectFlags) -> Path:
                 at_once=timing.at_once,
                 precision=flags.runtime.precision,
                 device=device,
+                names=names_of(flags.names),
             )
         )
         if detector.engine != "torch":  # or torch's idle threads take the network's time with waiting
