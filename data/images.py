@@ -38,10 +38,15 @@ def read_image(path: Path) -> Tensor:
         if not content:
             raise OSError(_EMPTY)
         with Image.open(io.BytesIO(content)) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-            return torch.from_numpy(pixels).permute(2, 0, 1)
+            return pixels_of(image)
     except _UNREADABLE as error:
         raise _damaged(path, error) from error
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """A Pillow image as RGB uint8 [3, H, W], turned upright as its EXIF says."""
+    pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def read_bytes(path: Path) -> bytes:

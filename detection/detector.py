@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import slim
+from data.images import Canvas
 from deploy import (
     SUFFIX_FOR,
     SUFFIXES,
@@ -37,6 +38,8 @@ from .evaluator import AsModel, Evaluator
 from .network import Network, check_image_size, check_side, read_network
 from .write_file import metadata_of, write_file
 
+SIDE_PX = 640
+"""The size that pictures are scaled to where nobody says."""
 _STRIDE_PX = 32
 """Where a file does not say: that of YOLOv5's networks for 640 pixels."""
 
@@ -178,6 +181,28 @@ class Detector:
             parts.append(f"{macs / 1e6:.1f} M MACs, {self.params / 1e6:.3f} M parameters")
         end = "; AP is at the threshold and IoU inside of the file" if self.has_nms else ""
         return ", ".join(parts) + end
+
+    def canvas(self, img: Sequence[int] = ()) -> Canvas:
+        """What pictures are scaled to: one side or height and width, else the file's own or 640; SlimError as ``check_sides``."""
+        fixed = self.sides_px
+        sides = (img[0], img[-1]) if img else fixed or (SIDE_PX, SIDE_PX)
+        self.check_sides(sides)
+        return Canvas(sides, self.stride_px if fixed is None and len(img) < 2 else None)
+
+    def class_numbers(self, words: Sequence[int | str]) -> list[int] | None:
+        """The numbers of classes by name or number; None for all. SlimError for one that it does not know."""
+        found = []
+        for word in words:
+            number = (
+                self.names.index(str(word)) if str(word) in self.names else int(word) if str(word).isdecimal() else -1
+            )
+            if not 0 <= number < len(self.names):
+                raise SlimError(
+                    f"--classes {word}: {self.weights} knows {', '.join(self.names[:5])}"
+                    f"{' ...' if len(self.names) > 5 else ''}; expected one of these names or 0 to {len(self.names) - 1}"
+                )
+            found.append(number)
+        return found or None
 
     def __call__(self, images: Tensor) -> Tensor:
         """The network's output for images [B, 3, H, W], uint8 or float 0..1."""

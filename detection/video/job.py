@@ -15,10 +15,8 @@ from tqdm import tqdm
 
 import slim
 from data import DataError, described_names
-from data.images import Canvas
 from data.letterbox import Letterbox
 from deploy import threads_of, torch_threads
-from slim import SlimError
 from tracking import Painter, RunFolder
 
 from ..command import flat
@@ -30,7 +28,6 @@ from .pipeline import StageTimes, run_overlapped
 from .sources import MediaSource, find_sources
 from .writer import DetectionFiles, VideoWriter, write_image
 
-_SIDE_PX = 640
 _MOST_AT_ONCE = 4
 """Pictures in inference side by side, where the user does not say."""
 _WARM_UP = 2
@@ -38,31 +35,9 @@ _BURST = 4
 """Frames of videos in a row. Images are larger, and cameras are not to be kept waiting."""
 
 
-def chosen_classes(words: Sequence[int | str], names: list[str], weights: str) -> list[int] | None:
-    """The numbers of --classes; None for all."""
-    found = []
-    for word in words:
-        number = names.index(str(word)) if str(word) in names else int(word) if str(word).isdecimal() else -1
-        if not 0 <= number < len(names):
-            raise SlimError(
-                f"--classes {word}: {weights} knows {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}; expected one "
-                f"of these names or 0 to {len(names) - 1}"
-            )
-        found.append(number)
-    return found or None
-
-
 def names_of(words: Sequence[str]) -> Sequence[str]:
     """The classes of --names: themselves, or those of a data.yaml."""
     return described_names(words[0]) if len(words) == 1 and Path(words[0]).suffix in (".yaml", ".yml") else words
-
-
-def canvas_of(img: Sequence[int], detector: Detector) -> Canvas:
-    """What pictures are scaled to: --img, else the file's own size or 640."""
-    fixed = detector.sides_px
-    sides = (img[0], img[-1]) if img else fixed or (_SIDE_PX, _SIDE_PX)
-    detector.check_sides(sides)
-    return Canvas(sides, detector.stride_px if fixed is None and len(img) < 2 else None)
 
 
 def pictures_at_once(flags: DetectFlags, sources: list[MediaSource], device: torch.device) -> int:
@@ -93,8 +68,8 @@ class DetectJob:
     video_of: MediaSource | None = None
 
     def __post_init__(self) -> None:
-        self.canvas = canvas_of(self.flags.img, self.detector)
-        self.classes = chosen_classes(self.flags.classes, self.detector.names, self.detector.weights)
+        self.canvas = self.detector.canvas(self.flags.img)
+        self.classes = self.detector.class_numbers(self.flags.classes)
         drawing = self.flags.drawing
         style = {"labels": not drawing.hide_labels, "scores": not drawing.hide_conf}
         self.painters = {
@@ -218,7 +193,7 @@ def detect(flags: DetectFlags) -> Path:
         )
         if detector.engine != "torch":  # or torch's idle threads take the network's time with waiting
             stack.enter_context(torch_threads(1))
-        canvas_of(flags.img, detector), chosen_classes(flags.classes, detector.names, flags.weights)
+        detector.canvas(flags.img), detector.class_numbers(flags.classes)
         run = RunFolder.create(flags.run.project, flags.run.name)
         run.write_config(flat(flags), "detect.py")
         files = DetectionFiles(
