@@ -17,7 +17,10 @@ class DataSettings:
     """Data set."""
 
     data: Annotated[str | None, "data set description (a YOLOv5 data.yaml)"] = "data/bccd.yaml"
-    download: Annotated[bool, "fetch the data set first where it is missing, as its yaml's download key says"] = False
+    download: Annotated[
+        bool,
+        "fetch first what is missing: the data set, as its yaml's download key says, and published weights (yolov5n.pt)",
+    ] = False
     data_root: Annotated[str | None, "folder of data sets; else $SLIM_DATA_ROOT, else ./datasets"] = None
     classes: Annotated[
         tuple[int | str, ...], "names or numbers of the classes to look at, in their new order; else all"

@@ -30,7 +30,7 @@ class EngineNetwork(nn.Module):
 
     Attributes:
         path: the file, an exported one or a checkpoint
-        bytes_on_disk: the size of all of its files together
+        bytes_on_disk: the size of all of its files together, of a checkpoint without training state
         metadata: what the file says of itself
         input_shape: [B, 3, H, W], None for an axis of any size
         takes_bytes: whether the file takes uint8

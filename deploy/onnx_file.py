@@ -91,6 +91,8 @@ def _session(path: Path, threads: int, profile_prefix: str = "") -> onnxruntime.
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # Its threads would go on spinning after a run, on cores that the next stage or the engine measured next needs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile_prefix:
         options.enable_profiling, options.profile_file_prefix = True, profile_prefix
     try:

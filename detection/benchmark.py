@@ -25,7 +25,6 @@ from deploy import (
     torch_threads,
 )
 from engine import Evaluation
-from slim import SlimError
 from tracking import RunFolder
 
 from .benchmark_table import Row, machine_text, markdown, short_names, write
@@ -35,6 +34,7 @@ from .detector import Detector, is_exported, open_detector
 from .evaluator import Evaluator
 from .flags import BenchmarkFlags
 from .network import check_classes, img_of, sides_of
+from .published import find_weights
 from .timing import InterleavedTimer, rounds_for
 
 Sides = tuple[int, int]
@@ -155,8 +155,8 @@ class BenchmarkData:
 
 def benchmark(flags: BenchmarkFlags) -> list[Row]:
     """Measure and print a row for each combination; fills the run folder, when interrupted with what is measured by then."""
-    if not flags.weights:
-        raise SlimError("--weights: none given; name one or more checkpoints or exported files")
+    for weights in flags.weights or [""]:
+        find_weights(weights, flags.dataset.download)
     for cores in flags.num_cores:
         threads_of(cores)
     rounds, data, names = rounds_for(flags.repeats, flags.warmup), BenchmarkData(flags), short_names(flags.weights)
@@ -168,12 +168,12 @@ def benchmark(flags: BenchmarkFlags) -> list[Row]:
                 check_classes(one.detector, data.config, one.detector.weights, str(flags.dataset.data))
         run = RunFolder.create(flags.run.project, flags.run.name)
         run.write_config(flat(flags), "benchmark.py")
-        timer = InterleavedTimer({one: one.run for one in setups}, before=Setup.set_threads)
+        threads = max(threads_of(one.num_cores) for one in setups)
+        timer = InterleavedTimer({one: one.run for one in setups}, before=Setup.set_threads, threads=threads)
         finished = False
         try:
             with torch.no_grad():
-                for counts in tqdm(rounds, desc="rounds", unit="round"):
-                    timer.round(counts)
+                timer.run(tqdm(rounds, desc="rounds", unit="round"), flags.max_seconds)
             if data.config is not None:
                 for one in tqdm(setups, desc="AP", leave=False):
                     data.evaluate(one)
@@ -194,7 +194,8 @@ def rows_of(
     """The table of all setups.
 
     ``milliseconds`` (median), ``p10_ms`` and ``p90_ms`` are of an image, ``fps`` is images in a second, ``speed_up`` the
-    first row's median over this one's. ``bytes`` are those of the file that runs. None and "" stand for unknown.
+    first row's median over this one's. ``bytes`` are those of the file that runs, of a checkpoint without training state.
+    ``warning`` says what makes the times say little, "" for nothing. None and "" stand for unknown.
     """
     rows: list[Row] = []
     for one, timing in timer.timings().items():
@@ -221,6 +222,7 @@ def rows_of(
                 "params": detector.params,
                 "activation": detector.activation,
                 "runs": len(timing.runs_ms),
+                "warning": timing.warning,
             }
         )
     return rows

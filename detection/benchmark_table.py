@@ -15,6 +15,8 @@ from deploy import threads_of
 from tracking import plot_trade_off
 from tracking.report.markdown import table
 
+from .timing import timing_warning
+
 Row = dict[str, Any]
 """One network under one engine, as ``benchmark.json`` has it, see ``detection.benchmark.rows_of``."""
 
@@ -38,10 +40,12 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def markdown(rows: Sequence[Row], machine: str) -> str:
-    """A line about the machine, and the table; columns without content are left out."""
+    """A line about the machine, one that warns of unsteady times, and the table; columns without content are left out."""
     columns = {title: [text(row) for row in rows] for title, text in COLUMNS.items()}
     columns = {title: cells for title, cells in columns.items() if any(cells)}
     head = f"{machine}; medians of {rows[0]['runs']} runs, interleaved."
+    if warning := timing_warning(row["warning"] for row in rows):
+        head += f"\n\n{warning}"
     return f"{head}\n\n{table(list(columns), list(zip(*columns.values(), strict=True)))}"
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import io
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from tracking import RunFolder, plot_widths, read_png, save_png, side_by_side, w
 from tracking.journal import Journal
 
 from .evaluator import draw_networks
-from .flags import IterateFlags
+from .flags import IterateFlags, share_of_drop
 from .latency import TOLERANCE, Measurer
 from .network import Network, example_image
-from .timing import milliseconds_per_image
+from .timing import Timing, time_models, timing_warning
+
+LEAST_AP = 0.01
+"""A network with less finds next to nothing, whatever it began as."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,46 @@ def worst_of(per_class: Mapping[str, float]) -> tuple[str, float]:
     return name, per_class[name]
 
 
+def allowed_drop(max_drop: float | str, ap: float) -> float:
+    """How far below a dense network's AP a candidate's may be: `--max-drop` itself, or as "5%" a share of that AP."""
+    share = share_of_drop(max_drop)
+    return float(max_drop) if share is None else share * ap
+
+
+def check_max_drop(max_drop: float | str, ap: float, weights: str) -> None:
+    """Raise SlimError where networks that find next to nothing would be accepted, or the dense one is such a network."""
+    if not ap >= LEAST_AP:
+        raise SlimError(
+            f"{weights}: AP {ap:.4f} on the val split, expected at least {LEAST_AP:g}: nothing to slim; train it on this data "
+            "set first"
+        )
+    if not ap - allowed_drop(max_drop, ap) >= LEAST_AP:
+        raise SlimError(
+            f"--max-drop {max_drop}: the dense network's AP is {ap:.4f}, so networks that find next to nothing would be "
+            f"accepted; expected at most {ap - LEAST_AP:.4f}, or a share of that AP such as 5%"
+        )
+
+
 def check_drop(
-    ap: float, per_class: Mapping[str, float], baseline: Mapping[str, Any], max_drop: float
+    ap: float, per_class: Mapping[str, float], baseline: Mapping[str, Any], max_drop: float | str
 ) -> tuple[bool, str]:
-    """Whether AP and the worst class's AP stay within `max_drop` of the dense network's, and why or why not."""
+    """Whether AP and the worst class's AP stay within `max_drop` of the dense network's, and why or why not.
+
+    No AP below `LEAST_AP` is accepted, however large the drop.
+    """
     drops = {
         "AP": (baseline["ap"], ap),
         "the worst class's AP": (worst_of(baseline["per_class"])[1], worst_of(per_class)[1]),
     }
     said = []
     for what, (before, now) in drops.items():
-        if not before - now <= max_drop:
+        if not before - now <= allowed_drop(max_drop, before):
             said.append(f"{what} {now:.4f} is {before - now:.4f} below the dense network's {before:.4f}")
     if said:
-        return False, f"{' and '.join(said)}, more than {max_drop:g}"
-    return True, f"within {max_drop:g} of the dense network"
+        return False, f"{' and '.join(said)}, more than {max_drop}"
+    if not ap >= LEAST_AP:
+        return False, f"AP {ap:.4f} is next to nothing (less than {LEAST_AP:g})"
+    return True, f"within {max_drop} of the dense network"
 
 
 def make_candidate(
@@ -162,23 +190,38 @@ class LoopTarget:
 
         def act(work: Path) -> dict[str, Any]:
             assert self.measurer is not None
-            return {"dense_ms": self.measurer.time_dense().median_ms, **self.measurer.setting()}
+            found = self.measurer.time_dense()
+            return {"dense_ms": found.median_ms, **self.measurer.setting(), **_warned([found])}
 
         return self.journal.phase("latency", act)
 
-    def milliseconds(self, model: YOLO) -> dict[str, float]:
-        """One image, measured in turn with the dense network, gates folded: in torch, or as the latency is asked for."""
+    def times(self, model: YOLO) -> dict[str, Any]:
+        """`ms` of an image, measured in turn with the dense network, gates folded: in torch, or as the latency is asked for.
+
+        With `timing_warning` where that says little.
+        """
         if self.measurer:
             dense_ms = self.dense_latency()["dense_ms"]
-            return {"dense": dense_ms, "candidate": self.measurer.against_dense(model).ratio * dense_ms}
+            compared = self.measurer.against_dense(model)
+            ms = {"dense": dense_ms, "candidate": compared.ratio * dense_ms}
+            return {"ms": ms, **_warned([compared.first, compared.second])}
         networks = {"dense": slim.fold_gates(self.dense.model.cpu()), "candidate": slim.fold_gates(model.cpu())}
-        return milliseconds_per_image(networks, example_image(self.flags.img), repeats=15, warmup=3)
+        found = time_models(networks, example_image(self.flags.img), repeats=15, warmup=3)
+        return {"ms": {name: timing.median_ms for name, timing in found.items()}, **_warned(found.values())}
 
     def metrics(self, baseline: Mapping[str, Any], dense_ms: float, ms: float) -> dict[str, Any]:
         """What metrics.json says of the latency of the slim network; nothing where MACs are the target."""
         if self.measurer is None:
             return {}
         return {**self.dense_latency(), "target_ms": self.final(baseline) * dense_ms, "latency_ms": ms}
+
+
+def _warned(timings: Iterable[Timing]) -> dict[str, str]:
+    """A phase's `timing_warning`, which is printed; nothing where the measurements are good."""
+    warning = timing_warning(timing.warning for timing in timings)
+    if warning:
+        print(warning)
+    return {"timing_warning": warning} if warning else {}
 
 
 def save_networks(run: RunFolder, networks: Sequence[Path], plans: Sequence[slim.Plan]) -> Path:

@@ -42,14 +42,15 @@ ALIASES = {
     "lr0": "lr",
     "lrf": "final_lr_ratio",
     "cos_lr": "schedule=cosine",
+    "noval": "eval_every=0",
     "task": "split",
     "pull_from": "sparse_from",
     "data": "names",
 }
 """Other spellings of flags, YOLOv5's above all."""
-BARE = {"cache": "ram"}
+BARE = {"cache": "ram", "resume": "newest"}
 """What a flag means that is given without its value."""
-OF_THE_COMMAND_LINE_ALONE = ("debug", "resume")
+OF_THE_COMMAND_LINE_ALONE = ("debug", "resume", "exist_ok")
 """Keys that older config.yaml files hold, and that say nothing about what to do again."""
 GONE = {"closed_share": None, "cost_aware": False}
 """Flags that are no more, or not of every script: older config.yaml files may hold them with these values, their defaults."""
@@ -249,9 +250,18 @@ def _reader(kind: Any, expected: str = "") -> Callable[[str], Any]:
                     if not expected or _is_within(value, expected):
                         return value
                     wanted = [expected]
-        raise argparse.ArgumentTypeError(f"{word}: expected {' or '.join(wanted)}")
+        raise argparse.ArgumentTypeError(f"{word}: expected {' or '.join(wanted)}{_percent_hint(word, expected)}")
 
     return read_word
+
+
+def _percent_hint(word: str, expected: str) -> str:
+    """What a percentage is as the share that was expected, where it can be meant; else ""."""
+    with contextlib.suppress(ValueError):
+        percent = float(word.removesuffix("%"))
+        if re.search("to (below )?1$", expected) and percent >= 2 and _is_within(percent / 100, expected):
+            return f"; {percent:g} % is {percent / 100:g}"
+    return ""
 
 
 def _is_within(value: float, expected: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import slim
 from data.images import Canvas
@@ -67,6 +68,7 @@ class TorchNetwork(EngineNetwork):
     ) -> None:
         name = "float32" if precision == "auto" else precision
         super().__init__(Path(weights), metadata_of(network), (None,) * 4, takes_bytes=False, precision=name)
+        self.bytes_on_disk = min(self.bytes_on_disk, weight_bytes(network.model))  # without training state
         self.kind = getattr(torch, name)
         model = copy.deepcopy(network.model).cpu().eval()
         model = model if as_trained else fuse_norms(slim.fold_gates(model))
@@ -79,6 +81,13 @@ class TorchNetwork(EngineNetwork):
     def forward(self, images: Tensor) -> Tensor:
         output: Tensor = self.network(self.as_taken(images.to(self.device)).to(self.kind))
         return output.float().cpu()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """The size of a file of a network's weights alone."""
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return len(file.getbuffer())
 
 
 @dataclass(frozen=True)

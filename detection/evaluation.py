@@ -16,6 +16,7 @@ from .detector import is_exported, open_detector
 from .evaluator import AsModel, Evaluator, draw_networks
 from .flags import ValFlags
 from .network import check_classes, choose_device, img_of, sides_of
+from .published import find_weights
 
 DEFAULT_SIDES = (320, 320)
 
@@ -26,6 +27,7 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
     A checkpoint for which neither engine nor precision nor cores are given is evaluated as it was trained, with its gates
     and batch norms; otherwise as it is deployed.
     """
+    find_weights(flags.weights, flags.dataset.download)
     exported, engine = is_exported(flags.weights), flags.runtime.engine
     on_torch = not exported and engine in (None, "torch")
     if not on_torch and flags.device not in ("auto", "cpu"):

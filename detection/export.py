@@ -17,6 +17,7 @@ from .command import flat
 from .datasets import open_data, so_many_images
 from .flags import SHAPES, ExportFlags
 from .network import Network, check_image_size, head_path, read_network
+from .published import find_weights
 from .quantise import Int8Writer, calibration_images, measure_on
 from .write_file import SUFFIX_OF, write_file
 
@@ -25,6 +26,7 @@ def export(flags: ExportFlags) -> list[Path]:
     """Write the files and the run folder; returns the files' paths."""
     kinds = list(dict.fromkeys(flags.include))
     outs = {kind: out_path(flags.out, kind, several=len(kinds) > 1) for kind in kinds} if flags.out else {}
+    find_weights(flags.weights, flags.dataset.download)
     network = read_network(flags.weights)
     sides_px = sides_of(flags.img, network)
     config = open_data(flags.dataset)

@@ -5,6 +5,7 @@ See ``detection.command`` for how these dataclasses become flags.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NoReturn
 
@@ -78,7 +79,14 @@ class TrainFlags(ScriptFlags):
     augment: Augment = Augment()
     sampling: SamplingSettings = SamplingSettings()
     rect: Annotated[bool, "evaluate on rectangular batches with little padding instead of squares"] = False
-    resume: Annotated[bool, "continue the newest run of this --project and --name with its own settings"] = False
+    resume: Annotated[
+        str,
+        "continue a run with its own settings: that of a run folder or its weights/last.pt; without a value, the newest of this "
+        "--project and --name",
+    ] = ""
+    exist_ok: Annotated[
+        bool, "train in the folder of that --name though there is one: what a run has left there is removed"
+    ] = False
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -99,7 +107,7 @@ class WidthSettings:
         "kept widths are multiples of this many channels; else 8, for a latency 8 or 16, whichever measures faster",
     ] = None
     min_channels: Annotated[int, "every group keeps at least this many channels"] = 8
-    min_keep: Annotated[float, "every group keeps at least this share of its channels, 0 to 1"] = 0.0
+    min_keep: Annotated[float, "every group keeps at least this share of its channels", "0 to 1"] = 0.0
     overrides: Annotated[tuple[str, ...], "PATTERN=WIDTH, layers of a set width: a share (0.5) or a count (32)"] = ()
     ignore: Annotated[tuple[str, ...], "patterns of layers that stay whole, such as 'model.24.*'"] = ()
 
@@ -166,6 +174,13 @@ class TargetSettings:
         float | None, "instead: cut every channel whose score is below this (gates: 0.01 is closed)"
     ] = None
 
+    def __post_init__(self) -> None:
+        for name, value in [("macs", self.macs), ("params", self.params), ("channels", self.channels)]:
+            if value is not None and 2 <= value <= 100:
+                _refuse(
+                    f"--{name} {value:g}: expected a share above 0 to 1, or a count above 100; {value:g} % is {value / 100:g}"
+                )
+
     @property
     def given(self) -> tuple[str, ...]:
         """The flags that name a target."""
@@ -216,7 +231,7 @@ class PruneFlags(ScriptFlags):
         if self.recalibrate and self.dataset.data is None:
             _refuse("--recalibrate needs --data: statistics are re-estimated on its training images")
         given = [*self.target.given, *self.latency.given]
-        if self.latency.given and len(given) > 1:
+        if len(given) > 1:
             _refuse(f"{' and '.join(given)}: give exactly one target")
         if self.unstructured is None:
             return
@@ -225,6 +240,17 @@ class PruneFlags(ScriptFlags):
                 f"--unstructured and {', '.join(others)}: zeroed weights leave every width as it is; cut channels in a run of "
                 "its own"
             )
+
+
+def share_of_drop(max_drop: float | str) -> float | None:
+    """0.05 of a --max-drop of 5%, None of one in AP; SlimError for what is neither."""
+    if isinstance(max_drop, str):
+        with contextlib.suppress(ValueError):
+            if max_drop.endswith("%") and 0 <= (share := float(max_drop[:-1]) / 100) < 1:
+                return share
+    elif 0 <= max_drop <= 1:
+        return None
+    _refuse(f"--max-drop {max_drop}: expected an AP from 0 to 1 such as 0.02, or a share of the dense AP such as 5%")
 
 
 @dataclass(frozen=True)
@@ -247,7 +273,9 @@ class IterateFlags(ScriptFlags):
     ] = 5
     finetune_epochs: Annotated[int, "epochs of fine-tuning at the end"] = 20
     max_drop: Annotated[
-        float, "a round is accepted while AP and the worst class's AP are at most so far below dense"
+        float | str,
+        "a round is accepted while AP and the worst class's AP are at most so far below dense: AP as 0.02, or a share of "
+        "dense as 5%",
     ] = 0.02
     attempts: Annotated[
         int, "cuts to try in a round, each half as far as the one before, until one is accepted", "at least 1"
@@ -275,6 +303,7 @@ class IterateFlags(ScriptFlags):
     latency: LatencySettings = LatencySettings()
 
     def __post_init__(self) -> None:
+        share_of_drop(self.max_drop)
         if self.latency.given and self.macs is not None:
             _refuse("--macs and a latency: give one target")
         if self.sparsity.keep_macs != SparsitySettings.keep_macs:
@@ -361,6 +390,9 @@ class BenchmarkFlags(ScriptFlags):
     )
     repeats: Annotated[int, "measured runs of each network"] = 30
     warmup: Annotated[int, "rounds before measuring"] = 2
+    max_seconds: Annotated[
+        float, "for each network: after so long no further runs, though --repeats are not reached", "above 0"
+    ] = 30.0
     profile: Annotated[bool, "also print and write the engine's own time for each operator"] = False
     split: Annotated[str, "with --data: train, val or test"] = "val"
     nms: NmsSettings = NmsSettings(conf=0.001, iou=0.65)
@@ -385,6 +417,7 @@ class DetectFlags(ScriptFlags):
     weights: Annotated[
         str, "checkpoint (ours or a published YOLOv5 .pt) or exported file (.onnx, .xml, .torchscript)"
     ] = ""
+    download: Annotated[bool, "fetch --weights first where they are missing and published (yolov5n.pt)"] = False
     source: Annotated[
         tuple[str, ...], "images, videos, folders, globs, the number of a webcam, addresses of streams (rtsp://...)"
     ] = ()

@@ -35,7 +35,7 @@ from tracking.journal import read_json
 from .detector import TorchNetwork
 from .network import Network, head_path
 from .quantise import QUANTISERS
-from .timing import Comparison, InterleavedTimer, Timing, compare
+from .timing import Comparison, InterleavedTimer, Timing, compare, timing_warning
 from .write_file import write_file
 
 TOLERANCE = 0.05
@@ -70,15 +70,14 @@ class Measurer:
     def time_dense(self) -> Timing:
         """Measure the dense network alone."""
         with self._threads():
-            timer = InterleavedTimer({"dense": self.dense_run})
-            for number in range(ROUNDS + 1):
-                timer.round(counts=number > 0)
+            timer = InterleavedTimer({"dense": self.dense_run}, threads=self.settings.num_cores)
+            timer.run([False] + [True] * ROUNDS)
         return timer.timings()["dense"]
 
     def against_dense(self, model: YOLO) -> Comparison:
         """Measure a network of the dense one's kind, which is left on the CPU; the dense network comes first."""
         with self._threads():
-            return compare(self.dense_run, self.runnable(model))
+            return compare(self.dense_run, self.runnable(model), threads=self.settings.num_cores)
 
     @functools.cached_property
     def dense_run(self) -> Run:
@@ -160,7 +159,18 @@ class LatencySearch:
             self._finish(str(error))
             raise
         self._finish(f"met: {self.known['chosen']['latency_ms']:.2f} ms")
-        return plan, {**self.known["setting"], **self.known["chosen"]}
+        warning = self.warning()
+        return plan, {
+            **self.known["setting"],
+            **self.known["chosen"],
+            **({"timing_warning": warning} if warning else {}),
+        }
+
+    def warning(self) -> str:
+        """What makes the measurements say little, in a line; "" for nothing."""
+        rows = self.known["measurements"]
+        found = [self.known["dense"], *(row[which] for row in rows for which in ("dense", "candidate"))]
+        return timing_warning(timing.get("warning", "") for timing in found)
 
     def _search(self) -> slim.Plan:
         if self.known["dense"] is None:
@@ -260,6 +270,8 @@ class LatencySearch:
         if self.known["measurements"]:
             self._write()
             print(self.table())
+            if warning := self.warning():
+                print(warning)
 
     def _write(self) -> None:
         if not isinstance(self.record, Path):

@@ -28,6 +28,7 @@ from .candidates import (
     LoopTarget,
     candidate_table,
     check_drop,
+    check_max_drop,
     make_candidate,
     round_target,
     save_networks,
@@ -52,6 +53,7 @@ from .network import (
     save_network,
 )
 from .pruning import PROOF_IMAGES, choose_plan, cut, open_prune_inputs, output_widths, proven
+from .published import find_weights
 from .training import MAY_CHANGE
 from .write_file import SUFFIX_OF, write_file
 
@@ -202,8 +204,8 @@ class Loop:
             model = read_network(weights).model
             evaluation = self.evaluator(model)
             accepted, reason = check_drop(evaluation.ap, evaluation.per_class, self.baseline, self.flags.max_drop)
-            times = self.target.milliseconds(model)
-            return {**self.figures(model, evaluation), "ms": times, "accepted": accepted, "reason": reason}
+            times = self.target.times(model)
+            return {**self.figures(model, evaluation), **times, "accepted": accepted, "reason": reason}
 
         found, baseline = self.journal.phase(name, act), self.baseline
         if not self.candidates:
@@ -254,6 +256,9 @@ def proven_fold(model: torch.nn.Module, images: torch.Tensor) -> tuple[torch.nn.
 def iterate(flags: IterateFlags, world: World | None = None) -> Path:
     """Run the loop, or what is left of it; returns the file of the slim network."""
     flags = flags.resolved()
+    find_weights(flags.weights, flags.dataset.download)
+    if flags.teacher:
+        find_weights(flags.teacher, flags.dataset.download, "--teacher")
     config = open_data(flags.dataset)
     val_set = DetectionDataset(config, "val", flags.img, cache=flags.loading.cache)
     data = {"train": data_digest(config, "train", flags.img), "val": val_set.digest()}
@@ -303,6 +308,7 @@ def run_loop(loop: Loop) -> Path:
     """All phases in order; finished ones give what they found."""
     flags, baseline = loop.flags, loop.baseline
     print(f"dense: AP {baseline['ap']:.4f}, {baseline['macs'] / 1e6:.1f} M MACs")
+    check_max_drop(flags.max_drop, baseline["ap"], flags.weights)
     best = Accepted(Path(flags.weights), baseline["macs"])
     for number in range(1, flags.rounds + 1):
         following = loop.round(number, best)
@@ -316,7 +322,7 @@ def run_loop(loop: Loop) -> Path:
             break
     if not best.plans:
         raise SlimError(
-            f"{loop.run.path}: not one cut kept AP within --max-drop {flags.max_drop:g} (pareto.csv lists them); "
+            f"{loop.run.path}: not one cut kept AP within --max-drop {flags.max_drop} (pareto.csv lists them); "
             "allow a larger drop, keep more, or train longer (--recovery-epochs)"
         )
     tuned = best.weights
@@ -343,7 +349,7 @@ def conclude(loop: Loop, networks: Sequence[Path], plans: Sequence[slim.Plan]) -
     verdict = "within" if final.accepted else "MORE than"
     print(
         f"{out}: {final.keep_macs:.1%} of the MACs, {final.params / baseline['params']:.1%} of the parameters; "
-        f"AP drop {baseline['ap'] - final.ap:.4f}, {verdict} --max-drop {loop.flags.max_drop:g}"
+        f"AP drop {baseline['ap'] - final.ap:.4f}, {verdict} --max-drop {loop.flags.max_drop}"
     )
     return out
 

@@ -33,6 +33,7 @@ from .network import (
     read_network,
     save_network,
 )
+from .published import find_weights
 from .unstructured import share_of_zeros, zero_smallest
 from .width_bounds import width_bounds
 
@@ -81,6 +82,12 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> Path:
 
     Nothing is saved unless pruned = masked, but the record of a search for a latency.
     """
+    find_weights(flags.weights, flags.dataset.download)
+    if not (flags.target.given or flags.latency.given):
+        raise SlimError(
+            "--macs: no target given; --macs 0.4 keeps 40 % of the MACs (others: --params, --channels, --threshold, "
+            "--latency-ms, --latency-share)"
+        )
     inputs = open_prune_inputs(flags)
     run, search = RunFolder.create(flags.run.project, flags.run.name), None
     if flags.latency.given:
@@ -263,6 +270,7 @@ def example_like(graph: slim.ChannelGraph) -> torch.Tensor:
 def zero_weights(flags: PruneFlags) -> None:
     """--unstructured: the smallest weights at zero, widths as they were."""
     assert flags.unstructured is not None
+    find_weights(flags.weights, flags.dataset.download)
     inputs = open_prune_inputs(flags)
     folded = slim.fold_gates(inputs.network.model, inputs.images)
     already = share_of_zeros(folded)

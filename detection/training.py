@@ -40,7 +40,7 @@ from tracking import (
     write_report,
 )
 
-from .command import flat, read, with_values
+from .command import BARE, OF_THE_COMMAND_LINE_ALONE, flat, read, with_values
 from .datasets import open_data, real_images
 from .evaluator import Evaluator, draw_networks
 from .flags import ROUND_TO, FinetuneFlags, SparseFlags, TrainFlags
@@ -58,6 +58,7 @@ from .network import (
     start_network,
     with_activation,
 )
+from .published import find_weights
 from .width_bounds import width_bounds
 
 MAY_CHANGE = {"device", "workers", "cache", "data_root", "download"}
@@ -65,7 +66,7 @@ MAY_CHANGE = {"device", "workers", "cache", "data_root", "download"}
 
 
 def train(flags: TrainFlags, world: World | None = None) -> FitResult | None:
-    """Train in a new run folder, or with --resume in the newest of that name; None where that run is finished."""
+    """Train in a new run folder, or with --resume in that of a run; None where that run is finished."""
     world = world or World()
     opened = world.broadcast_from_rank0(lambda: open_run(flags))
     if opened is None:
@@ -175,7 +176,7 @@ def begin_run(
     The folder appears here, after everything that could have been refused.
     """
     if world.is_first:
-        run.write_config({k: v for k, v in flat(flags).items() if k != "resume"}, script_of(flags))
+        run.write_config({k: v for k, v in flat(flags).items() if k not in OF_THE_COMMAND_LINE_ALONE}, script_of(flags))
         for split in run.note_data({"train": train_set.digest(), "val": val_set.digest()}):
             print(f"the labels of {split} are not those that the run began with; it goes on with what is there now")
     run.adopt(world.broadcast_from_rank0(lambda: run.path))
@@ -239,11 +240,14 @@ def script_of(flags: TrainFlags) -> str:
 
 
 def open_run(flags: TrainFlags) -> tuple[RunFolder, TrainFlags] | None:
-    """A new run folder, or with --resume the newest of that name with its own settings; None where that is finished."""
+    """A new run folder, or with --resume that of a run with its own settings; None where that is finished."""
     project, name = flags.run.project, flags.run.name
     if not flags.resume:
-        return RunFolder.create(project, name), flags
-    run = RunFolder.newest(project, name)
+        for flag, weights in (("--weights", flags.network.weights), ("--teacher", flags.teacher)):
+            if weights:
+                find_weights(weights, flags.dataset.download, flag)
+        return RunFolder.create(project, name, flags.exist_ok), flags
+    run = RunFolder.newest(project, name) if flags.resume == BARE["resume"] else RunFolder.of(flags.resume)
     flags = resumed(flags, run)
     if run.metrics_file.is_file() and (run.path / "report.html").is_file():  # the last files that a training writes
         print(f"{run.path}: finished, nothing is left to resume")
@@ -260,13 +264,15 @@ def resumed(flags: TrainFlags, run: RunFolder) -> TrainFlags:
         raise SlimError(f"{run.config_file}: no such file; this run cannot be resumed, start a new one")
     known = read(type(flags)(), ["--config", str(run.config_file)])
     old, new = flat(known), flat(flags)
-    changed = {n: new[n] for n in sorted(flags.given - {"project", "name", "resume"}) if new[n] != old[n]}
+    changed = {
+        n: new[n] for n in sorted(flags.given - {"project", "name", *OF_THE_COMMAND_LINE_ALONE}) if new[n] != old[n]
+    }
     if refused := [name for name in changed if name not in MAY_CHANGE]:
         told = ", ".join(f"--{name.replace('_', '-')} {new[name]} (the run has {old[name]})" for name in refused)
         raise SlimError(f"--resume: {told} would change the run; leave that out, or start a new run without --resume")
     if changed:
         print("resumed with " + ", ".join(f"--{name.replace('_', '-')} {new[name]}" for name in changed))
-    return with_values(known, {**changed, "resume": True})
+    return with_values(known, {**changed, "resume": flags.resume})
 
 
 def starting_network(flags: TrainFlags, names: tuple[str, ...]) -> Network:

@@ -52,8 +52,13 @@ class TrainConfig:
     )
     channels_last: bool = True
     eval_every: Annotated[
-        int, "epochs between evaluations on the val split; the last epoch is always evaluated", "at least 1"
+        int,
+        "epochs between evaluations on the val split; the last epoch is always evaluated, and with 0 (or --noval) alone",
+        "at least 0",
     ] = 1
+    save_period: Annotated[
+        int, "also keep weights/epochN.pt of every so many epochs; 0 or -1: of none", "at least -1"
+    ] = -1
     patience: Annotated[int, "stop after so many epochs without a better AP; 0 never does", "at least 0"] = 0
     sync_bn: Annotated[bool, "under torchrun, batch norms see the whole batch (slower; for few images a rank)"] = False
     seed: Annotated[int, "seed of every random generator"] = 0

@@ -77,7 +77,8 @@ def fit(
         train_loader: batches (see `Batch`); `set_epoch` of its data set and sampler is called before each epoch
         config: how long and how to train
         run: folder that gets rows, scalars, histograms and weights
-        save: `save(path, model, training_state)` writes the moving average of the weights; best.pt has no training state
+        save: `save(path, model, training_state)` writes the moving average of the weights; best.pt and epochN.pt have no
+            training state
         device: where to train
         evaluate: gives the AP of the moving average of the weights
         sparsity: what changes the gates. With it an epoch can only be the best while its share of closed gates is about the
@@ -131,6 +132,8 @@ def fit(
                 _record(run, number, scalars, evaluation, sparsity, time.perf_counter() - epoch.started)
                 if progress.best_epoch == number:
                     save(run.best, average, None)
+                if config.save_period > 0 and number % config.save_period == 0:
+                    save(run.best.with_name(f"epoch{number}.pt"), average, None)
             progress = world.broadcast_from_rank0(functools.partial(replace, progress))
             # last.pt comes last: it is what declares the epoch finished.
             _save_state(save, run, state, progress, world)
@@ -161,7 +164,7 @@ def announce_epoch(loader: Loader, number: int) -> None:
 
 
 def _is_evaluated(number: int, config: TrainConfig) -> bool:
-    return (number + 1) % config.eval_every == 0 or number + 1 == config.epochs
+    return number + 1 == config.epochs or (config.eval_every > 0 and (number + 1) % config.eval_every == 0)
 
 
 def _out_of_patience(progress: Progress, config: TrainConfig) -> bool:

@@ -38,6 +38,7 @@ SCRIPTS: dict[str, Any] = {
 TRAININGS = ("train_sparse", "finetune")
 DECIDE_NOTHING = {
     *("project", "name", "resume", "device", "workers", "cache", "download", "data_root", "eval_every"),
+    *("save_period", "exist_ok"),
     *("weights", "teacher", "data"),
 }
 """Flags that leave the last epoch's network as it is, and files, of which the content decides."""

@@ -29,6 +29,10 @@ METRIC_KEYS = ("ap", "ap50", "ap75", "per_class", "params", "macs", "images", "s
 CUT_METRIC_KEYS = ("masked_ap", "pruned_ap", "max_difference", "before", "after")
 _MADE_BY = "# made by "
 _NO_SETTING = ("project", "name", "debug", "resume")
+_OF_A_TRAINING = (
+    *("config.yaml", "data.json", "results.csv", "metrics.json", "report.*", "events.out.*", "*.png", "weights/*.pt"),
+)
+"""What a training leaves in its folder."""
 
 
 class RunFolder:
@@ -41,24 +45,32 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self._wanted = Path(path)
         self._path: Path | None = self._wanted
-        self._is_held = False
+        self._is_held = self._exist_ok = False
         self._lock: FileLock | None = None
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
 
     @classmethod
-    def create(cls, project: str | Path, name: str) -> RunFolder:
-        """A run folder to come: `project/name`, or name2, name3 ... where that is taken.
+    def create(cls, project: str | Path, name: str, exist_ok: bool = False) -> RunFolder:
+        """A run folder to come: `project/name`, or name2, name3 ... where that is taken and not ``exist_ok``.
 
         Raises SlimError where no folder can be made.
         """
         run = cls(Path(project) / name)
-        run._path = None
+        run._path, run._exist_ok = None, exist_ok
         above = next(parent for parent in run._wanted.absolute().parents if parent.exists())
         if not above.is_dir():
             raise SlimError(f"{above}: a file is in the way of a run folder; choose another --project")
         if not os.access(above, os.W_OK):
             raise SlimError(f"{run._wanted}: cannot be made (no right to write in {above}); choose another --project")
+        return run
+
+    @classmethod
+    def of(cls, path: str | Path) -> RunFolder:
+        """The run to continue of a run folder or of its weights/last.pt; SlimError where there is none."""
+        run = cls(Path(path).parent.parent if Path(path).suffix == ".pt" else path)
+        if not run.has_checkpoint or Path(path) not in (run.path, run.last):
+            raise SlimError(f"{path}: no run to resume; expected a run folder that holds weights/last.pt, or that file")
         return run
 
     @classmethod
@@ -96,9 +108,12 @@ class RunFolder:
     def path(self) -> Path:
         """The folder; that of `create` is made when this is first asked for."""
         if self._path is None:
-            self._path = _make_first_free(self._wanted)
+            self._path = _make_first_free(self._wanted, self._exist_ok)
             if self._is_held:
                 self._acquire()
+            if self.config_file.is_file() and self.read_script():  # with exist_ok, those of the run before
+                for left_behind in [file for pattern in _OF_A_TRAINING for file in self._path.glob(pattern)]:
+                    left_behind.unlink()
         return self._path
 
     def adopt(self, path: Path) -> None:
@@ -293,12 +308,12 @@ def _log_hparams(writer: SummaryWriter, config: Mapping[str, Any], metrics: Mapp
         writer._get_file_writer().add_summary(summary, 0)
 
 
-def _make_first_free(wanted: Path) -> Path:
-    """Make `wanted`, or with the first free number; no other process gets the same."""
+def _make_first_free(wanted: Path, exist_ok: bool) -> Path:
+    """Make `wanted`, unless ``exist_ok`` or with the first free number; no other process gets the same."""
     for number in itertools.count(1):
         path = wanted if number == 1 else wanted.with_name(f"{wanted.name}{number}")
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=exist_ok)
         except FileExistsError:
             continue
         except OSError as error:

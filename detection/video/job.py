@@ -23,6 +23,7 @@ from ..command import flat
 from ..detector import Detector, is_exported, open_detector
 from ..flags import DetectFlags
 from ..network import choose_device
+from ..published import find_weights
 from .pictures import ImagePicture, Picture, planes_of, read_pictures
 from .pipeline import StageTimes, run_overlapped
 from .sources import MediaSource, find_sources
@@ -176,6 +177,7 @@ class DetectJob:
 
 def detect(flags: DetectFlags) -> Path:
     """Detect in all sources; returns the run folder, filled."""
+    find_weights(flags.weights, flags.download)
     sources = find_sources(flags.source)
     device = choose_device(flags.device)
     timing = StageTimes(pictures_at_once(flags, sources, device))

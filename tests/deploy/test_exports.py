@@ -58,6 +58,12 @@ def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_no_thread_of_onnx_runtime_waits_for_the_next_run_at_work(dynamic: Path) -> None:
+    """In interleaved measurements it would take the next engine's cores."""
+    session = OnnxNetwork(dynamic / "net.onnx", num_cores=2).session
+    assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 RUNS = [("net.onnx", "onnxruntime"), ("net.onnx", "openvino"), ("net.xml", "openvino")]
 
 

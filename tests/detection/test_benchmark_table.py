@@ -29,14 +29,15 @@ KEYS = [
     "params",
     "activation",
     "runs",
+    "warning",
 ]
 FIRST: Row = dict(zip(KEYS, (
     "runs/dense/weights/last.pt", "dense/last", "torch", "float32", "416", 1, 2, 20.0, 19.0, 22.5, 50.0, 1.0, 0.5761,
-    0.88, 7_120_000, 517_100_000, 1_768_000, "SiLU", 30,
+    0.88, 7_120_000, 517_100_000, 1_768_000, "SiLU", 30, "",
 ), strict=True))  # fmt: skip
 SECOND: Row = dict(zip(KEYS, (
     "slim.xml", "slim", "openvino", "int8", "416", 1, 2, 2.0, 1.9, 2.25, 500.0, 10.0, None, None, 700_000, None, None, "",
-    30,
+    30, "",
 ), strict=True))  # fmt: skip
 
 
@@ -68,6 +69,16 @@ def test_a_table_for_a_document() -> None:
         "| slim | openvino | int8 | 416 | 2 | 1 | 2.00 | 1.90 to 2.25 | 500.0 | 10.00 |  | 0.70 |  |  |  |"
     )
     assert "| AP |" not in markdown([SECOND], "A CPU")
+
+
+def test_a_table_warns_of_times_that_say_little() -> None:
+    unsteady = {**SECOND, "warning": "the 90th percentile is 3.5 times the 10th"}
+    head, warning, *_ = markdown([FIRST, unsteady], "A CPU").split("\n\n")
+    assert head == "A CPU; medians of 30 runs, interleaved."
+    assert warning == (
+        "warning: times that say little (1 of 2 measurements): the 90th percentile is 3.5 times the 10th; measure again on an "
+        "idle machine"
+    )
 
 
 def test_a_file_for_a_program(tmp_path: Path) -> None:

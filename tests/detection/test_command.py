@@ -154,7 +154,13 @@ def test_two_flags_of_one_name_are_a_defect() -> None:
         (["--tie", "all"], "--tie all: expected group or layer"),
         (["--select", "half"], "--select half: expected budget or vector or all;"),
         (["--keep-macs", "0"], "--keep-macs 0: expected above 0 to 1;"),
-        (["--fraction", "1.5"], "--fraction 1.5: expected 0 to 1;"),
+        (["--fraction", "1.5"], "--fraction 1.5: expected 0 to 1; --help"),
+        (["--keep-macs", "30"], "--keep-macs 30: expected above 0 to 1; 30 % is 0.3; --help"),
+        (["--keep-macs", "12.5%"], "--keep-macs 12.5%: expected a number; 12.5 % is 0.125; --help"),
+        (["--keep-macs", "300"], "--keep-macs 300: expected above 0 to 1; --help"),
+        (["--min-keep", "25"], "--min-keep 25: expected 0 to 1; 25 % is 0.25;"),
+        (["--epochs", "0"], "--epochs 0: expected at least 1; --help"),
+        (["--degrees", "300"], "--degrees 300: expected 0 to 180; --help"),
         (["--travel", "0"], "--travel 0: expected above 0;"),
         (["--sparse-from", "-1"], "--sparse-from -1: expected at least 0;"),
         (["--lr"], "--lr expected one argument"),
@@ -235,7 +241,7 @@ def as_plain(values: dict[str, object]) -> dict[str, object]:
 def test_keys_of_older_files_are_taken(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("pull_from: 2\nresume: true\ndebug: true\nfraction: 0.5\nclosed_share: null\n")
     found = parse(SparseFlags, "", ["--config", str(tmp_path / "c.yaml")])
-    assert found.sparsity.sparse_from == 2 and found.resume is False
+    assert found.sparsity.sparse_from == 2 and found.resume == ""
     assert not found.sparsity.has_budget, "such a run shrank the smallest half"
     (tmp_path / "c.yaml").write_text("closed_share: 0.3\n")
     with pytest.raises(CommandError, match="--closed-share: unknown flag"):
@@ -249,6 +255,9 @@ def test_keys_of_older_files_are_taken(tmp_path: Path) -> None:
 
 
 def test_spellings_of_yolov5_are_taken() -> None:
+    assert parse(FinetuneFlags, "", ["--noval", "--save-period", "-1"]).training.eval_every == 0
+    assert parse(FinetuneFlags, "", ["--resume", "--save-period", "5"]).resume == "newest"
+    assert parse(SparseFlags, "", ["--resume", "runs/sparse/exp"]).resume == "runs/sparse/exp"
     words = [
         "--imgsz",
         "64",

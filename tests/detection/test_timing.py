@@ -6,14 +6,27 @@ import functools
 import itertools
 import random
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from detection import timing
-from detection.timing import InterleavedTimer, Timing, compare, milliseconds_per_image, rounds_for, standard_error
+from detection.timing import (
+    InterleavedTimer,
+    Timing,
+    compare,
+    disturbance,
+    other_cpu_seconds,
+    rounds_for,
+    standard_error,
+    time_models,
+    timing_warning,
+)
 from slim import SlimError
 
 
@@ -80,21 +93,122 @@ class Recorder(nn.Module):
         return images
 
 
-def test_a_models_median_is_that_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_run_in_evaluation_mode_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(timing, "InterleavedTimer", functools.partial(InterleavedTimer, clock=clock))
     models = {"slow": Recorder(clock, "slow", 50), "fast": Recorder(clock, "fast", 30)}
-    found = milliseconds_per_image(models, torch.zeros(2, 3, 8, 8), repeats=3, warmup=1)
-    assert found == pytest.approx({"slow": 25, "fast": 15})
+    found = time_models(models, torch.zeros(2, 3, 8, 8), repeats=3, warmup=1)
+    assert {name: found[name].median_ms for name in found} == pytest.approx({"slow": 50, "fast": 30})
     assert clock.order == (["slow"] * 4 + ["fast"] * 4) * 2
     assert models["slow"].training
 
 
 def test_no_repeat_and_no_block_are_errors() -> None:
     with pytest.raises(SlimError, match="repeats=0"):
-        milliseconds_per_image({}, torch.zeros(1, 3, 8, 8), repeats=0)
+        time_models({}, torch.zeros(1, 3, 8, 8), repeats=0)
     with pytest.raises(SlimError, match="blocks of 0 runs"):
         InterleavedTimer({}, block=0)
+
+
+class OtherProcesses:
+    """CPU seconds of other processes, which use so many cores while a clock goes on."""
+
+    def __init__(self, clock: Clock, cores: float) -> None:
+        self.clock, self.cores = clock, cores
+
+    def __call__(self) -> float:
+        return self.cores * self.clock.now
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "words"),
+    [
+        (2, 0.15, ""),
+        (2, 0.24, "other processes used 0.2 of 2 cores meanwhile"),
+        (2, 1.9, "other processes used 1.9 of 2 cores meanwhile"),
+        (1, 1.1, ""),
+        (1, 1.24, "other processes used 1.2 of 2 cores meanwhile"),
+        (0, 0.3, "other processes used 0.3 of 2 cores meanwhile"),
+        (8, 0.3, "other processes used 0.3 of 2 cores meanwhile"),
+    ],
+)
+def test_other_processes_on_the_cores_of_the_call_are_told(
+    threads: int, cores: float, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "threads_of", lambda count: count or 2)
+    clock = Clock()
+    calls = {"a": functools.partial(clock.run, "a", 50)}
+    timer = InterleavedTimer(calls, threads=threads, clock=clock, others=OtherProcesses(clock, cores))
+    timer.round()
+    timer.round()
+    assert timer.timings()["a"].warning == words
+
+
+def test_what_others_did_while_it_warmed_up_and_what_is_lost_in_ticks_is_not_told() -> None:
+    clock = Clock()
+    others = OtherProcesses(clock, 0)
+    timer = InterleavedTimer({"a": functools.partial(clock.run, "a", 10)}, clock=clock, others=others)
+    others.cores = 50
+    timer.round(counts=False)
+    others.cores = 0
+    clock.now = 0
+    timer.round()
+    assert timer.timings()["a"].warning == ""
+    others.cores = 0.04 / clock.now
+    timer = InterleavedTimer({"a": functools.partial(clock.run, "a", 0.1)}, settle_ms=0, clock=clock, others=others)
+    timer.round()
+    assert timer.timings()["a"].warning == ""
+
+
+def test_runs_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "threads_of", lambda count: count or 2)
+    assert disturbance([10, 10, 20, 20], 0.0, 2) == ""
+    assert disturbance([10, 10, 35, 35], 0.0, 2) == "the 90th percentile is 3.5 times the 10th"
+    assert disturbance([10, 10, 35, 35], 2.0, 2) == (
+        "other processes used 2.0 of 2 cores meanwhile and the 90th percentile is 3.5 times the 10th"
+    )
+
+
+def test_one_line_warns_of_several_measurements() -> None:
+    assert timing_warning(["", ""]) == timing_warning([]) == ""
+    assert timing_warning(["", "bad", "very bad"]) == (
+        "warning: times that say little (2 of 3 measurements): very bad; measure again on an idle machine"
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="the system does not tell")
+def test_the_cpu_time_of_another_process_counts() -> None:
+    burn = "import time\nwhile time.process_time() < 0.4: pass"
+    before = other_cpu_seconds()
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert other_cpu_seconds() - before > 0.3
+
+
+def test_a_slow_network_is_measured_in_fewer_runs(caplog: pytest.LogCaptureFixture) -> None:
+    """A block of four runs of 3 s; in 25 s one that warms up and one that counts begin, and a second one."""
+    caplog.set_level("INFO")
+    clock = Clock()
+    timer = InterleavedTimer({"a": functools.partial(clock.run, "a", 3000)}, clock=clock)
+    timer.run(rounds_for(repeats=30, warmup=1), most_seconds=25)
+    assert len(timer.timings()["a"].runs_ms) == 6 and len(clock.order) == 12
+    assert "measured 6 runs of each network, 24 fewer than asked for: 25 s a network were over" in caplog.text
+
+
+def test_the_slowest_network_has_a_round_that_counts() -> None:
+    clock = Clock()
+    calls = {name: functools.partial(clock.run, name, 60_000) for name in "ab"}
+    timer = InterleavedTimer(calls, clock=clock)
+    timer.run(rounds_for(repeats=30, warmup=5), most_seconds=25)
+    assert [len(found.runs_ms) for found in timer.timings().values()] == [3, 3]
+    assert clock.order == ["a"] * 4 + ["b"] * 4 + ["a"] * 4 + ["b"] * 4
+
+
+def test_a_fast_network_has_all_its_runs(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    clock = Clock()
+    timer = InterleavedTimer({"a": functools.partial(clock.run, "a", 20)}, clock=clock)
+    timer.run(rounds_for(repeats=30, warmup=2))
+    assert len(timer.timings()["a"].runs_ms) == 30 and not caplog.text
 
 
 class DriftingClock:
@@ -156,3 +270,10 @@ def test_the_standard_error_of_a_median() -> None:
 def test_what_a_record_keeps() -> None:
     found = Timing((10.0, 20.0, 30.0, 40.0, 50.0)).summary()
     assert found == {"median_ms": 30, "p10_ms": 14, "p90_ms": 46, "runs": 5}
+    assert Timing((10.0,), "why").summary() == {
+        "median_ms": 10,
+        "p10_ms": 10,
+        "p90_ms": 10,
+        "runs": 1,
+        "warning": "why",
+    }

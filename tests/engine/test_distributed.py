@@ -236,7 +236,7 @@ def test_train_sparse_and_finetune_under_torchrun(tiny: Path, tmp_path: Path) ->
     weights = tmp_path / "s" / "weights" / "last.pt"
     loop_where = ("--project", tmp_path, "--name", "loop", "--recalibrate", 1, "--max-drop", 1)
     rounds = one_round(recovery_epochs=1)
-    process = start("iterate.py", "--weights", weights, *data[:2], *SMALL, *rounds, *loop_where)
+    process = start("-m", "tests.scripts.iterate_any_ap", "--weights", weights, *data[:2], *SMALL, *rounds, *loop_where)
     said, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     assert said.count("accepted: AP") == 2 and (tmp_path / "loop" / "weights" / "slim.pt").is_file()

@@ -79,6 +79,22 @@ def without_plots() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def any_ap() -> Iterator[None]:
+    with accepting_any_ap():
+        yield
+
+
+@contextmanager
+def accepting_any_ap() -> Iterator[None]:
+    """Loops that accept networks which find nothing, such as tests train in seconds."""
+    from detection import candidates
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates, "LEAST_AP", -1.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def small_weights(small_cfg: Path, tiny: Path, once: Once) -> Path:
     """The checkpoint of a small network that was trained until it finds something."""

@@ -23,6 +23,7 @@ class FakeClock:
     again: float = 1.0
     measured: list[int] = field(default_factory=list)
     alone: int = 0
+    warning: str = ""
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def time_dense(measurer: latency.Measurer) -> Timing:
@@ -41,4 +42,4 @@ class FakeClock:
         monkeypatch.setattr(latency.Measurer, "against_dense", against_dense)
 
     def times(self, ratio: float) -> Timing:
-        return Timing((self.dense_ms * ratio,) * 40)
+        return Timing((self.dense_ms * ratio,) * 40, self.warning)

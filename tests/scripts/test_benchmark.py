@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from deploy import threads_of
 from detection import benchmark as benchmark
 from detection.detector import open_detector
 from tests.scripts.runs import Runner
@@ -55,6 +58,9 @@ def test_every_combination_is_in_the_table_and_the_files(
         assert row["speed_up"] == pytest.approx(first["milliseconds"] / row["milliseconds"])
         assert row["fps"] == pytest.approx(1000 / row["milliseconds"])
         assert (row["macs"], row["params"], row["activation"]) == (first["macs"], first["params"], "SiLU")
+    on_disk, weights_alone = small_weights.stat().st_size, 4 * first["params"]
+    assert weights_alone < first["bytes"] < on_disk / 2, "last.pt carries the training state"
+    assert rows[3]["bytes"] == sum((exported / f"net{suffix}").stat().st_size for suffix in (".xml", ".bin"))
     assert rows[4]["bytes"] == (exported / "net.torchscript").stat().st_size
     assert not (tmp_path / "exp" / "weights").exists()
     table = (tmp_path / "exp" / "benchmark.md").read_text()
@@ -118,6 +124,24 @@ def test_what_cannot_be_measured_is_named(
     for suffix in (".xml", ".onnx", ".torchscript"):
         fails(script(*common, tmp_path / f"empty{suffix}"), f"empty{suffix}", "export it anew")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_busy_machine_is_told_once(
+    exported: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other processes take 50 cores' time in every block."""
+    started = time.perf_counter()
+    busy = lambda: 50 * (time.perf_counter() - started)  # noqa: E731
+    monkeypatch.setattr(benchmark, "InterleavedTimer", functools.partial(benchmark.InterleavedTimer, others=busy))
+    weights = ("--weights", exported / "net.onnx", exported / "net.xml")
+    done = script("benchmark", *weights, *SHORT, "--max-seconds", 1e-9, "--repeats", 9, "--project", tmp_path)
+    assert done.code == 0, done.err
+    text = f"other processes used 50.0 of {threads_of(0)} cores meanwhile"
+    assert done.out.count("warning: times that say little (2 of 2 measurements): ") == 1 and text in done.out
+    assert "warning: times that say little" in (tmp_path / "exp" / "benchmark.md").read_text()
+    rows = rows_of(tmp_path / "exp")
+    assert [row["warning"].startswith(text) for row in rows] == [True, True] and [row["runs"] for row in rows] == [3, 3]
+    assert "measured 3 runs of each network, 6 fewer than asked for" in caplog.text
 
 
 def test_an_interruption_leaves_what_was_measured(

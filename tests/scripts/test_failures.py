@@ -41,6 +41,24 @@ def test_missing_weights(name: str, script: Runner, tiny: Path, tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize("name", sorted({*SCRIPTS} - {"train_sparse", "finetune"}))
+def test_forgotten_weights(name: str, script: Runner, tmp_path: Path) -> None:
+    done = script(name, *NEEDS[name], "--project", tmp_path / "runs")
+    fails(
+        done,
+        "--weights: none given; name a file, such as yolov5n.pt (published by YOLOv5's authors; --download fetches it)",
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_published_weights_say_where_they_come_from(name: str, script: Runner, tmp_path: Path) -> None:
+    done = script(name, "--weights", tmp_path / "yolov5s6.pt", *NEEDS[name], "--project", tmp_path / "runs")
+    fails(
+        done,
+        "yolov5s6.pt: no such file; --download fetches it from https://github.com/ultralytics/yolov5/releases/download/v7.0/yolov5s6.pt",
+    )
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_checkpoint_of_another_kind(name: str, script: Runner, tiny: Path, tmp_path: Path) -> None:
     torch.save({"epoch": 3}, tmp_path / "other.pt")
@@ -162,6 +180,10 @@ def test_pruning_options_that_do_not_fit(script: Runner, tmp_path: Path, sparse_
     fails(script(*base, "--macs", 0.5, "--ignore", "modle.1*"), "ignore", "modle.1*", "near names", "model.1")
     fails(script(*base, "--macs", 0.5, "--threshold", 0.1), "exactly one target")
     fails(script(*base, "--macs", 1.5), "macs=1.5", "keep ratio", "whole number")
+    for flag in ("--macs", "--params", "--channels"):
+        fails(script(*base, flag, 30), f"{flag} 30: expected a share above 0 to 1, or a count above 100; 30 % is 0.3")
+    fails(script(*base), "--macs: no target given; --macs 0.4 keeps 40 % of the MACs")
+    fails(script(*base, "--macs", 0.5, "--params", 0.5), "--macs and --params: give exactly one target")
 
 
 @pytest.mark.parametrize(

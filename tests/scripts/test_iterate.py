@@ -18,17 +18,19 @@ import iterate
 import slim
 from data import DetectionDataset
 from deploy import OnnxNetwork, open_exported
+from detection import candidates, loop_training
 from detection import loop as loop_module
-from detection import loop_training
 from detection.command import flat, parse
 from detection.flags import IterateFlags
 from detection.loop import proven_fold
 from detection.network import build_network, read_network
-from tests.scripts.conftest import without_plots
+from tests.scripts.conftest import accepting_any_ap, without_plots
 from tests.scripts.runs import SMALL, Runner, one_round
+from tests.scripts.test_failures import fails
 from tracking import RunFolder
 from tracking.journal import Journal
 
+pytestmark = pytest.mark.usefixtures("any_ap")
 ONE_ROUND = one_round()
 
 
@@ -48,7 +50,7 @@ def loop(small_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) 
     project = tmp_path_factory.mktemp("loops")
     steps = ["--rounds", 2, "--macs", 0.5, "--sparse-epochs", 2, "--recovery-epochs", 1, "--finetune-epochs", 1]
     given = arguments(small_run / "weights" / "best.pt", tiny, project, *steps, "--max-drop", 1)
-    with without_plots():
+    with without_plots(), accepting_any_ap():
         assert iterate.cli([str(a) for a in given]) == 0
     return project / "loop"
 
@@ -299,6 +301,12 @@ def test_a_damaged_phase_is_named_with_its_remedy(begun: Path, small_run: Path, 
         (["--rounds", 0], "--rounds 0: expected at least 1"),
         (["--macs", 0], "--macs 0: expected above 0 to 1"),
         (["--attempts", 0], "--attempts 0: expected at least 1"),
+        (
+            ["--max-drop", "5"],
+            "--max-drop 5.0: expected an AP from 0 to 1 such as 0.02, or a share of the dense AP such as 5%",
+        ),
+        (["--max-drop", "100%"], "--max-drop 100%: expected an AP from 0 to 1"),
+        (["--max-drop", "little"], "--max-drop little: expected an AP from 0 to 1"),
         (["--keep-macs", 0.5], "--keep-macs: each round's follows from --macs"),
         (["--train", "learning-rate=1"], "learning-rate"),
         (["--train", "lr"], "lr: expected name=value"),
@@ -309,3 +317,16 @@ def test_impossible_settings_are_refused(
 ) -> None:
     done = script("iterate", *arguments(small_run / "weights" / "best.pt", tiny, tmp_path, *ONE_ROUND, *flags))
     assert done.code == 1 and done.err.count("\n") == 1 and words in done.err
+
+
+def test_a_drop_to_nothing_is_refused_before_the_first_training(
+    small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = small_run / "weights" / "best.pt"
+    monkeypatch.setattr(candidates, "LEAST_AP", 0.01)
+    given = arguments(weights, tiny, tmp_path, *ONE_ROUND)
+    fails(script("iterate", *given), f"{weights}: AP 0.", "expected at least 0.01: nothing to slim; train it")
+    monkeypatch.setattr(candidates, "LEAST_AP", 0.0)
+    done = script("iterate", *given, "--max-drop", 0.5)
+    fails(done, "--max-drop 0.5: the dense network's AP is 0.", "a share of that AP such as 5%")
+    assert not list(tmp_path.glob("*/round1-sparse"))

@@ -23,7 +23,16 @@ STEPS = ["--rounds", 2, "--macs", 0.5, "--sparse-epochs", 2, "--recovery-epochs"
 
 def start(weights: Path, data: Path, project: Path) -> subprocess.Popen[str]:
     given = ["--weights", weights, "--data", data, *SMALL, *STEPS, "--recalibrate", 1, "--max-drop", 1]
-    command = [sys.executable, "iterate.py", *map(str, given), "--project", str(project), "--name", "loop"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.scripts.iterate_any_ap",
+        *map(str, given),
+        "--project",
+        str(project),
+        "--name",
+        "loop",
+    ]
     return subprocess.Popen(
         command,
         cwd=ROOT,

@@ -72,6 +72,23 @@ def test_a_share_and_one_rounding(clock: FakeClock, sparse_run: Path, tmp_path: 
     assert any(out % 8 for path, (_, out) in widths.items() if not path.startswith("model.24"))
 
 
+def test_a_busy_machine_is_told_in_one_line_and_in_every_file(
+    clock: FakeClock, sparse_run: Path, tmp_path: Path, script: Runner
+) -> None:
+    clock.warning = "other processes used 1.9 of 2 cores meanwhile"
+    done = script(*base(sparse_run, tmp_path), "--latency-share", 0.6)
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "exp" / "metrics.json").read_text())
+    count = 1 + 2 * len(clock.measured)
+    assert found["timing_warning"] == (
+        f"warning: times that say little ({count} of {count} measurements): {clock.warning}; measure again on an idle machine"
+    )
+    assert done.out.count(found["timing_warning"]) == 1
+    assert found["timing_warning"] in (tmp_path / "exp" / "report.md").read_text()
+    record = json.loads((tmp_path / "exp" / "latency.json").read_text())
+    assert record["measurements"][0]["candidate"]["warning"] == clock.warning
+
+
 def test_the_rounding_that_measures_faster_is_taken(
     clock: FakeClock, sparse_run: Path, tmp_path: Path, script: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +194,7 @@ def loop_arguments(sparse_run: Path, data: Path, project: Path, *more: Any) -> l
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("any_ap")
 def test_a_loop_comes_down_to_its_milliseconds_and_measures_nothing_twice(
     clock: FakeClock, sparse_run: Path, tiny: Path, tmp_path: Path, script: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +243,7 @@ def test_settings_of_a_loop_without_a_latency_are_as_they_were(sparse_run: Path,
     assert not {"engine", "num_cores", "latency_ms", "latency_share", "latency_int8"} & set(opening["settings"])
 
 
+@pytest.mark.usefixtures("any_ap")
 def test_a_loop_refuses_what_it_cannot_mean(
     clock: FakeClock, small_run: Path, tiny: Path, tmp_path: Path, script: Runner
 ) -> None:

@@ -70,6 +70,7 @@ def test_weight_0_is_no_teacher(cut: Path, small_run: Path, tiny: Path, script: 
     assert not all(torch.equal(taught[name], tensor) for name, tensor in plain.items())
 
 
+@pytest.mark.usefixtures("any_ap")
 def test_the_loop_has_a_teacher(small_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
     weights = small_run / "weights" / "best.pt"
     teacher = tmp_path / "teacher.pt"

@@ -41,6 +41,8 @@ def summary(contents: Contents) -> list[str]:
         blocks.append(escape(f"Made by {script}{': ' if settings else ''}{settings}."))
     if rows := _figures(contents):
         blocks.append(table(("figure", ">value", ""), rows))
+    if warning := contents.metrics.get("timing_warning"):
+        blocks.append(escape(str(warning)))
     if script and config:
         command = ["python", *([script] if script.endswith(".py") else ["-m", script])]
         blocks += [
