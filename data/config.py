@@ -25,11 +25,13 @@ import yaml
 
 from .annotations import Entry
 from .errors import DataError
+from .labels import regular
 from .sources import class_names, find_entries
 
 SPLITS = ("train", "val", "test")
 ROOT_VARIABLE = "SLIM_DATA_ROOT"
 DEFAULT_ROOT = "datasets"
+MAX_ALIASES = 16
 _WHERE = f"--data-root or ${ROOT_VARIABLE} says where data sets lie"
 
 
@@ -162,10 +164,14 @@ def load_data_config(path: str | Path, data_root: str | Path | None = None) -> D
 def read_description(file: Path) -> Mapping[str, Any]:
     """A description as it is written, unchecked but for being a mapping."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = regular(file).read_text(encoding="utf-8")
+        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) if "*" in text else 0
+        if aliases > MAX_ALIASES:
+            raise DataError(f"{file}: {aliases} aliases, which can expand without end; write out all but {MAX_ALIASES}")
+        content = yaml.safe_load(text)
     except OSError as error:
         raise DataError(f"cannot read the data set description {file}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise DataError(f"{file}: found {type(content).__name__}, expected keys such as path, train, val and names")

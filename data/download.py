@@ -31,6 +31,8 @@ from .errors import DataError
 TIMEOUT_S = 30.0
 ATTEMPTS = 6
 """How many attempts in a row may bring no new byte."""
+MAX_LINKS = 1000
+"""Of a tar; pictures are files."""
 PAUSE_S = 1.0
 """Before the second attempt; doubled for each further one."""
 
@@ -371,8 +373,14 @@ def _request(url: str, part: Path, version_file: Path, sha256: str, size: int | 
         version_file.write_text(version if not start else known, encoding="utf-8")
         bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem)
         # Without a buffer: whatever ends the process, the bytes are there to go on from.
+        most = start + shutil.disk_usage(part.parent).free // 2 if total is None else total
         with part.open("ab" if start else "wb", buffering=0) as file, bar as progress:
             while chunk := response.read(1 << 18):
+                if file.tell() + len(chunk) > most:
+                    limit = (
+                        "half of what the disk has free" if total is None else "what it said or the description says"
+                    )
+                    raise DataError(f"{url}: sends more than {most:,} bytes, {limit}; correct the description")
                 rest = memoryview(chunk)
                 while rest:
                     rest = rest[file.write(rest) :]
@@ -394,9 +402,11 @@ def unpack(archive: Path, target: Path) -> None:
         target.mkdir(parents=True)
         if tarfile.is_tarfile(archive):  # first, since any file that ends in a zip passes for one
             with tarfile.open(archive) as tar:
-                tar.extractall(target, filter="data")
+                tar.extractall(target, filter=_bounded(shutil.disk_usage(target).free))
         elif zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
+                if sum(info.file_size for info in opened.infolist()) > shutil.disk_usage(target).free:
+                    raise ValueError("it holds more than the disk has free")
                 opened.extractall(target)
         else:
             with archive.open("rb") as file:
@@ -409,6 +419,22 @@ def unpack(archive: Path, target: Path) -> None:
         raise DataError(
             f"{archive}: cannot be unpacked ({reason}); nothing of it is kept; free some space, or download it again"
         ) from error
+
+
+def _bounded(free: int) -> Callable[[tarfile.TarInfo, str], tarfile.TarInfo | None]:
+    """tarfile's filter ``data`` for an archive of so many bytes and few links: each link is looked for among all members."""
+    links, size = 0, 0
+
+    def checked(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+        nonlocal links, size
+        links, size = links + (member.islnk() or member.issym()), size + member.size
+        if links > MAX_LINKS:
+            raise ValueError(f"more than {MAX_LINKS} links")
+        if size > free:
+            raise ValueError("it holds more than the disk has free")
+        return tarfile.data_filter(member, folder)
+
+    return checked
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,9 @@ that xmin 1, xmax 10 is the box from 0 to 10.
 
 from __future__ import annotations
 
+import errno
 import math
+import stat
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,18 @@ from .errors import DataError
 _TOLERANCE = 1e-6
 """Writers round: 1.0000001 is 1."""
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_MAX_BYTES = 1 << 28
+"""Of a text that says what images hold; a list of a million names has a tenth of it."""
+
+
+def regular(path: Path) -> Path:
+    """The path; OSError where reading it could go on for ever, or take all memory: a pipe, a device, a file without end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if found.st_size > _MAX_BYTES:
+        raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, expected at most {_MAX_BYTES:,}")
+    return path
 
 
 def label_path(image: Path) -> Path:
@@ -46,7 +60,7 @@ def label_path(image: Path) -> Path:
 def read_labels(path: Path, num_classes: int) -> Annotations:
     """Labels of one image, boxes clipped to it. A missing or empty file means that nothing is in the image."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = regular(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         lines = []
     except (OSError, UnicodeDecodeError) as error:
@@ -143,7 +157,7 @@ def voc_names(path: Path) -> set[str]:
 
 def _parse(path: Path) -> ET.Element:
     try:
-        root = ET.parse(path).getroot()
+        root = ET.parse(regular(path)).getroot()
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -20,7 +20,7 @@ from .annotations import Entry
 from .coco import coco_categories, coco_entries
 from .errors import DataError
 from .images import IMAGE_SUFFIXES
-from .labels import annotation_path, label_path, read_labels, read_voc, voc_names
+from .labels import annotation_path, label_path, read_labels, read_voc, regular, voc_names
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def _images_of(source: Path, base: Path) -> Iterator[Path]:
 def _read_list(source: Path) -> list[str]:
     """The lines of a list file that are not empty."""
     try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        lines = regular(source).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source}: the list of images cannot be read ({error}); expected a path a line") from error
     return [line.strip() for line in lines if line.strip()]

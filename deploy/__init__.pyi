@@ -9,6 +9,7 @@ from .latency_search import search_latency as search_latency
 from .network import ENGINES as ENGINES
 from .network import EngineNetwork as EngineNetwork
 from .network import as_bytes as as_bytes
+from .network import files_of as files_of
 from .network import parts_of as parts_of
 from .network import size_text as size_text
 from .network import threads_of as threads_of
@@ -36,4 +37,5 @@ from .settings import Int8Settings as Int8Settings
 from .settings import LatencySettings as LatencySettings
 from .settings import RuntimePrecision as RuntimePrecision
 from .settings import RuntimeSettings as RuntimeSettings
+from .settings import TrustSettings as TrustSettings
 from .torchscript_file import TorchScriptNetwork as TorchScriptNetwork

@@ -108,6 +108,16 @@ def parts_of(path: Path) -> list[Path]:
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
+def digest_file(path: Path) -> Path:
+    """Where an export leaves the SHA-256 of a file that is a program, as sha256sum writes it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def files_of(path: Path) -> list[Path]:
+    """``parts_of``, and what an export leaves beside them."""
+    return [*parts_of(path), *(file for file in [digest_file(path)] if file.is_file())]
+
+
 def index_of_boxes(path: Path, shapes: Sequence[tuple[int | None, ...]]) -> int:
     """Which of a file's outputs holds the boxes, [batch, boxes, 5 + classes]: a lone one, or the one of three axes.
 
@@ -144,11 +154,12 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         with TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
             temporary = Path(folder) / path.name
             yield temporary
-            # The graph comes last: it is what others look for.
-            for made, final in reversed(list(zip(parts_of(temporary), parts_of(path), strict=True))):
+            # The graph comes last: it is what others look for. Whoever dies in between leaves halves that do not fit each
+            # other, which whoever opens them finds by the digest that one has of the other.
+            for made in reversed(files_of(temporary)):
                 with made.open("rb+") as file:
                     os.fsync(file.fileno())
-                made.replace(final)
+                made.replace(path.with_name(made.name))
     except OSError as error:
         raise SlimError(
             f"{path}: cannot be written ({error.strerror or error}); the previous file, if any, is untouched; free disk "

@@ -41,12 +41,14 @@ def open_exported(
     num_cores: int = 0,
     precision: RuntimePrecision = "auto",
     at_once: int = 1,
+    trust: bool = False,
 ) -> EngineNetwork:
     """Open an exported file (or OpenVINO folder) under an engine.
 
     SlimError where that does not run such files, or not in ``precision``.
 
-    ``num_cores``: threads, 0 for all; ``at_once``: calls that run side by side on them, from as many threads.
+    ``num_cores``: threads, 0 for all; ``at_once``: calls that run side by side on them, from as many threads;
+    ``trust``: run a TorchScript file without the digest that our export leaves beside it.
     """
     path = network_file(path)
     suffix = path.suffix
@@ -59,4 +61,4 @@ def open_exported(
         return OpenVinoNetwork(path, num_cores, precision, at_once)
     if precision == "bfloat16":
         raise SlimError(f"--precision bfloat16: {chosen} computes exported networks in float32; use --engine openvino")
-    return OnnxNetwork(path, num_cores, at_once) if chosen == "onnxruntime" else TorchScriptNetwork(path)
+    return OnnxNetwork(path, num_cores, at_once) if chosen == "onnxruntime" else TorchScriptNetwork(path, trust)

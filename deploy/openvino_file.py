@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 INFO = "model_info"
 """Where OpenVINO's own tools look for what a network says of itself."""
+WEIGHTS_DIGEST = "weights_sha256"
 
 
 class OpenVinoNetwork(EngineNetwork):
@@ -134,6 +136,10 @@ def read_openvino(path: Path) -> tuple[openvino.Model, dict[str, str]]:
             metadata = metadata_beside(path) | {
                 key: str(getattr(value, "value", value)) for key, value in known.items()
             }
+        if WEIGHTS_DIGEST in metadata and metadata[WEIGHTS_DIGEST] != _digest(path.with_suffix(".bin")):
+            raise SlimError(
+                f"{path}: its weights, {path.stem}.bin, are damaged or of another network (by their SHA-256); export it anew"
+            )
     except RuntimeError as error:
         raise SlimError(
             f"{path}: not a network that OpenVINO can read ({_last_line(error)}); export it anew"
@@ -167,12 +173,21 @@ def from_onnx(proto: onnx.ModelProto) -> openvino.Model:
 
 
 def save_openvino(graph: openvino.Model, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the ``.xml`` and its ``.bin``, whose weights stay float32."""
+    """Write the ``.xml`` and its ``.bin``, whose weights stay float32 and whose digest the ``.xml`` has."""
     import openvino
 
     for key, value in metadata.items():
         graph.set_rt_info(value, [INFO, key])
     openvino.save_model(graph, path, compress_to_fp16=False)
+    written = _digest(path.with_suffix(".bin"))
+    graph.set_rt_info(written, [INFO, WEIGHTS_DIGEST])
+    openvino.save_model(graph, path, compress_to_fp16=False)
+    assert written == _digest(path.with_suffix(".bin"))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _last_line(error: Exception) -> str:

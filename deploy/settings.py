@@ -31,6 +31,18 @@ class RuntimeSettings:
 
 
 @dataclass(frozen=True)
+class TrustSettings:
+    """Trust."""
+
+    trust: Annotated[
+        bool,
+        "run .torchscript files that export.py did not write, or that were changed since: such a file is a program, which can "
+        "do whatever you can; give it for files of people whom you trust. Without it NAME.torchscript.sha256 must lie beside "
+        "the file, which shows damage and mix-ups, but not a stranger who made both",
+    ] = False
+
+
+@dataclass(frozen=True)
 class LatencySettings:
     """Latency as the target."""
 

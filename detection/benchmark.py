@@ -87,6 +87,7 @@ def open_setups(flags: BenchmarkFlags, images: Images, names: Sequence[str], sta
                     precision=precision,
                     images=images(sides, count),
                     names=names,
+                    trust=flags.trust.trust,
                 )
                 detector = stack.enter_context(opened)
                 # Where a file takes none of the sizes, the first one's refusal says so.

@@ -276,6 +276,7 @@ def open_detector(
     device: torch.device | None = None,
     as_trained: bool = False,
     names: Sequence[str] = (),
+    trust: bool = False,
 ) -> Iterator[Detector]:
     """Open a checkpoint or an exported file under an engine; without one, under that of its kind.
 
@@ -290,6 +291,7 @@ def open_detector(
         device: of a checkpoint under torch
         as_trained: a checkpoint under torch keeps its gates and batch norms
         names: the classes of an exported file that does not name them
+        trust: run a TorchScript file, a program, of which no digest of our export says that it is what was written
     """
     with ExitStack() as stack:
         path = network_file(weights)
@@ -303,7 +305,9 @@ def open_detector(
             write_file(source, path, images)
         network: EngineNetwork
         if is_exported(path):
-            network = open_exported(path, engine, num_cores=num_cores, precision=precision, at_once=at_once)
+            network = open_exported(
+                path, engine, num_cores=num_cores, precision=precision, at_once=at_once, trust=trust
+            )
         else:
             network = TorchNetwork(read_network(weights), weights, precision, device, as_trained)
         if network.engine == "torch":

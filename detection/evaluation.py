@@ -48,6 +48,7 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
         device=choose_device(flags.device) if on_torch else None,
         as_trained=flags.runtime == RuntimeSettings(),
         names=config.names,
+        trust=flags.trust.trust,
     ) as detector:
         sides = asked or detector.sides_px or DEFAULT_SIDES
         detector.check_sides(sides)

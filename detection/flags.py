@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NoReturn
 
 from data.settings import Augment, DataSettings, LoaderSettings, SamplingSettings
-from deploy.settings import Engine, Int8Settings, LatencySettings, RuntimePrecision, RuntimeSettings
+from deploy.settings import Engine, Int8Settings, LatencySettings, RuntimePrecision, RuntimeSettings, TrustSettings
 from engine.settings import OptimConfig, SparsitySettings, TrainConfig
 from models.settings import DistillGains, LossGains, NmsSettings
 from tracking.settings import RunSettings
@@ -335,6 +335,7 @@ class ValFlags(ScriptFlags):
     rect: Annotated[bool, "rectangular batches with little padding instead of squares: faster"] = False
     save_json: Annotated[bool, "also write predictions.json (COCO results) to the run folder"] = False
     runtime: RuntimeSettings = RuntimeSettings()
+    trust: TrustSettings = TrustSettings()
     nms: NmsSettings = NmsSettings(conf=0.001, iou=0.65)
     dataset: DataSettings = DataSettings()
     loading: LoaderSettings = LoaderSettings(workers=0)
@@ -395,6 +396,7 @@ class BenchmarkFlags(ScriptFlags):
     ] = 30.0
     profile: Annotated[bool, "also print and write the engine's own time for each operator"] = False
     split: Annotated[str, "with --data: train, val or test"] = "val"
+    trust: TrustSettings = TrustSettings()
     nms: NmsSettings = NmsSettings(conf=0.001, iou=0.65)
     dataset: DataSettings = DataSettings(data=None)
 
@@ -436,6 +438,7 @@ class DetectFlags(ScriptFlags):
     save_json: Annotated[bool, "also write detections.json"] = False
     nosave: Annotated[bool, "write no annotated images and videos"] = False
     runtime: RuntimeSettings = RuntimeSettings(num_cores=2)
+    trust: TrustSettings = TrustSettings()
     nms: NmsSettings = NmsSettings()
     names: Annotated[
         tuple[str, ...], "classes of an exported file that does not name them, or a data.yaml with them"

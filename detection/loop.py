@@ -15,7 +15,7 @@ import torch
 
 import slim
 from data import DataConfig, DetectionDataset
-from deploy import parts_of
+from deploy import files_of, parts_of
 from engine import WARM_START_KEY, Evaluation, OptimConfig, World
 from slim import SlimError
 from slim.atomic import WRITING
@@ -133,7 +133,7 @@ class Loop:
             return {"ap": done.evaluation.ap, "closed_share": done.closed_share}
 
         self.journal.phase(name, act)
-        return RunFolder(self.journal.folder / name).last
+        return self.journal.made(name, "weights/last.pt")
 
     def round(self, number: int, start: Accepted) -> Accepted | None:
         """One round from the network accepted last; None where no cut was accepted."""
@@ -173,7 +173,7 @@ class Loop:
             return {"macs": planned.plan.macs, "params": planned.plan.params, **(planned.latency or {})}
 
         found = self.journal.phase(name, act)
-        text = (self.journal.folder / name / "plan.json").read_text(encoding="utf-8")
+        text = self.journal.made(name, "plan.json").read_text(encoding="utf-8")
         return slim.Plan.from_json(text), found.get("latency_share", 1.0)
 
     def cut(self, name: str, sparse: Path, plan: slim.Plan, optim: OptimConfig) -> Path:
@@ -195,7 +195,7 @@ class Loop:
             }
 
         self.journal.phase(name, act)
-        return self.journal.folder / name / "pruned.pt"
+        return self.journal.made(name, "pruned.pt")
 
     def evaluate(self, name: str, weights: Path, round_number: int, attempt: int) -> Candidate:
         """AP and milliseconds of a candidate, and whether it is accepted."""
@@ -230,7 +230,7 @@ class Loop:
             return {"max_difference": difference, "gates_left": len(slim.gate_vectors(folded))}
 
         self.journal.phase("fold", act)
-        return self.journal.folder / "fold" / "slim.pt"
+        return self.journal.made("fold", "slim.pt")
 
     def export(self, folded: Path) -> list[Path]:
         """The network's files for another runtime, one image at a time, proven equal to torch; none where none is wanted."""
@@ -244,7 +244,7 @@ class Loop:
             return {"max_difference": difference, "bytes": sum(part.stat().st_size for part in parts_of(work / name))}
 
         self.journal.phase("export", act)
-        return parts_of(self.journal.folder / "export" / name)
+        return [self.journal.made("export", part.name) for part in files_of(self.journal.folder / "export" / name)]
 
 
 def proven_fold(model: torch.nn.Module, images: torch.Tensor) -> tuple[torch.nn.Module, float]:
@@ -293,7 +293,7 @@ def open_loop(flags: IterateFlags, data: Mapping[str, str]) -> tuple[RunFolder, 
         if known is None and is_empty(path):
             return RunFolder(path), opening
         is_of_name = number == 1 or RunFolder(path).asked_name in (flags.run.name, None)
-        if known is not None and known["settings"] == settings and is_of_name:
+        if known is not None and known.get("settings") == settings and is_of_name:
             print(f"{path}: continued")
             return RunFolder(path), opening
         number += 1

@@ -20,14 +20,17 @@ from models import (
     ModelError,
     build_model,
     has_activation,
-    import_checkpoint,
+    imported_from,
     load_description,
+    read_checkpoint,
     reinitialise,
     renew_head,
     swap_activations,
     transfer_weights,
+    unfused,
 )
 from slim import SlimError
+from slim.checkpoint import checked, is_ours
 
 
 @dataclass
@@ -78,27 +81,50 @@ def make_build(model: YOLO, names: Sequence[str]) -> dict[str, Any]:
 
 def read_network(path: str | Path) -> Network:
     """A checkpoint of ours (dense, gated or pruned) or a published YOLOv5 ``.pt``, on the CPU."""
-    try:
-        content = slim.read(path)
-    except slim.SlimError as not_ours:
-        if not Path(path).is_file():
-            raise
-        try:
-            return imported_network(path)
-        except ModelError as not_published:
-            raise SlimError(f"{not_published} (nor is it a checkpoint of this project)") from not_ours
-    if content["build"].get("kind") != "yolov5":
+    path = Path(path)
+    content = read_checkpoint(path)
+    if not is_ours(content):
+        return imported_network(content, path)
+    build = checked(content, str(path))["build"]
+    if build.get("kind") != "yolov5":
         raise SlimError(f"{path}: a slim checkpoint of another kind of network; expected a YOLOv5 of this project")
-    return Network(slim.restore(content, build_network, str(path)), content["build"])
+    return checked_network(Network(slim.restore(content, build_network, str(path)), build), path)
 
 
-def imported_network(path: str | Path) -> Network:
-    """A published YOLOv5 ``.pt``."""
-    imported = import_checkpoint(path)
-    model = build_model(imported.description)
-    report = transfer_weights(model, imported.state_dict)
+def imported_network(content: Any, path: Path) -> Network:
+    """A published YOLOv5 ``.pt``, of which ``content`` was read."""
+    imported = imported_from(content, path)
+    try:
+        model = build_model(imported.description)
+        state = unfused(model, imported.state_dict)
+        report = transfer_weights(model, state)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    wrong = [reason for reason in report.skipped if "num_batches_tracked" not in reason]
+    if wrong:
+        raise ModelError(
+            f"{path}: its weights are not those of the network that its YAML describes ({wrong[0]}, {len(wrong)} in all); "
+            "expected a YOLOv5 detector as its training saved it"
+        )
+    note = str(report)
+    if state.keys() != imported.state_dict.keys():
+        note += "\nbatch norms: fused before it was saved, their statistics are lost; to train, take the file from before that"
     names = imported.names or [f"class{i}" for i in range(model.num_classes)]
-    return Network(model, make_build(model, names), str(report))
+    return checked_network(Network(model, make_build(model, names), note), path)
+
+
+def checked_network(network: Network, path: Path) -> Network:
+    """A network that detects as many classes as it has names, in images of three channels; SlimError for another."""
+    names, count = network.build.get("names"), network.model.num_classes
+    if not isinstance(names, list) or len(names) != count:
+        found = f"{len(names)} names" if isinstance(names, list) else "no names"
+        raise SlimError(
+            f"{path}: {found} for the {count} classes that its head detects; save it again with one for each"
+        )
+    channels = network.model.description.get("ch", 3)
+    if channels != 3:
+        raise SlimError(f"{path}: takes images of {channels} channels, expected 3 (red, green, blue)")
+    return network
 
 
 def start_network(weights: str, cfg: str, names: Sequence[str], width_multiple: float | None = None) -> Network:

@@ -101,6 +101,7 @@ def load(
     num_cores: int = 0,
     precision: RuntimePrecision = "auto",
     names: Sequence[str] = (),
+    trust: bool = False,
 ) -> Predictor:
     """Open a checkpoint or an exported file to detect with.
 
@@ -111,6 +112,7 @@ def load(
         num_cores: threads, 0 for all
         precision: what the engine computes in
         names: the classes of an exported file that does not name them
+        trust: run a TorchScript file, a program, of which no digest of our export says that it is what was written
 
     Raises:
         SlimError: a file that is no detector, or that the engine does not run
@@ -124,7 +126,9 @@ def load(
     height, width = (sides[0], sides[-1]) if sides else (SIDE_PX, SIDE_PX)
     noise = torch.randint(256, (1, 3, height, width), generator=torch.Generator().manual_seed(0)) / 255
     closing = ExitStack()
-    opened = open_detector(str(weights), engine, num_cores=num_cores, precision=precision, images=noise, names=names)
+    opened = open_detector(
+        str(weights), engine, num_cores=num_cores, precision=precision, images=noise, names=names, trust=trust
+    )
     return Predictor(closing.enter_context(opened), sides, closing)
 
 

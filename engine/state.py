@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from slim import L1Step, SlimError
+from slim.archive import read_archive
 
 from .distributed import World
 from .optimiser import WeightAverage, build_optimizer, learning_rate_factor
@@ -197,10 +197,7 @@ def read_state(path: str | Path, key: str) -> dict[str, Any] | None:
     path = Path(path)
     if not path.is_file():
         raise SlimError(f"{path}: no such file; to resume give a run folder that holds weights/last.pt")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise SlimError(f"{path}: not a readable checkpoint of this project ({type(error).__name__})") from error
+    content = read_archive(path)
     state = content.get(key) if isinstance(content, dict) else None
     return state if isinstance(state, dict) else None
 

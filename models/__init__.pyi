@@ -6,10 +6,13 @@ from .anchors import AnchorFit as AnchorFit
 from .anchors import anchor_fit as anchor_fit
 from .anchors import refit_anchors as refit_anchors
 from .blocks import fuse_norms as fuse_norms
+from .blocks import unfused as unfused
 from .builder import build_model as build_model
 from .builder import reinitialise as reinitialise
 from .checkpoint_import import Imported as Imported
 from .checkpoint_import import import_checkpoint as import_checkpoint
+from .checkpoint_import import imported_from as imported_from
+from .checkpoint_import import read_checkpoint as read_checkpoint
 from .description import load_description as load_description
 from .detect import Detect as Detect
 from .distillation import DistillationLoss as DistillationLoss

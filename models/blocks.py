@@ -9,7 +9,7 @@ Shapes are [B, C, H, W] throughout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import Any, TypeVar
 
@@ -282,3 +282,15 @@ def fuse_norms(model: Network) -> Network:
             block.conv = fuse_conv_bn_eval(block.conv.eval(), block.bn.eval())
             block.bn = nn.Identity()  # type: ignore[assignment]
     return model
+
+
+def unfused(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a network whose norms were fused, for ``model``, which has them: norms that only add the bias."""
+    state = dict(state_dict)
+    for path, block in model.named_modules():
+        if isinstance(block, Conv) and f"{path}.conv.bias" in state and f"{path}.bn.weight" not in state:
+            bias = state[f"{path}.bn.bias"] = state.pop(f"{path}.conv.bias")
+            state[f"{path}.bn.weight"], state[f"{path}.bn.running_mean"] = torch.ones_like(bias), torch.zeros_like(bias)
+            state[f"{path}.bn.running_var"] = torch.full_like(bias, 1 - block.bn.eps)
+            state[f"{path}.bn.num_batches_tracked"] = torch.tensor(0)
+    return state

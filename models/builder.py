@@ -44,6 +44,10 @@ KNOWN_BLOCKS = (*WIDE_BLOCKS, *PLAIN_BLOCKS, "BatchNorm2d", "Concat", "Detect")
 
 _WORDS: dict[str, Any] = {"None": None, "True": True, "False": False}
 _DRY_SIDE_PX = 256
+MAX_REPEATS = 100
+"""Of a block in a layer; YOLOv5x has 12."""
+MAX_PARAMS = 1_000_000_000
+"""Of a network, 4 GB; YOLOv5x6 has 140 million."""
 
 
 def build_model(description: Mapping[str, Any], num_classes: int | None = None) -> YOLO:
@@ -73,9 +77,15 @@ def build_model(description: Mapping[str, Any], num_classes: int | None = None) 
         raise ModelError("model description: the last layer of head must be Detect")
     layers: list[nn.Module] = []
     widths: dict[int, int] = {-1: checked.get("ch", 3)}
+    params = 0
     for spec in specs:
-        layer, widths[spec.index] = _build_layer(spec, [widths[source] for source in spec.sources], settings)
-        layers.append(layer)
+        inputs = [widths[source] for source in spec.sources]
+        with torch.device("meta"):  # what a line of YAML asks for may be more than the memory
+            shapes, widths[spec.index] = _build_layer(spec, inputs, settings)
+        params += sum(parameter.numel() for parameter in shapes.parameters())
+        if params > MAX_PARAMS:
+            raise ModelError(f"{spec}: with it the network has {params:,} parameters, expected at most {MAX_PARAMS:,}")
+        layers.append(_build_layer(spec, inputs, settings)[0])
     model = YOLO(checked, layers, [spec.sources for spec in specs], [spec.takes_list for spec in specs])
     model.detect.calibrate(_measure_strides(model, specs, widths[-1]))
     return model
@@ -118,10 +128,12 @@ def _build_layer(spec: LayerSpec, in_channels: list[int], settings: Mapping[str,
         if name == "BatchNorm2d":
             return blocks.batch_norm(in_channels[0]), in_channels[0]
         repeats = max(round(spec.repeats * settings["depth_multiple"]), 1) if spec.repeats > 1 else 1
+        if repeats > MAX_REPEATS:
+            raise ValueError(f"{repeats:,} repeats, by its depth_multiple, expected at most {MAX_REPEATS}")
         if name in PLAIN_BLOCKS:
             return _chain([PLAIN_BLOCKS[name](*args) for _ in range(repeats)]), in_channels[0]
         return _build_wide(name, repeats, args, in_channels[0], settings)
-    except (TypeError, ValueError, RuntimeError, IndexError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, ArithmeticError) as error:
         raise ModelError(f"{spec}: arguments {list(spec.args)} do not fit: {error}") from None
 
 

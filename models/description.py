@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 import yaml
 
 from .errors import ModelError
+
+_MAX_ANCHORS = 1000
+_MAX_ALIASES = 16
+_MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,16 @@ def load_description(path: str | Path) -> dict[str, Any]:
     """Read a YOLOv5 model YAML to a plain dict; ModelError when the file is missing, damaged or not a description."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) if "*" in text else 0
+        if aliases > _MAX_ALIASES:
+            raise ModelError(
+                f"{path}: {aliases} aliases, which can expand without end; write out all but {_MAX_ALIASES}"
+            )
+        content = yaml.safe_load(text)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); give the path of a model YAML") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where is not None else ""
         raise ModelError(f"{path}{line}: not valid YAML; repair or replace the file") from None
@@ -65,7 +76,7 @@ def check_description(description: Mapping[str, Any], num_classes: int | None = 
             raise ModelError(f"model description: {key} is {value!r}, expected a whole number from {lowest}")
     for key in ("depth_multiple", "width_multiple"):
         value = checked.get(key, 1.0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ModelError(f"model description: {key} is {value!r}, expected a number above 0")
     for key in ("activation", "csp_activation"):
         if not isinstance(checked.get(key, ""), str | None):
@@ -78,9 +89,9 @@ def check_description(description: Mapping[str, Any], num_classes: int | None = 
 
 
 def _check_anchors(anchors: Any) -> None:
-    if isinstance(anchors, int) and not isinstance(anchors, bool) and anchors > 0:
+    if isinstance(anchors, int) and not isinstance(anchors, bool) and 0 < anchors <= _MAX_ANCHORS:
         return
-    remedy = "expected one list of width, height pairs in pixels per level, all of one length, or a count of anchors"
+    remedy = f"expected one list of width, height pairs in pixels per level, all of one length, or a count up to {_MAX_ANCHORS}"
     if not isinstance(anchors, list) or not anchors:
         raise ModelError(f"model description: anchors is {anchors!r}; {remedy}")
     for level in anchors:
@@ -92,6 +103,8 @@ def _check_anchors(anchors: Any) -> None:
 def layer_specs(description: Mapping[str, Any]) -> list[LayerSpec]:
     """The lines of ``backbone`` and ``head`` in order. Raises ModelError naming the line that is malformed."""
     specs: list[LayerSpec] = []
+    if len(description["backbone"]) + len(description["head"]) > _MAX_LAYERS:
+        raise ModelError(f"model description: more than {_MAX_LAYERS} layers; it is damaged or of another kind")
     for index, line in enumerate([*description["backbone"], *description["head"]]):
         if not isinstance(line, list) or len(line) != 4:
             raise ModelError(f"layer {index}: found {line!r}, expected [from, repeats, block, [arguments]]")

@@ -7,15 +7,15 @@ gates' layout. Loads with ``torch.load(weights_only=True)``; no pickled modules.
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from slim.archive import read_archive
 from slim.atomic import write_atomically
 from slim.errors import SlimError
 from slim.fold import example_inputs_of
@@ -30,6 +30,10 @@ FORMAT = "slim-checkpoint"
 FORMAT_VERSION = 3
 OLDEST_READABLE = {"without gates": 1, "with gates": 3}
 """1 had no widths of norms; before 3 gates took the place of the activations that they followed."""
+_ENTRIES: dict[str, type | tuple[type, ...]] = {
+    **{"format_version": int, "build": dict, "widths": dict, "gates": list, "params": int, "state_dict": dict},
+    **{"macs": (int, type(None)), "example": (list, type(None))},
+}
 
 
 def pack(model: nn.Module, build: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,19 +109,28 @@ def save(
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A checkpoint's dictionary; SlimError when the file is missing, damaged or of another kind."""
-    if not Path(path).is_file():
-        raise SlimError(f"{path}: no such file; expected a checkpoint written by slim.save")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SlimError(f"{path}: not a readable checkpoint ({first}); expected a file written by slim.save") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise SlimError(f"{path}: a checkpoint of another kind; expected one written by slim.save")
-    oldest = OLDEST_READABLE["with gates" if content["gates"] else "without gates"]
-    if not oldest <= content["format_version"] <= FORMAT_VERSION:
+    return checked(read_archive(Path(path)), str(path))
+
+
+def is_ours(content: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether what a file holds is meant for ``checked``."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def checked(content: Any, origin: str) -> dict[str, Any]:
+    """What a file holds, if it is a checkpoint with all of its entries that can be read here; else SlimError."""
+    if not is_ours(content):
+        raise SlimError(f"{origin}: a checkpoint of another kind; expected one written by slim.save")
+    for key, kinds in _ENTRIES.items():
+        if key not in content or not isinstance(content[key], kinds):
+            found = type(content[key]).__name__ if key in content else "nothing"
+            raise SlimError(
+                f"{origin}: its entry {key} is {found}, which slim.save never writes; it is damaged: copy it again"
+            )
+    version, oldest = content["format_version"], OLDEST_READABLE["with gates" if content["gates"] else "without gates"]
+    if not oldest <= version <= FORMAT_VERSION:
         raise SlimError(
-            f"{path}: checkpoint format {content['format_version']}; this slim reads {oldest} to {FORMAT_VERSION} for a network "
+            f"{origin}: checkpoint format {version}; this slim reads {oldest} to {FORMAT_VERSION} for a network "
             f"{'with' if content['gates'] else 'without'} gates; write it again with the slim that it belongs to"
         )
     return content
@@ -150,7 +163,24 @@ def restore(
     content: Mapping[str, Any], builder: Callable[[dict[str, Any]], Model], origin: str = "checkpoint"
 ) -> Model:
     """``load`` for a dictionary that is already read."""
-    model = builder(content["build"])
+    try:
+        model = builder(content["build"])
+        _put_in(model, content, origin)
+        verify(model, content, origin)
+    except SlimError as error:
+        text = str(error)
+        raise error if text.startswith(f"{origin}: ") else SlimError(f"{origin}: {text}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SlimError(
+            f"{origin}: no network can be built of its entries ({type(error).__name__}: {first}); it is damaged, or was saved "
+            "with another builder"
+        ) from error
+    return model
+
+
+def _put_in(model: nn.Module, content: Mapping[str, Any], origin: str) -> None:
+    """Gates, widths and weights, in place."""
     restore_gates(model, content["gates"])
     state: dict[str, Tensor] = content["state_dict"]
     own = model.state_dict(keep_vars=True)
@@ -168,8 +198,6 @@ def restore(
     set_norm_widths(model, content.get("norms", {}))
     set_counts(model, content.get("counts", {}))
     model.load_state_dict(state)
-    verify(model, content, origin)
-    return model
 
 
 def verify(model: nn.Module, content: Mapping[str, Any], origin: str) -> None:

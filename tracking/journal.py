@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from .run_folder import plain
 
 RESULT = "phase.json"
 OPENING = "journal.json"
+DIGESTS = "digests.json"
+"""{file: SHA-256} of all that a finished phase wrote."""
 SECONDS = "seconds.txt"
 """How long the last attempt at a phase took."""
 
@@ -56,7 +59,20 @@ class Journal:
         """What a finished phase found; None for a phase that is not finished."""
         if not (self.folder / name).is_dir():
             return None
-        return read_json(self.folder / name / RESULT)
+        return read_json(self.made(name, RESULT))
+
+    def made(self, name: str, file: str) -> Path:
+        """A file that a finished phase wrote; SlimError where it is no longer what it was.
+
+        Phases of journals from before digests were kept are taken as they are.
+        """
+        path, known = self.folder / name / file, self.folder / name / DIGESTS
+        remedy = f"remove the folder {self.folder / name} to run it again"
+        if not path.is_file():
+            raise SlimError(f"{path}: is missing from a finished phase; {remedy}")
+        if known.exists() and _digest(path) != read_json(known).get(file):
+            raise SlimError(f"{path}: is not what the phase wrote, by its SHA-256 in {known.name}; {remedy}")
+        return path
 
     def phase(self, name: str, act: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
         """What phase `name` found: at once where it is finished, else after `act(unfinished folder)` has done its work."""
@@ -69,6 +85,9 @@ class Journal:
         found = plain(act(work))
         write_text_atomically(work / SECONDS, f"{time.perf_counter() - started:.3f}\n")
         write_text_atomically(work / RESULT, json.dumps(found, indent=2) + "\n")
+        files = sorted(path for path in work.rglob("*") if path.is_file())
+        digests = {path.relative_to(work).as_posix(): _digest(path) for path in files if path.name != DIGESTS}
+        write_text_atomically(work / DIGESTS, json.dumps(digests, indent=2) + "\n")
         os.rename(work, self.folder / name)
         flush_folder(self.folder)
         return dict(found)
@@ -92,6 +111,11 @@ def read_json(file: Path) -> dict[str, Any]:
         raise SlimError(
             f"{file}: cannot be read as a JSON object ({type(error).__name__}); remove the folder {file.parent} to run it again"
         ) from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_folder(folder: Path) -> None:

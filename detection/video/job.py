@@ -191,6 +191,7 @@ def detect(flags: DetectFlags) -> Path:
                 precision=flags.runtime.precision,
                 device=device,
                 names=names_of(flags.names),
+                trust=flags.trust.trust,
             )
         )
         if detector.engine != "torch":  # or torch's idle threads take the network's time with waiting

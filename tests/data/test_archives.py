@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -134,3 +136,25 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
     with pytest.raises(DataError, match="<!DOCTYPE html>"):
         unpack(tmp_path / "page.zip", tmp_path / "out")
+
+
+def test_an_archive_of_links_is_refused_before_each_is_looked_for(tmp_path: Path) -> None:
+    links = [(f"{i}", (tarfile.LNKTYPE, "a")) for i in range(1001)]
+    archive = tarred(tmp_path / "links.tar", ("a", b"x"), *links)
+    with pytest.raises(DataError, match=r"links\.tar: cannot be unpacked \(more than 1000 links\)"):
+        unpack(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_more_than_the_disk_has_free_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    content = b"0" * 5000
+    archive = (
+        zipped(tmp_path / "a.zip", {"a": content}) if kind == "zip" else tarred(tmp_path / "a.tar", ("a", content))
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4999))
+    with pytest.raises(DataError, match="it holds more than the disk has free"):
+        unpack(archive, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5000))
+    unpack(archive, tmp_path / "out")
+    assert unpacked(tmp_path / "out") == {"a": content}

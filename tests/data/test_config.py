@@ -234,3 +234,10 @@ def test_coco_and_coco128_name_the_same_classes() -> None:
     assert [names[0][i] for i in (11, 24, 39, 56, 67, 74)] == [
         "stop sign", "backpack", "bottle", "chair", "cell phone", "clock",
     ]  # fmt: skip
+
+
+def test_aliases_that_expand_without_end_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"bomb\.yaml: 78 aliases, which can expand without end"):
+        load_data_config(tmp_path / "bomb.yaml")

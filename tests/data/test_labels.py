@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +107,17 @@ def test_labels_in_pixels_are_an_error_not_an_empty_set(tmp_path: Path) -> None:
 )
 def test_where_the_labels_of_an_image_lie(image: str, labels: str) -> None:
     assert label_path(Path(image)) == Path(labels)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "endless"])
+def test_a_label_file_that_never_ends_is_a_problem_and_no_hang(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "a.txt"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        with file.open("wb") as sparse:
+            sparse.truncate(1 << 33)
+    (problem,) = read_labels(file, 4).problems
+    assert problem.startswith(f"{file}: cannot be read as text (")

@@ -224,3 +224,10 @@ def test_ctrl_c_leaves_what_the_next_call_goes_on_from(tmp_path: Path) -> None:
         size, server.slow_s = (tmp_path / "f.part").stat().st_size, 0
         assert fetch(f"{server.url}/f", tmp_path / "f") == DIGEST
         assert server.asked == [("/f", None), ("/f", f"bytes={size}-")]
+
+
+def test_a_server_that_sends_more_than_there_should_be_is_left(tmp_path: Path) -> None:
+    with serve({"f": CONTENT}, length=False) as server:
+        with pytest.raises(DataError, match=r"/f: sends more than 1,000 bytes, what it said or the description says"):
+            fetch(f"{server.url}/f", tmp_path / "f", size=1000)
+        assert len(server.asked) == 1 and not (tmp_path / "f").exists()

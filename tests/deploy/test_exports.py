@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -261,7 +264,7 @@ def test_what_is_no_exported_file_is_named(name: str, kind: str, fixed: Path, tm
         (tmp_path / name).write_bytes(content)
         (tmp_path / "net.bin").write_bytes((fixed / "net.bin").read_bytes())
         with pytest.raises(SlimError, match=rf"{name}: not a.* network") as refused:
-            open_exported(tmp_path / name)
+            open_exported(tmp_path / name, trust=True)
         assert "\n" not in str(refused.value)
 
 
@@ -291,3 +294,61 @@ def test_a_file_of_two_outputs_without_boxes_is_refused(fixed: Path, tmp_path: P
     for engine in ("onnxruntime", "openvino"):
         with pytest.raises(SlimError, match=r"two.onnx: its outputs are .* expected one of batch x boxes"):
             open_exported(tmp_path / "two.onnx", engine)
+
+
+def test_a_graph_with_the_weights_of_another_network_is_refused(fixed: Path, tmp_path: Path) -> None:
+    """What a process that died between the two leaves; a flipped bit is found by the same digest."""
+    shutil.copy(fixed / "net.xml", tmp_path)
+    other = gated_network()
+    with torch.no_grad():
+        other[0].weight.mul_(2)  # type: ignore[operator]
+    export_network(other, tmp_path / "other.xml", pixels(2), uint8_input=True)
+    flipped = bytearray((fixed / "net.bin").read_bytes())
+    flipped[9] ^= 4
+    assert open_exported(fixed / "net.xml").metadata["weights_sha256"]
+    for content in ((tmp_path / "other.bin").read_bytes(), bytes(flipped)):
+        (tmp_path / "net.bin").write_bytes(content)
+        with pytest.raises(SlimError, match=r"net\.xml: its weights, net\.bin, are damaged or of another network"):
+            open_exported(tmp_path / "net.xml")
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_only_our_own_programs_run_unless_they_are_trusted(fixed: Path, tmp_path: Path) -> None:
+    """TorchScript is code: this one writes a file when it is opened."""
+    program, written = tmp_path / "net.torchscript", tmp_path / "written"
+    module = torch.jit.script(Writes(str(written)))
+    torch.jit.save(module, str(program), _extra_files={"config.txt": json.dumps({"shape": [1, 3, 8, 8]})})
+    written.unlink(missing_ok=True)
+    with pytest.raises(SlimError, match=r"net\.torchscript: .* is a program.* no net\.torchscript\.sha256 .*--trust"):
+        open_exported(program)
+    shutil.copy(fixed / "net.torchscript.sha256", tmp_path)
+    with pytest.raises(SlimError, match=r"net\.torchscript: its SHA-256 is not that in net\.torchscript\.sha256"):
+        open_exported(program)
+    assert not written.exists()
+    open_exported(program, trust=True)
+    assert written.exists(), "the check can fail: opened, it does write"
+    shutil.copy(fixed / "net.torchscript", tmp_path)
+    assert open_exported(program).input_shape == (2, 3, 8, 12)
+    done = subprocess.run(["sha256sum", "-c", f"{program.name}.sha256"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Writes(nn.Module):
+    """A module that saves a tensor when it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.path = state[0]
+        self.training = state[1]
+        torch.save(torch.zeros(1), self.path)

@@ -283,3 +283,30 @@ def test_parameters_of_no_layer_are_not_left_as_they_were(tiny):
     model.model[0].extra = nn.Parameter(torch.ones(3))
     with pytest.raises(models.ModelError, match=r"model\.0\.extra: belongs to no layer"):
         models.reinitialise(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"depth_multiple": 1e5}, "expected at most 100"),
+        ({"depth_multiple": math.inf}, "depth_multiple is inf, expected a number above 0"),
+        ({"width_multiple": 1e4}, r"with it the network has [\d,]+ parameters, expected at most 1,000,000,000"),
+        ({"nc": 10**9}, "expected at most 1,000,000,000"),
+        ({"ch": 10**9}, "expected at most 1,000,000,000"),
+        ({"anchors": 10**9}, "a count up to 1000"),
+        ({"backbone": [[-1, 1, "nn.Identity", []]] * 1001}, "more than 1000 layers"),
+    ],
+)
+def test_what_would_not_fit_any_memory_is_refused_before_it_is_built(tiny, change, said):
+    with pytest.raises(models.ModelError, match=said):
+        models.build_model({**tiny, **change})
+
+
+def test_aliases_that_expand_without_end_are_refused(tmp_path):
+    lines = ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))]
+    (tmp_path / "bomb.yaml").write_text("\n".join(lines) + "\nnc: 1\n")
+    with pytest.raises(models.ModelError, match=r"bomb\.yaml: 78 aliases, which can expand without end"):
+        models.load_description(tmp_path / "bomb.yaml")
+    (tmp_path / "deep.yaml").write_text("nc: " + "[" * 5000)
+    with pytest.raises(models.ModelError, match=r"deep\.yaml: not valid YAML"):
+        models.load_description(tmp_path / "deep.yaml")

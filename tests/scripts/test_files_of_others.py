@@ -109,7 +109,7 @@ def test_a_torchscript_file_that_gives_a_tuple(small_weights: Path, evaluate: An
             torch.jit.save(
                 script, str(tmp_path / f"{name}.torchscript"), _extra_files={"config.txt": json.dumps(known)}
             )
-        found = evaluate(tmp_path / f"{name}.torchscript", "--name", f"val-{name}")
+        found = evaluate(tmp_path / f"{name}.torchscript", "--trust", "--name", f"val-{name}")
         assert found == pytest.approx(evaluate(small_weights), abs=1e-4)
 
 

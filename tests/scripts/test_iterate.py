@@ -295,6 +295,21 @@ def test_a_damaged_phase_is_named_with_its_remedy(begun: Path, small_run: Path, 
     assert done.code == 1 and f"remove the folder {result.parent} to run it again" in done.err
 
 
+def test_a_damaged_network_is_not_copied_over_the_good_one(
+    loop: Path, small_run: Path, tiny: Path, script: Runner
+) -> None:
+    good, made = loop / "weights" / "slim.pt", loop / "fold" / "slim.pt"
+    whole = made.read_bytes()
+    assert good.read_bytes() == whole
+    made.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    steps = ["--rounds", 2, "--macs", 0.5, "--sparse-epochs", 2, "--recovery-epochs", 1, "--finetune-epochs", 1]
+    weights = small_run / "weights" / "best.pt"
+    done = script("iterate", *arguments(weights, tiny, loop.parent, *steps, "--max-drop", 1))
+    made.write_bytes(whole)
+    assert done.code == 1 and done.err.count("\n") == 1 and f"{made}: is not what the phase wrote" in done.err, done.err
+    assert good.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -119,10 +119,10 @@ def test_files_of_other_kinds(exported: Path, evaluate: Runner, tmp_path: Path) 
             evaluate(tmp_path / "newer.onnx", "--engine", engine),
             "newer.onnx: its operators are those of ONNX opset 99",
         )
-    nameless = onnx.load(exported / "net.onnx")
-    del nameless.metadata_props[:]
-    onnx.save(nameless, tmp_path / "nameless.onnx")
-    fails(evaluate(tmp_path / "nameless.onnx"), "nameless.onnx: its metadata do not name its classes")
+    misnamed = onnx.load(exported / "net.onnx")
+    next(entry for entry in misnamed.metadata_props if entry.key == "names").value = "{0: 'circle',"
+    onnx.save(misnamed, tmp_path / "misnamed.onnx")
+    fails(evaluate(tmp_path / "misnamed.onnx"), "misnamed.onnx: its metadata do not name its classes")
     fails(evaluate(tmp_path / "none.xml"), "none.xml: no such file")
     (tmp_path / "lonely.xml").write_bytes((exported / "net.xml").read_bytes())
     fails(evaluate(tmp_path / "lonely.xml"), "lonely.bin: no such file")

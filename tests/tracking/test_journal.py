@@ -64,3 +64,36 @@ def test_what_an_attempt_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "w" / "deep").mkdir(parents=True)
     make_empty(tmp_path / "w")
     assert list((tmp_path / "w").iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["phase.json", "weights/last.pt"])
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_a_file_of_a_phase_that_is_no_longer_what_it_was_is_not_given(tmp_path: Path, file: str, damage: str) -> None:
+    def act(work: Path) -> dict[str, Any]:
+        (work / "weights").mkdir()
+        (work / "weights" / "last.pt").write_bytes(b"weights")
+        return {"ap": 0.5, "macs": 7}
+
+    journal = Journal(tmp_path, {})
+    journal.phase("first", act)
+    path = tmp_path / "first" / file
+    assert journal.made("first", file) == path
+    if damage == "gone":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[3] ^= 1
+        path.write_bytes(content)
+    said = "is missing from a finished phase" if damage == "gone" else "is not what the phase wrote, by its SHA-256"
+    with pytest.raises(SlimError, match=rf"first/{file}: {said}.*; remove the folder .*first to run it again$"):
+        journal.made("first", file)
+    if file == "phase.json":
+        with pytest.raises(SlimError, match=said):
+            journal.phase("first", act)
+
+
+def test_a_phase_from_before_digests_were_kept_is_taken_as_it_is(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, {})
+    journal.phase("first", lambda work: {"ap": 0.5})
+    (tmp_path / "first" / "digests.json").unlink()
+    assert journal.result("first") == {"ap": 0.5}
