@@ -22,6 +22,7 @@ demo: $(STAMP)
 	$(PY) benchmark.py --weights $(DEMO:%=runs/demo/by-name/demo/%-seed=0-shapes/weights/last.pt) --img 128 --project runs/demo --name benchmark
 	$(PY) export.py --weights runs/demo/by-name/demo/slim-seed=0-shapes/weights/last.pt --img 128 --data data/shapes.yaml \
 		--out runs/demo/slim.onnx --project runs/demo --name export
+	@echo "curves, classes, detections: runs/demo/by-name/demo/slim-seed=0-shapes/report.html"
 
 # Two test processes on two cores: a thread each, which doesn't spin where a test asks for more.
 test quick test-long zoo: export OMP_NUM_THREADS = 1

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import DetectionDataset
 from deploy import (
@@ -26,6 +25,7 @@ from deploy import (
 )
 from engine import Evaluation
 from tracking import RunFolder
+from tracking.progress import progress
 
 from .benchmark_table import Row, machine_text, markdown, short_names, write
 from .command import flat
@@ -174,9 +174,9 @@ def benchmark(flags: BenchmarkFlags) -> list[Row]:
         finished = False
         try:
             with torch.no_grad():
-                timer.run(tqdm(rounds, desc="rounds", unit="round"), flags.max_seconds)
+                timer.run(progress(rounds, desc="rounds", unit="round"), flags.max_seconds)
             if data.config is not None:
-                for one in tqdm(setups, desc="AP", leave=False):
+                for one in progress(setups, desc="AP", leave=False):
                     data.evaluate(one)
             if flags.profile:
                 print_profiles(setups, names)

@@ -12,7 +12,7 @@ from typing import Any
 
 import slim
 from deploy import threads_of
-from tracking import plot_trade_off
+from tracking import plot_runtimes
 from tracking.report.markdown import table
 
 from .timing import timing_warning
@@ -77,13 +77,13 @@ def processor_name() -> str:
 def write(rows: Sequence[Row], machine: str, folder: Path, *, finished: bool) -> None:
     """Write benchmark.md, the plot of AP against milliseconds, and where all is measured benchmark.json, which says that."""
     slim.write_text_atomically(folder / "benchmark.md", markdown(rows, machine) + "\n")
-    points = {
-        f"{row['network']}, {row['engine']}, {row['precision']}": (row["milliseconds"], row["ap"])
+    points = [
+        (str(row["network"]), f"{row['engine']}, {row['precision']}", row["milliseconds"], row["ap"])
         for row in rows
         if row["ap"] is not None
-    }
+    ]
     if points:
-        plot_trade_off({"milliseconds an image": points}, folder / "ap_against_ms.png")
+        plot_runtimes(points, folder / "ap_against_ms.png")
     if finished:
         content = {"machine": machine, "rows": rows}
         slim.write_text_atomically(folder / "benchmark.json", json.dumps(content, indent=1) + "\n")

@@ -18,8 +18,9 @@ import slim
 from data import DetectionDataset
 from models import YOLO
 from slim import SlimError, write_text_atomically
-from tracking import RunFolder, plot_widths, read_png, save_png, side_by_side, write_report
+from tracking import RunFolder, plot_channels, plot_widths, read_png, save_png, side_by_side, write_report
 from tracking.journal import Journal
+from tracking.stages import Stages
 
 from .evaluator import draw_networks
 from .flags import IterateFlags, share_of_drop
@@ -256,11 +257,13 @@ def write_reports(
 
 
 def write_tensorboard(
-    run: RunFolder, journal: Journal, candidates: Sequence[Candidate], baseline: Mapping[str, Any]
+    run: RunFolder, journal: Journal, candidates: Sequence[Candidate], baseline: Mapping[str, Any], stages: Stages
 ) -> None:
-    """TensorBoard's series against the round, written anew: a loop that continued shows no step twice."""
+    """TensorBoard's series against the round so far, written anew: a loop that continued shows no step twice."""
     for old in run.path.glob("events.out.*"):
         old.unlink()
+    run.drop_rows_from(0)
+    run.log_stages(stages)
     for c in candidates:
         if c.round and not (c.attempt and c.accepted):
             continue
@@ -269,3 +272,7 @@ def write_tensorboard(
         run.log_channels(found["channels"], c.round)
         scalars = {"metrics/ap": c.ap, "metrics/ap50": c.ap50, "cost/macs": c.macs, "cost/params": c.params}
         run.log_scalars(scalars, c.round)
+    history = run.read_channels()
+    drawn = plot_channels(history, baseline["channels"], run.path / "channels.png", "round")
+    run.log_picture("channels", read_png(drawn), max(history))
+    run.close()

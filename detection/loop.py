@@ -22,6 +22,7 @@ from slim.atomic import WRITING
 from tracking import RunFolder, plot_widths
 from tracking.journal import Journal
 from tracking.run_folder import plain
+from tracking.stages import Stages
 
 from .candidates import (
     Candidate,
@@ -44,6 +45,7 @@ from .flags import IterateFlags, PruneFlags, TrainFlags
 from .latency import LatencySearch, Measurer
 from .loop_training import TrainJob, cut_training_state, finetune_flags, prune_flags, sparse_flags, stop, worker_loop
 from .network import (
+    channel_stages,
     check_classes,
     check_image_size,
     choose_device,
@@ -111,6 +113,12 @@ class Loop:
             return self.figures(self.dense.model, self.evaluator(self.dense.model))
 
         return self.journal.phase("baseline", act)
+
+    @cached_property
+    def stages(self) -> Stages:
+        """The dense network's layers by part and stage, as TensorBoard shows them."""
+        layers = slim.cost(self.dense.model.cpu(), example_image(self.flags.img)).layers
+        return channel_stages(self.dense.model, layers, self.flags.img)
 
     def figures(self, model: torch.nn.Module, evaluation: Evaluation) -> dict[str, Any]:
         """What an evaluation says of a network, its costs and widths."""
@@ -216,6 +224,8 @@ class Loop:
         candidate = make_candidate(found, baseline, round_number, attempt, ms, folder)
         self.candidates.append(candidate)
         write_pareto(self.candidates, self.run.path / "pareto.csv")
+        if candidate.accepted:
+            write_tensorboard(self.run, self.journal, self.candidates, baseline, self.stages)
         verdict = "accepted" if candidate.accepted else "rejected"
         print(f"{verdict}: AP {candidate.ap:.4f} at {candidate.keep_macs:.1%} of the MACs, {candidate.reason}")
         return candidate
@@ -338,7 +348,6 @@ def conclude(loop: Loop, networks: Sequence[Path], plans: Sequence[slim.Plan]) -
     """What the loop leaves, made anew from the journal each time; returns the slim network's checkpoint."""
     baseline, dense, final = loop.baseline, loop.candidates[0], loop.candidates[-1]
     out = save_networks(loop.run, networks, plans)
-    write_tensorboard(loop.run, loop.journal, loop.candidates, baseline)
     found = loop.journal.result("evaluation")
     assert found is not None
     before = {"baseline": {**baseline, "ms": dense.ms}, "baseline_ap": baseline["ap"]}

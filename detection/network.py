@@ -31,6 +31,8 @@ from models import (
 )
 from slim import SlimError
 from slim.checkpoint import checked, is_ours
+from slim.graph import LayerCost
+from tracking.stages import Stages, stages_of
 
 
 @dataclass
@@ -241,6 +243,20 @@ def img_of(sides_px: tuple[int, int]) -> int | str:
 def head_path(model: YOLO) -> str:
     """The path of a detector's last module, which predicts."""
     return f"model.{len(model.model) - 1}"
+
+
+def channel_stages(model: YOLO, layers: Sequence[LayerCost], img: int) -> Stages:
+    """The stages of backbone and neck, for TensorBoard; the layers that predict have no channels to spare.
+
+    ``layers`` are those of the network's ``slim.cost`` for images of ``img`` pixels.
+    """
+    backbone, head = len(model.description["backbone"]), head_path(model)
+
+    def part_of(path: str) -> str | None:
+        number = int(path.split(".")[1])
+        return None if path.startswith(f"{head}.") else "backbone" if number < backbone else "neck"
+
+    return stages_of(layers, img * img, part_of)
 
 
 def check_image_size(model: YOLO, img: int) -> None:

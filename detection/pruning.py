@@ -15,6 +15,7 @@ from torch import nn
 import slim
 from data import DetectionDataset
 from engine import Evaluation, recalibrate
+from models import YOLO
 from slim import SlimError
 from tracking import RunFolder, plot_widths, read_png, save_png, side_by_side, write_report
 
@@ -26,6 +27,7 @@ from .latency import ROUNDINGS, CandidateFactory, LatencySearch, Measurer
 from .losses import training_loss
 from .network import (
     Network,
+    channel_stages,
     check_classes,
     check_image_size,
     choose_device,
@@ -228,9 +230,7 @@ def output_widths(model: nn.Module) -> dict[str, int]:
     return {path: widths[1] for path, widths in slim.layer_widths(model).items()}
 
 
-def record(
-    run: RunFolder, planned: PlannedCut, model: nn.Module, done: Cut, criterion: str, pruning_round: int
-) -> None:
+def record(run: RunFolder, planned: PlannedCut, model: YOLO, done: Cut, criterion: str, pruning_round: int) -> None:
     """metrics.json, TensorBoard and the width plot of a cut."""
     graph = planned.graph
     before, after = output_widths(model), output_widths(done.model)
@@ -252,6 +252,7 @@ def record(
         after_cut=True,
     )
     run.log_picture("widths", read_png(plot_widths(before, after, run.path / "widths.png")), pruning_round)
+    run.log_stages(channel_stages(model, graph.layers, example_like(graph).shape[-1]))
     for number, widths, costs in ((pruning_round - 1, before, graph), (pruning_round, after, cost)):
         run.log_channels(widths, number)
         run.log_scalars({"cost/macs": float(costs.macs), "cost/params": float(costs.params)}, number)

@@ -34,7 +34,9 @@ from slim import SlimError
 from tracking import (
     RunFolder,
     draw_detections,
+    plot_channels,
     plot_labels,
+    read_png,
     save_png,
     summarise_gates,
     write_report,
@@ -47,6 +49,7 @@ from .flags import ROUND_TO, FinetuneFlags, SparseFlags, TrainFlags
 from .losses import add_teacher, fit_anchors, make_loss
 from .network import (
     Network,
+    channel_stages,
     check_image_size,
     choose_device,
     example_image,
@@ -58,6 +61,7 @@ from .network import (
     start_network,
     with_activation,
 )
+from .pruning import output_widths
 from .published import find_weights
 from .width_bounds import width_bounds
 
@@ -184,7 +188,7 @@ def begin_run(
         print(f"left out: {message}")
     if is_new and world.is_first:
         plot_labels(train_set.ground_truth(), train_set.names, run.path / "labels.png")
-        log_start(run, network.model, train_set, flags.img)
+        log_start(run, network.model, train_set, flags)
 
 
 def with_fake_quantisers(
@@ -306,8 +310,9 @@ def make_sparsity(flags: TrainFlags, model: nn.Module, steps: int) -> Sparsity |
         trained = [vector for vector in slim.gate_vectors(model).values() if vector.requires_grad]
         return Sparsity(slim.SmallestHalfL1(model, strength=0.0), None) if trained else None
     settings, training, start = flags.sparsity, flags.training, flags.sparsity.sparse_from
-    sparse_steps = steps * (training.epochs - start)
-    l1 = make_l1(flags, model, auto_strength(settings, training.optim, steps, training.epochs), sparse_steps, steps)
+    sparse_steps, graph = steps * (training.epochs - start), slim.trace(model, example_image(flags.img))
+    strength = auto_strength(settings, training.optim, steps, training.epochs)
+    l1 = make_l1(flags, model, graph, strength, sparse_steps, steps)
     if settings.penalty == "polarisation":
         what = "all gates, by polarisation"
     elif settings.has_budget:
@@ -321,7 +326,7 @@ def make_sparsity(flags: TrainFlags, model: nn.Module, steps: int) -> Sparsity |
             f"warning: gates close within {sparse_steps} steps, too few for the weights to follow; expected at least "
             f"{FEWEST_STEPS}: give --epochs {start + -(-FEWEST_STEPS // steps)} or more, or a smaller --travel"
         )
-    return Sparsity(l1, from_epoch=start)
+    return Sparsity(l1, from_epoch=start, graph=graph)
 
 
 def auto_strength(settings: SparsitySettings, optim: OptimConfig, steps: int, epochs: int) -> float:
@@ -335,14 +340,21 @@ def auto_strength(settings: SparsitySettings, optim: OptimConfig, steps: int, ep
     return min(strength, LARGEST_MOVE / optim.lr)
 
 
-def make_l1(flags: SparseFlags, model: nn.Module, strength: float, sparse_steps: int, epoch_steps: int) -> slim.L1Step:
+def make_l1(
+    flags: SparseFlags,
+    model: nn.Module,
+    graph: slim.ChannelGraph,
+    strength: float,
+    sparse_steps: int,
+    epoch_steps: int,
+) -> slim.L1Step:
     """What shrinks the gates, or the norms' weights, of a model with gates."""
     settings = flags.sparsity
     held = {"step": 1, "epoch": epoch_steps, "once": sparse_steps}[settings.rank_every]
     if settings.has_budget:
         return slim.BudgetL1(
             model,
-            slim.trace(model, example_image(flags.img)),
+            graph,
             macs=settings.keep_macs,
             strength=strength,
             steps=sparse_steps,
@@ -359,28 +371,30 @@ def make_l1(flags: SparseFlags, model: nn.Module, strength: float, sparse_steps:
         scope="all" if settings.select == "all" else "vector",
         penalty=settings.penalty,
         rank_every=held,
-        vectors=norm_weights(model, flags.img) if settings.where == "norm-weight" else None,
+        vectors=norm_weights(model, graph) if settings.where == "norm-weight" else None,
     )
 
 
-def norm_weights(model: nn.Module, img: int) -> dict[str, nn.Parameter]:
+def norm_weights(model: nn.Module, graph: slim.ChannelGraph) -> dict[str, nn.Parameter]:
     """The weights of the batch norms that scale channels which can be pruned, by name."""
-    groups = [group for group in slim.trace(model, example_image(img)).groups if group.prunable]
-    layers = {m.layer for group in groups for m in group.members if m.role == "scale"}
+    layers = {m.layer for group in graph.groups if group.prunable for m in group.members if m.role == "scale"}
     norms = {path: model.get_submodule(path) for path in sorted(layers)}
     return {path: norm.weight for path, norm in norms.items() if isinstance(norm, nn.BatchNorm2d)}
 
 
-def log_start(run: RunFolder, model: nn.Module, train_set: DetectionDataset, img: int) -> None:
-    """The batch as the network sees it, and what the network costs."""
+def log_start(run: RunFolder, model: YOLO, train_set: DetectionDataset, flags: TrainFlags) -> None:
+    """The batch as the network sees it, what the network costs, and which of its layers are looked at together."""
+    img = flags.img
     cost = slim.cost(model, example_image(img))
+    if isinstance(flags, SparseFlags):
+        run.log_stages(channel_stages(model, cost.layers, img))
     run.log_scalars({"cost/macs": float(cost.macs), "cost/params": float(cost.params)}, 0)
     tiles = []
     for i in range(min(4, len(train_set))):
         sample = train_set[i]
         boxes = box_convert(sample.targets[:, 1:], "cxcywh", "xyxy") * img
-        ones = torch.ones(len(boxes), 1)
-        tiles.append(draw_detections(sample.image, torch.cat([boxes, ones, sample.targets[:, :1]], 1), train_set.names))
+        labels = torch.cat([boxes, torch.ones(len(boxes), 1), sample.targets[:, :1]], 1)
+        tiles.append(draw_detections(sample.image, labels, train_set.names, scores=False))
     run.log_picture("train_batch", torch.cat(tiles, 2))
     save_png(torch.cat(tiles, 2), run.path / "train_batch.png")
 
@@ -408,8 +422,16 @@ def finish(
     picture = torch.cat(tiles, 2)
     save_png(picture, run.path / "detections.png")
     run.log_picture("detections", picture, epochs)
+    draw_channels(run, network.model, epochs)
     run.close()
     write_report(run)
     closed = "" if result.closed_share is None else f", {result.closed_share:.1%} of the gates closed"
     print(f"{run.path}: AP {evaluation.ap:.4f}, AP50 {evaluation.ap50:.4f} on {evaluation.images} val images{closed}")
     return evaluation
+
+
+def draw_channels(run: RunFolder, model: YOLO, epochs: int) -> None:
+    """The picture of layers against epochs of a sparse training."""
+    if history := run.read_channels():
+        drawn = plot_channels(history, output_widths(model), run.path / "channels.png", "epoch")
+        run.log_picture("channels", read_png(drawn), epochs)

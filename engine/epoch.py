@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from slim import SlimError
+from tracking.progress import progress
 
 from .batch import Batch, network_input
 from .batch_norm import average_statistics
@@ -62,8 +62,8 @@ def train_one_epoch(state: TrainState, loss_fn: LossFunction, batches: Loader, e
     forward, half = state.ddp or model, state.dtype != torch.float32
     enter_training(model)
     lr, skipped_in_a_row = epoch.so_far.lr, 0
-    silent = None if world.is_first else True
-    with tqdm(batches, desc=epoch.caption, total=len(batches), leave=False, disable=silent) as bar:
+    silent = not world.is_first
+    with progress(batches, desc=epoch.caption, total=len(batches), leave=False, disable=silent) as bar:
         for index, batch in enumerate(bar):
             if index < epoch.so_far.batches:  # done before an interruption
                 continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from slim import L1Step, closed_gates_at_zero
+from slim import ChannelGraph, L1Step, closed_gates_at_zero, open_channels
 
 from .evaluation import Evaluation
 
@@ -19,10 +19,12 @@ class Sparsity:
     Args:
         l1: takes the L1 step and measures the gates
         from_epoch: first epoch with the L1 step; before it, and with None in all epochs, gates are only kept at or above 0
+        graph: of the network, for the open channels of its layers
     """
 
     l1: L1Step
     from_epoch: int | None = 0
+    graph: ChannelGraph | None = None
 
     def is_active(self, epoch: int) -> bool:
         """Whether the L1 step is taken in an epoch."""
@@ -43,6 +45,12 @@ class Sparsity:
             return None
         with closed_gates_at_zero(model) as changed:
             return evaluate(model).ap if changed else None
+
+    def channels(self) -> dict[str, int]:
+        """Open channels of each layer; empty where no gates are to close."""
+        if self.graph is None or self.from_epoch is None:
+            return {}
+        return open_channels(self.graph, self.l1.gates())
 
     def scalars(self, epoch: int, over_gradient: float | None, masked_ap: float | None) -> dict[str, float | None]:
         """An epoch's scalars for TensorBoard: is the network sparse enough, and is the L1 step strong enough?"""

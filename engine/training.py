@@ -204,6 +204,8 @@ def _record(
     run.log_scalars(scalars, number)
     if sparsity is not None:
         run.log_gates(sparsity.l1.gates(), number)
+        if channels := sparsity.channels():
+            run.log_channels(channels, number)
     run.append_row({"epoch": number, **scalars, "seconds": round(seconds, 3)})
     labels = {"gates/pull_over_gradient": "L1 step/gradient", "metrics/masked_ap": "masked AP"}
     shown = [

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import stats
-from tqdm import tqdm
 
 from engine import match_detections
 from slim import SlimError, write_text_atomically
+from tracking.progress import progress
 
 from .comparisons import BOOTSTRAP_COLUMNS, read_bootstrap
 
@@ -158,7 +158,7 @@ def append_bootstrap_rows(
         return ImageMatches(ground_truth, json.loads(predictions(run).read_text(encoding="utf-8")))
 
     # A pair takes seconds to a minute: each is written as it is found.
-    for pair in tqdm(new.to_dict("records"), desc="pairs on resampled images", leave=False):
+    for pair in progress(new.to_dict("records"), desc="pairs on resampled images", leave=False):
         found = bootstrap_difference(matches(pair["hash"]), matches(pair["against_hash"]), resamples=resamples)
         made = pd.DataFrame([pair | asdict(found)])
         rows = pd.concat([rows, made], ignore_index=True)[list(BOOTSTRAP_COLUMNS)] if len(rows) else made

@@ -21,6 +21,7 @@ from slim.gate import closed_gates_at_zero as closed_gates_at_zero
 from slim.gate import closed_share as closed_share
 from slim.gate import gate_parameters as gate_parameters
 from slim.gate import gate_vectors as gate_vectors
+from slim.gate import open_channels as open_channels
 from slim.graph import ChannelGraph as ChannelGraph
 from slim.graph import ChannelGroup as ChannelGroup
 from slim.graph import Cost as Cost

@@ -133,6 +133,42 @@ def closed_share(model: nn.Module) -> float:
     return sum(int((v.abs() < CLOSED).sum()) for v in vectors) / total if total else 0.0
 
 
+def open_channels(graph: ChannelGraph, vectors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many output channels of each layer have an open gate, in the order in which the layers run.
+
+    Args:
+        graph: what ``slim.trace`` finds in the model
+        vectors: the model's gate vectors by name, see ``slim.gate_vectors``, or weights of norms by the norm's path. A channel
+            with several is open while one of them is; one without any always is.
+
+    Example:
+        >>> import slim, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        >>> graph = slim.trace(model, torch.zeros(1, 3, 8, 8))
+        >>> slim.add_gates(model, graph)["0"].data[:3] = 0.0
+        >>> slim.open_channels(graph, slim.gate_vectors(model))
+        {'0': 1, '2': 2}
+    """
+    is_open: dict[str, Tensor] = {}
+    for name, vector in vectors.items():
+        found = vector.detach().abs().cpu() >= CLOSED
+        if (gated := graph.by_name.get(name.partition("@")[0])) is not None:
+            places = [(gated, torch.arange(gated.size))]
+        else:
+            places = [(g, m.index_tensor) for g in graph.groups for m in g.members if m.param == f"{name}.weight"]
+        for group, index in places:
+            now = found[index].view(group.size, -1).any(1)
+            is_open[group.name] = is_open[group.name] | now if group.name in is_open else now
+    counts = {call.path: 0 for call in graph.layers}
+    for group in graph.groups:
+        channels = int(is_open[group.name].sum()) if group.name in is_open else group.size
+        for member in group.members:
+            if member.produces and member.layer in counts:
+                counts[member.layer] += channels * (len(member.index) // group.size)
+    return counts
+
+
 @contextlib.contextmanager
 def closed_gates_at_zero(model: nn.Module) -> Iterator[bool]:
     """Set closed gates to exactly 0 for the duration, as a cut leaves them; in place. Gives whether that changes any."""

@@ -1,8 +1,10 @@
 from .drawing import Painter as Painter
 from .drawing import draw_detections as draw_detections
+from .plots import plot_channels as plot_channels
 from .plots import plot_gates as plot_gates
 from .plots import plot_labels as plot_labels
 from .plots import plot_results as plot_results
+from .plots import plot_runtimes as plot_runtimes
 from .plots import plot_trade_off as plot_trade_off
 from .plots import plot_widths as plot_widths
 from .plots import read_png as read_png

@@ -89,13 +89,13 @@ class Painter:
         return tuple(np.ascontiguousarray(converted[::step, ::step, channel]) for channel, step in enumerate(steps))
 
 
-def draw_detections(image: Tensor, detections: Tensor, names: Sequence[str]) -> Tensor:
-    """Boxes, class names and scores on a copy of a picture.
+def draw_detections(image: Tensor, detections: Tensor, names: Sequence[str], *, scores: bool = True) -> Tensor:
+    """Boxes, class names and scores on a copy of a picture; labels, which are no detections, have no ``scores``.
 
     image: uint8 [3, H, W]; detections: [n, 6] of x1, y1, x2, y2 in its pixels, score, class.
     """
     drawn = image.cpu().clone(memory_format=torch.contiguous_format)
-    Painter(names, "rgb").draw(tuple(drawn.numpy()), detections.detach().float().cpu().tolist())
+    Painter(names, "rgb", scores=scores).draw(tuple(drawn.numpy()), detections.detach().float().cpu().tolist())
     return drawn
 
 

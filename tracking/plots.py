@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import matplotlib
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -22,11 +24,16 @@ from .run_folder import number
 _INCHES_PER_BAR = 0.18
 _GATE_BINS = 60
 _PANELS = {
-    "loss/l1": "L1 of the smallest gates",
+    "loss/l1": "L1 of the gates that shrink",
     "lr": "learning rate",
     "metrics": "AP",
+    "gates/pull_over_gradient": "L1 step over gradient: gates close above 1",
     "gates/closed_share": "share of closed gates",
 }
+_NOT_PLOTTED = ("epoch", "seconds", "gates/strength")
+_BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "fontsize": "small"}
+_ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "fontsize": "small", "frameon": False}
+"""Legends beside and above their axes, where they lie over nothing."""
 _MARKS: dict[str, dict[str, Any]] = {
     "dense": {"marker": "D", "color": "black"},
     "accepted": {"marker": "o", "color": "tab:blue"},
@@ -35,28 +42,39 @@ _MARKS: dict[str, dict[str, Any]] = {
 
 
 def plot_results(rows: Sequence[Mapping[str, str]], path: str | Path) -> Path:
-    """Losses, APs, learning rate and share of closed gates against the epoch; `rows` are those of results.csv."""
+    """Losses, APs, learning rate, the L1 step against the gradient and the share of closed gates against the epoch.
+
+    `rows` are those of results.csv.
+    """
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for column in dict.fromkeys(key for row in rows for key in row if key not in ("epoch", "seconds")):
+    for column in dict.fromkeys(key for row in rows for key in row if key not in _NOT_PLOTTED):
         points = [(float(row["epoch"]), y) for row in rows if (y := number(row, column)) is not None]
         prefix = column.split("/")[0]
         if points:
             panels.setdefault(_PANELS.get(column, _PANELS.get(prefix, prefix)), {})[column] = points
     if not panels:
         raise SlimError(f"{path}: no finished epoch, nothing to plot")
+    epochs = [float(row["epoch"]) for row in rows]
+    margin = max(0.5, 0.03 * (max(epochs) - min(epochs)))
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False).flatten()
-        for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        grid = figure.add_gridspec((len(panels) + 1) // 2, 2)
+        for place, (title, lines) in enumerate(panels.items()):
+            is_alone = place + 1 == len(panels) and place % 2 == 0
+            axis = figure.add_subplot(grid[place // 2, slice(None) if is_alone else place % 2])
             for column, points in lines.items():
-                axis.plot(*zip(*points, strict=True), marker="." if len(points) <= 40 else "", label=column)
-            axis.set(title=title, xlabel="epoch")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.legend()
-        for axis in axes[len(panels) :]:
-            axis.set_axis_off()
+                label = column.removeprefix("loss/").removeprefix("metrics/")
+                axis.plot(*zip(*points, strict=True), marker="." if len(points) <= 40 else "", label=label)
+            axis.set_title(title, loc="left")
+            axis.set(xlabel="epoch", xlim=(min(epochs) - margin, max(epochs) + margin))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if "gates/pull_over_gradient" in lines:
+                axis.set_yscale("log")
+                axis.axhline(1, color="grey", linestyle=":")
+            if len(lines) > 1:
+                axis.legend(**_ABOVE, ncols=len(lines))
 
-    return _draw(path, (10, 2.8 * ((len(panels) + 1) // 2)), draw)
+    return _draw(path, (11, 2.8 * ((len(panels) + 1) // 2)), draw)
 
 
 def plot_labels(ground_truth: Mapping[str, Any], names: Sequence[str], path: str | Path) -> Path:
@@ -116,7 +134,7 @@ def plot_gates(summary: Mapping[str, Any], path: str | Path) -> Path:
         )
         axis.set(xlabel="|gate|", ylabel="channels", yscale="log")
         axis.set_ylim(bottom=0.7)
-        axis.legend()
+        axis.legend(**_ABOVE)
 
     return _draw(path, (8, 3.5), draw)
 
@@ -130,11 +148,39 @@ def plot_widths(before: Mapping[str, int], after: Mapping[str, int], path: str |
         axis.barh(range(len(layers)), [before[layer] for layer in layers], color="lightgrey", label="before")
         axis.barh(range(len(layers)), [after.get(layer, 0) for layer in layers], color="tab:blue", label="after")
         axis.set_yticks(range(len(layers)), layers, fontsize=7)
-        axis.invert_yaxis()
-        axis.set(title="width of each layer", xlabel="channels")
-        axis.legend()
+        axis.set(xlabel="channels", ylim=(len(layers) - 0.4, -0.6))
+        axis.set_title("width of each layer", loc="left")
+        axis.legend(**_ABOVE, ncols=2)
 
     return _draw(path, (8, max(3.0, _INCHES_PER_BAR * len(layers))), draw)
+
+
+def plot_channels(
+    history: Mapping[int, Mapping[str, int]], widths: Mapping[str, int], path: str | Path, unit: str
+) -> Path:
+    """The share of each layer's channels that is open, a row a layer and a column an epoch or a round (``unit``).
+
+    ``history``: counts by step and layer; ``widths``: what the layers have when all are open. Few columns show the counts.
+    """
+    steps, layers = list(history), list(dict.fromkeys(layer for counts in history.values() for layer in counts))
+    shares = [[history[step].get(layer, 0) / widths[layer] for step in steps] for layer in layers]
+    has_numbers = len(steps) <= 12
+
+    def draw(figure: Figure) -> None:
+        axis = figure.subplots()
+        image = axis.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        for row, layer in enumerate(layers if has_numbers else ()):
+            for column, step in enumerate(steps):
+                ink = "black" if shares[row][column] > 0.6 else "white"
+                text = str(history[step].get(layer, 0))
+                axis.text(column, row, text, ha="center", va="center", fontsize=6, color=ink)
+        axis.set_yticks(range(len(layers)), layers, fontsize=7)
+        every = max(1, len(steps) // 10)
+        axis.set_xticks(range(0, len(steps), every), [str(step) for step in steps[::every]])
+        axis.set(title="open channels of each layer", xlabel=unit)
+        figure.colorbar(image, ax=axis, label="share of the layer's channels", aspect=40, format=PercentFormatter(1.0))
+
+    return _draw(path, (8, max(3.0, 1.2 + _INCHES_PER_BAR * len(layers))), draw)
 
 
 def plot_trade_off(
@@ -153,14 +199,36 @@ def plot_trade_off(
             for k, (name, (cost, ap)) in enumerate(points.items()):
                 mark = _MARKS.get((kinds or {}).get(name, ""), {"marker": "osD^v"[k // 10 % 5]})
                 axis.plot([cost], [ap], linestyle="", label=name, **mark)
-                if not is_crowded:
-                    axis.annotate(name, (cost, ap), textcoords="offset points", xytext=(4, 4))
+                if not is_crowded:  # neighbours are often close: their names in turn above and below
+                    axis.annotate(name, (cost, ap), textcoords="offset points", xytext=(4, -12 if k % 2 else 4))
             axis.set(xlabel=xlabel, ylabel="AP")
             axis.margins(0.15)
         if is_crowded:
-            axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
+            axes[-1].legend(**_BESIDE)
 
     return _draw(path, (5.5 * len(panels) + (2.5 if is_crowded else 0), 4.2), draw)
+
+
+def plot_runtimes(points: Sequence[tuple[str, str, float, float]], path: str | Path) -> Path:
+    """AP against milliseconds: ``points`` are (network, runtime, milliseconds, AP), a colour a network, a marker a runtime."""
+    networks, runtimes = (list(dict.fromkeys(point[k] for point in points)) for k in (0, 1))
+    palette = matplotlib.colormaps["tab10" if len(networks) <= 10 else "tab20"]
+    colours = {name: palette(k) for k, name in enumerate(networks)}
+    markers = dict(zip(runtimes, itertools.cycle("o^sDvP*X<>"), strict=False))
+
+    def draw(figure: Figure) -> None:
+        axis = figure.subplots()
+        for network, runtime, milliseconds, ap in points:
+            axis.plot([milliseconds], [ap], linestyle="", marker=markers[runtime], color=colours[network], alpha=0.8)
+        for name in networks:
+            axis.plot([], [], linestyle="", marker="s", color=colours[name], markersize=9, label=name)
+        for name in runtimes:
+            axis.plot([], [], linestyle="", marker=markers[name], color="grey", fillstyle="none", label=name)
+        axis.set(xlabel="milliseconds an image", ylabel="AP")
+        axis.margins(0.15)
+        axis.legend(**_BESIDE)
+
+    return _draw(path, (8.5, max(4.2, 0.5 + 0.22 * (len(networks) + len(runtimes)))), draw)
 
 
 def side_by_side(columns: Mapping[str, Sequence[Tensor]]) -> Tensor:
@@ -199,5 +267,9 @@ def _draw(path: str | Path, inches: tuple[float, float], draw: Callable[[Figure]
         figure = Figure(figsize=inches, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
+        for scale in (scale for axis in figure.axes for scale in (axis.xaxis, axis.yaxis)):
+            if scale.get_scale() == "log":
+                scale.set_major_formatter("{x:g}")  # matplotlib's own is a formula
+                scale.set_minor_formatter(NullFormatter())
         write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     return path

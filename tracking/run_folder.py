@@ -22,6 +22,8 @@ from torch import Tensor
 from slim import SlimError, write_text_atomically
 from slim.atomic import WRITING
 
+from .stages import Stages, channel_charts
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -30,7 +32,17 @@ CUT_METRIC_KEYS = ("masked_ap", "pruned_ap", "max_difference", "before", "after"
 _MADE_BY = "# made by "
 _NO_SETTING = ("project", "name", "debug", "resume")
 _OF_A_TRAINING = (
-    *("config.yaml", "data.json", "results.csv", "metrics.json", "report.*", "events.out.*", "*.png", "weights/*.pt"),
+    *(
+        "config.yaml",
+        "data.json",
+        "results.csv",
+        "channels.csv",
+        "metrics.json",
+        "report.*",
+        "events.out.*",
+        "*.png",
+        "weights/*.pt",
+    ),
 )
 """What a training leaves in its folder."""
 
@@ -168,6 +180,10 @@ class RunFolder:
         return self.path / "results.csv"
 
     @property
+    def channels_file(self) -> Path:
+        return self.path / "channels.csv"
+
+    @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.json"
 
@@ -201,26 +217,34 @@ class RunFolder:
         known: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
         return [split for split, digest in digests.items() if known.get(split) != digest]
 
-    def read_rows(self) -> list[dict[str, str]]:
-        """The rows of results.csv as text; none when there is no file yet."""
-        if not self.results_file.is_file():
+    def read_rows(self, file: Path | None = None) -> list[dict[str, str]]:
+        """The rows of results.csv, or of another file of a run, as text; none when there is no file yet."""
+        file = file or self.results_file
+        if not file.is_file():
             return []
-        with self.results_file.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        with file.open(newline="", encoding="utf-8") as opened:
+            return list(csv.DictReader(opened))
+
+    def read_channels(self) -> dict[int, dict[str, int]]:
+        """{step: {layer: channels}} of channels.csv."""
+        rows = {int(row.pop("step")): row for row in self.read_rows(self.channels_file)}
+        return {step: {layer: int(count) for layer, count in row.items() if count} for step, row in rows.items()}
 
     def append_row(self, row: Mapping[str, Any]) -> None:
         """Add an epoch's row (it needs "epoch"); new columns are added at the right, None is left empty."""
         assert "epoch" in row
-        self._write_rows([*self.read_rows(), {key: "" if value is None else value for key, value in row.items()}])
+        row = {key: "" if value is None else value for key, value in row.items()}
+        _write_rows([*self.read_rows(), row], self.results_file)
 
     def drop_rows_from(self, epoch: int) -> None:
-        """Forget rows and events of `epoch` and later: they are about to be made again."""
-        rows = self.read_rows()
-        kept = [row for row in rows if int(row["epoch"]) < epoch]
-        if not kept:
-            self.results_file.unlink(missing_ok=True)
-        elif len(kept) < len(rows):
-            self._write_rows(kept)
+        """Forget rows and events of `epoch`, or another step, and later: they are about to be made again."""
+        for file, column in ((self.results_file, "epoch"), (self.channels_file, "step")):
+            rows = self.read_rows(file)
+            kept = [row for row in rows if int(row[column]) < epoch]
+            if not kept:
+                file.unlink(missing_ok=True)
+            elif len(kept) < len(rows):
+                _write_rows(kept, file)
         self._purge_step = epoch
 
     def write_metrics(self, metrics: Mapping[str, Any], *, after_cut: bool = False) -> None:
@@ -260,9 +284,14 @@ class RunFolder:
         for name, gate in gates.items():
             self.writer.add_histogram(f"gates/{name}", gate.detach().float().cpu(), step)
 
-    def log_channels(self, channels: Mapping[str, int], pruning_round: int) -> None:
-        """A scalar `channels/<layer path>` for each layer against the pruning round."""
-        self.log_scalars({f"channels/{layer}": count for layer, count in channels.items()}, pruning_round)
+    def log_channels(self, channels: Mapping[str, int], step: int) -> None:
+        """A scalar `channels/<layer path>` for each layer, and a row of channels.csv, against the epoch or the round."""
+        self.log_scalars({f"channels/{layer}": count for layer, count in channels.items()}, step)
+        _write_rows([*self.read_rows(self.channels_file), {"step": step, **channels}], self.channels_file)
+
+    def log_stages(self, stages: Stages) -> None:
+        """TensorBoard's custom scalars: a chart of `channels/<layer path>` for each stage."""
+        self.writer._get_file_writer().add_summary(channel_charts(stages))
 
     def log_picture(self, tag: str, image: Tensor, step: int = 0) -> None:
         """uint8 [3, H, W]."""
@@ -275,13 +304,14 @@ class RunFolder:
             self._writer = None
             self._purge_step = None
 
-    def _write_rows(self, rows: list[Any]) -> None:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        text = io.StringIO(newline="")
-        table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-        write_text_atomically(self.results_file, text.getvalue())
+
+def _write_rows(rows: list[Any], file: Path) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text_atomically(file, text.getvalue())
 
 
 def _log_hparams(writer: SummaryWriter, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:

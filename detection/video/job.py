@@ -18,6 +18,7 @@ from data import DataError, described_names
 from data.letterbox import Letterbox
 from deploy import threads_of, torch_threads
 from tracking import Painter, RunFolder
+from tracking.progress import progress
 
 from ..command import flat
 from ..detector import Detector, is_exported, open_detector
@@ -157,7 +158,7 @@ class DetectJob:
             yield first
             yield from pictures
 
-        total = tqdm(total=self._total(first), unit=" frames", desc=first.source.name[-30:])
+        total = progress(total=self._total(first), unit=" frames", desc=first.source.name[-30:])
         with contextlib.closing(self), total as bar:
 
             def show() -> None:

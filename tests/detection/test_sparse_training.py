@@ -74,7 +74,7 @@ def test_without_a_budget_a_part_of_the_factors_shrinks(settings: dict[str, Any]
 
 def test_norm_weights_are_those_of_channels_that_can_be_cut() -> None:
     model = network(gated=False)
-    found = norm_weights(model, 64)
+    found = norm_weights(model, slim.trace(model, torch.zeros(1, 3, 64, 64)))
     scaled = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     assert found.keys() == scaled and found["model.0.bn"] is model.get_submodule("model.0.bn").weight
 

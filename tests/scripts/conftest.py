@@ -73,7 +73,8 @@ def without_plots() -> Iterator[None]:
     from tracking.report import sections
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "plot_labels", lambda *_: None)
+        for name in ("plot_labels", "draw_channels"):
+            patch.setattr(training, name, lambda *_: None)
         for name in ("plot_results", "plot_gates"):
             patch.setattr(sections, name, lambda *_: None)
         yield

@@ -98,6 +98,42 @@ def test_channels_per_layer_over_rounds(board: Board, runs: Path) -> None:
     assert metrics(runs / "cut2")["before"]["channels"] == metrics(runs / "cut1")["after"]["channels"]
 
 
+def test_open_channels_over_epochs(board: Board, runs: Path) -> None:
+    """As channels.csv has them: all in the first epoch, and after the L1 step those whose group's gate is open."""
+    counts = RunFolder(runs / "sparse").read_channels()
+    gates = metrics(runs / "sparse")["gates"]["groups"]
+    assert list(counts) == [0, 1] and counts[0]["model.1.conv"] == 32
+    tags = {tag for tag in board.get("plugin/scalars/tags")["sparse"] if tag.startswith("channels/")}
+    assert tags == {f"channels/{layer}" for layer in counts[0]}
+    for group in ("model.0.conv", "model.1.conv", "model.9.cv2.conv"):
+        opened = gates[group]["channels"] - gates[group]["closed"]
+        assert counts[1][group] == opened < counts[0][group]
+        assert scalars(board, "sparse", f"channels/{group}") == [(0, counts[0][group]), (1, opened)]
+
+
+def test_a_chart_of_channels_a_stage(board: Board) -> None:
+    """The layouts of all runs are one: cuts have the layers of the network that was trained."""
+    categories = board.get("plugin/custom_scalars/layout")["category"]
+    charts = {category["title"]: [chart["title"] for chart in category["chart"]] for category in categories}
+    assert charts == {
+        "channels, backbone": [
+            "stride 2: model.0",
+            "stride 4: model.1, model.2",
+            "stride 8: model.3, model.4",
+            "stride 16: model.5, model.6",
+            "stride 32: model.7, model.8, model.9",
+        ],
+        "channels, neck": [
+            "stride 32: model.10, model.21, model.23",
+            "stride 16: model.13, model.14, model.18, model.20",
+            "stride 8: model.17",
+        ],
+    }
+    shown = [series["value"] for category in categories for c in category["chart"] for series in c["margin"]["series"]]
+    tags = {tag for tag in board.get("plugin/scalars/tags")["sparse"] if tag.startswith("channels/")}
+    assert {*shown} == tags - {f"channels/model.24.m.{k}" for k in range(3)} and len(shown) == len({*shown})
+
+
 def test_gate_histograms_over_epochs(board: Board, runs: Path) -> None:
     gates = metrics(runs / "sparse")["gates"]["groups"]
     tags = set(board.get("plugin/histograms/tags")["sparse"])
@@ -114,7 +150,7 @@ def test_gate_histograms_over_epochs(board: Board, runs: Path) -> None:
 def test_pictures(board: Board, runs: Path) -> None:
     tags = board.get("plugin/images/tags")
     assert {run: sorted(tags[run]) for run in RUNS} == {
-        "sparse": ["detections", "train_batch"],
+        "sparse": ["channels", "detections", "train_batch"],
         "cut1": ["detections", "widths"],
         "cut2": ["detections", "widths"],
         "val": ["detections"],
@@ -123,6 +159,7 @@ def test_pictures(board: Board, runs: Path) -> None:
     assert batch.size == (4 * 64, 64) and len(batch.convert("RGB").getcolors(4 * 64 * 64) or []) > 100
     assert board.picture(run="cut1", tag="detections").width == 2 * 64 + 6, "before and after, side by side"
     assert min(board.picture(run="cut1", tag="widths").size) > 300
+    assert min(board.picture(run="sparse", tag="channels").size) > 300
 
 
 def test_hyperparameters_stand_beside_final_metrics(board: Board, runs: Path) -> None:
@@ -165,6 +202,7 @@ def text_seen(browser: webdriver.Chrome) -> str:
     ("page", "tags"),
     [
         ("?tagFilter=channels#timeseries", ["channels", "/model.0.conv", "cut1", "sparse"]),
+        ("#custom_scalars", ["channels, backbone", "stride 4: model.1, model.2", "Matches"]),
         ("#histograms", ["gates/model.0.conv", "sparse"]),
         ("#hparams", ["Final/ap", "criterion", "cut2"]),
     ],
@@ -189,10 +227,35 @@ def test_every_run_has_its_report(runs: Path) -> None:
             assert write_report(RunFolder(runs / run)).read_text() == page, "made again, it is the same"
 
 
+@pytest.mark.parametrize("run", ["sparse", "cut2"])
+def test_a_report_fits_a_phone(run: str, runs: Path, browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """At 390 pixels no column is off the screen, and no word is broken."""
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        browser.get((runs / run / "report.html").as_uri())
+        screenshot(browser, tmp_path / "phone.png")
+        assert browser.execute_script("return window.innerWidth") == 390
+        found = """
+            const lines = x => { const r = document.createRange(); r.selectNodeContents(x); return r.getClientRects().length };
+            return [...document.querySelectorAll('%s')].filter(x => %s).map(x => x.innerText)
+        """
+        assert browser.execute_script(found % ("table", "x.scrollWidth > x.clientWidth + 1")) == []
+        assert browser.execute_script(found % ("td:first-child", "!/[ -]/.test(x.innerText) && lines(x) > 1")) == []
+        assert len(browser.execute_script(found % ("td:first-child", "lines(x) == 1"))) > 50, (
+            "the layers' or gates' names"
+        )
+        titles = "return [...document.querySelectorAll('.wide td')].map(d => d.dataset.title)"
+        if run == "cut2":
+            assert browser.execute_script(titles)[:3] == ["network", "AP", "change"]
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 @pytest.mark.parametrize(
     ("run", "sections", "images"),
     [
-        ("sparse", ["Summary", "Gates", "Curves", "Classes", "Pictures"], 5),
+        ("sparse", ["Summary", "Channels", "Gates", "Curves", "Classes", "Pictures"], 6),
         ("cut2", ["Summary", "Before and after", "Widths", "Classes", "Pictures"], 1),
     ],
 )

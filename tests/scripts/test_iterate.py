@@ -119,15 +119,41 @@ def test_the_board_shows_widths_over_rounds(loop: Path) -> None:
     board.Reload()
     assert [e.step for e in board.Scalars("channels/model.1.conv")] == [0, 1, 2]
     assert [e.step for e in board.Scalars("metrics/ap")] == [0, 1, 2]
-    assert {"detections", "widths"} <= set(board.Tags()["images"])
+    assert {"channels", "detections", "widths"} <= set(board.Tags()["images"])
+    assert "custom_scalars__config__" in board.Tags()["tensors"]
+    rounds = [json.loads((loop / f"round{k}-try1-evaluation" / "phase.json").read_text())["channels"] for k in (1, 2)]
+    counts = RunFolder(loop).read_channels()
+    assert list(counts) == [0, 1, 2] and [counts[1], counts[2]] == rounds
+    layer = next(layer for layer in counts[0] if counts[2][layer] < counts[0][layer])
+    assert [e.value for e in board.Scalars(f"channels/{layer}")] == [counts[k][layer] for k in (0, 1, 2)]
     final = json.loads((loop / "metrics.json").read_text())
     assert board.Scalars("Final/ap")[0].value == pytest.approx(final["ap"], abs=1e-7)
     assert board.Scalars("Final/ms")[0].value == pytest.approx(final["ms"])
 
 
+def test_the_board_shows_each_round_as_soon_as_it_is_accepted(
+    small_run: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    given = arguments(small_run / "weights" / "best.pt", tiny, tmp_path, *ONE_ROUND, "--max-drop", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop_module.Loop, "fold", stop)
+        assert script("iterate", *given).code == 130
+    for is_whole in (False, True):
+        if is_whole:
+            assert script("iterate", *given).code == 0
+        board = EventAccumulator(str(tmp_path / "loop"))
+        board.Reload()
+        for tag in ("channels/model.1.conv", "metrics/ap", "cost/macs"):
+            assert [e.step for e in board.Scalars(tag)] == [0, 1], "no step twice when it continued"
+        assert ("Final/ap" in board.Tags()["scalars"]) == is_whole
+
+
 def test_the_report_tells_of_candidates_phases_and_rounds(loop: Path) -> None:
     page = (loop / "report.html").read_text()
-    titles = ["Summary", "Before and after", "Candidates", "Phases", "Widths", "Classes", "Pictures"]
+    titles = ["Summary", "Before and after", "Candidates", "Phases", "Widths", "Channels", "Classes", "Pictures"]
     assert re.findall("<h2>(.*)</h2>", page) == titles
     assert [f"round {number}" in page for number in (1, 2, 3)] == [True, True, False]
     assert 'href="round1-sparse/report.html"' in page and "unfinished" not in page

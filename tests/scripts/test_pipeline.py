@@ -42,6 +42,8 @@ def test_sparse_training_fills_its_run_folder(sparse_run: Path) -> None:
         "config.yaml",
         "data.json",
         "results.csv",
+        "channels.csv",
+        "channels.png",
         "metrics.json",
         "weights/last.pt",
         "weights/best.pt",

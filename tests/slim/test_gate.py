@@ -55,6 +55,30 @@ def test_tied_group_shares_one_vector_and_layer_tie_does_not() -> None:
     ]
 
 
+def test_a_channel_is_open_while_one_of_its_gates_is() -> None:
+    model = Residual()
+    graph = slim.trace(model, torch.rand(1, 3, 8, 8))
+    whole = slim.open_channels(graph, {})
+    assert whole == {path: widths[1] for path, widths in slim.layer_widths(model).items()}
+    assert list(whole) == list(dict.fromkeys(call.path for call in graph.layers)), "in the order in which they run"
+    gates = slim.add_gates(model, graph, tie="layer")
+    with torch.no_grad():
+        gates["stem.0@stem.2"][:3] = 0.0
+        gates["stem.0@branch.1.2"][:2] = -0.009
+        gates["stem.0@depthwise.2"][1:] = 0.0
+        gates["branch.0.0"][0] = 0.0
+    found = slim.open_channels(graph, gates)
+    tied = {member.layer for member in graph.by_name["stem.0"].members if member.produces}
+    closed = {path: 1 if path in tied or path == "branch.0.0" else 0 for path in whole}
+    assert found == {path: width - closed[path] for path, width in whole.items()} and len(tied) > 1
+
+
+def test_open_channels_of_norm_weights() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    graph = slim.trace(model, torch.rand(1, 3, 8, 8))
+    assert slim.open_channels(graph, {"1": torch.tensor([-0.5, 0.001, 0.0, 0.2])}) == {"0": 2, "3": 2}
+
+
 def test_l1_step_moves_exactly_the_smallest_half() -> None:
     model, gates = gated_chain()
     set_gates(gates, first=[0.5, 0.2, 0.9, 0.1], second=[1.0, 0.3, 0.8, 0.05, 0.7, 0.6])

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from slim import SlimError
 from tracking import (
     RunFolder,
     draw_detections,
+    plot_channels,
     plot_gates,
     plot_labels,
     plot_results,
+    plot_runtimes,
     plot_trade_off,
     plot_widths,
     read_png,
@@ -26,6 +30,58 @@ def assert_picture(path: Path) -> None:
     image = read_png(path)
     assert min(image.shape[1:]) > 100
     assert len(image.flatten(1).unique(dim=1).T) > 10
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved from now on."""
+    saved: list[Figure] = []
+    savefig = Figure.savefig
+
+    def keep(figure: Figure, *arguments: Any, **named: Any) -> None:
+        saved.append(figure)
+        savefig(figure, *arguments, **named)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+def overlaps(figure: Figure) -> list[str]:
+    """Titles of the axes whose legends lie over their plot."""
+    figure.canvas.draw()
+    legends = [(axis, axis.get_legend()) for axis in figure.axes]
+    return [
+        axis.get_title()
+        for axis, legend in legends
+        if legend is not None and axis.get_window_extent().shrunk(0.99, 0.99).overlaps(legend.get_window_extent())
+    ]
+
+
+def test_every_panel_of_the_results_holds_one_thing(tmp_path: Path, drawn: list[Figure]) -> None:
+    """The L1 step over the gradient, in thousands, beside a share; of an odd number of panels the last is wide."""
+    row = {"loss/box": 0.5, "loss/obj": 0.1, "lr": 0.01, "loss/l1": 9.0, "gates/strength": 3.0}
+    row |= {"gates/pull_over_gradient": 5000.0, "gates/closed_share": 0.5, "metrics/ap": 0.4}
+    rows = [{key: str(value) for key, value in {"epoch": epoch, **row, "seconds": 2.0}.items()} for epoch in range(3)]
+    rows[0]["metrics/ap"] = rows[1]["metrics/ap"] = ""
+    plot_results(rows, tmp_path / "results.png")
+    plot_results([{k: v for k, v in row.items() if k != "loss/l1"} for row in rows], tmp_path / "odd.png")
+    axes = {axis.get_title(loc="left"): axis for axis in drawn[0].axes}
+    lines = {title: [str(line.get_label()) for line in axis.get_lines()] for title, axis in axes.items()}
+    assert lines.pop("L1 step over gradient: gates close above 1")[0] == "gates/pull_over_gradient"
+    assert lines == {
+        "loss": ["box", "obj"],
+        "learning rate": ["lr"],
+        "L1 of the gates that shrink": ["l1"],
+        "share of closed gates": ["gates/closed_share"],
+        "AP": ["ap"],
+    }
+    assert [title for title, axis in axes.items() if axis.get_yscale() == "log"] == [
+        "L1 step over gradient: gates close above 1"
+    ]
+    assert len({axis.get_xlim() for axis in drawn[0].axes}) == 1, "an AP of the last epoch stands at the right"
+    assert all(axis.axison for figure in drawn for axis in figure.axes) and overlaps(drawn[0]) == []
+    *others, last = (axis.get_position().width for axis in drawn[1].axes)
+    assert len(others) == 4 and last > 1.9 * max(others)
 
 
 def test_results_with_gaps(tmp_path: Path) -> None:
@@ -52,6 +108,47 @@ def test_gates_and_widths_and_trade_off(tmp_path: Path) -> None:
     assert_picture(plot_gates(summarise_gates(gates), tmp_path / "gates.png"))
     assert_picture(plot_widths({"model.0": 16, "model.1": 32}, {"model.0": 8}, tmp_path / "widths.png"))
     assert_picture(plot_trade_off({"latency, ms": {"dense": (10.0, 0.5), "half": (6.0, 0.49)}}, tmp_path / "t.png"))
+
+
+def test_no_axis_has_formulae_for_numbers_and_no_legend_lies_over_a_plot(tmp_path: Path, drawn: list[Figure]) -> None:
+    gates = torch.cat([torch.zeros(2000), torch.rand(3000, generator=torch.Generator().manual_seed(0))])
+    plot_gates(summarise_gates({"a": gates}), tmp_path / "gates.png")
+    plot_widths({"first": 64, "last": 64}, {"first": 64, "last": 8}, tmp_path / "widths.png")
+    for figure in drawn:
+        assert overlaps(figure) == []
+    labels = [text.get_text() for text in drawn[0].axes[0].get_yticklabels()]
+    assert "1000" in labels and not any("$" in label for label in labels)
+
+
+def test_channels_against_time(tmp_path: Path, drawn: list[Figure]) -> None:
+    history = {0: {"a.conv": 16, "b": 8}, 1: {"a.conv": 12, "b": 8}, 2: {"a.conv": 4, "b": 8}}
+    assert_picture(plot_channels(history, {"b": 8, "a.conv": 16}, tmp_path / "channels.png", "round"))
+    axis = drawn[0].axes[0]
+    assert axis.images[0].get_array().tolist() == [[1.0, 0.75, 0.25], [1.0, 1.0, 1.0]]
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["a.conv", "b"]
+    assert [text.get_text() for text in axis.texts] == ["16", "12", "4", "8", "8", "8"]
+    assert axis.get_xlabel() == "round" and [text.get_text() for text in axis.get_xticklabels()] == ["0", "1", "2"]
+    plot_channels({epoch: {"a": 3} for epoch in range(100)}, {"a": 4}, tmp_path / "long.png", "epoch")
+    assert not drawn[1].axes[0].texts and len(drawn[1].axes[0].get_xticks()) == 10
+
+
+def test_runtimes_have_a_colour_a_network_and_a_marker_an_engine(tmp_path: Path, drawn: list[Figure]) -> None:
+    engines = ("torch, float32", "openvino, int8")
+    points = [(name, engine, 3.0 + k, 0.5) for name in ("dense", "slim") for k, engine in enumerate(engines)]
+    assert_picture(plot_runtimes(points, tmp_path / "t.png"))
+    (axis,) = drawn[0].axes
+    looks = [(line.get_color(), line.get_marker()) for line in axis.get_lines() if len(line.get_xdata())]
+    assert len(looks) == 4 and len(set(looks)) == 4
+    assert looks[0][0] == looks[1][0] != looks[2][0] == looks[3][0]
+    assert looks[0][1] == looks[2][1] != looks[1][1] == looks[3][1]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["dense", "slim", *engines]
+    assert overlaps(drawn[0]) == []
+
+
+def test_ground_truth_has_no_confidence() -> None:
+    image, box = torch.zeros(3, 60, 80, dtype=torch.uint8), torch.tensor([[20.0, 30.0, 60.0, 50.0, 1.0, 1.0]])
+    truth, found = (draw_detections(image, box, ["cat", "dog"], scores=scores) for scores in (False, True))
+    assert 0 < truth[:, :30].any(0).sum() < found[:, :30].any(0).sum()
 
 
 def test_detections_are_drawn_where_they_are(tmp_path: Path) -> None:

@@ -125,6 +125,19 @@ def test_rows_grow_new_columns_and_are_dropped_on_resume(tmp_path: Path) -> None
         run.append_row({"loss": 1.0})
 
 
+def test_channels_are_kept_by_step_and_dropped_on_resume(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "exp")
+    assert run.read_channels() == {}
+    for step, channels in enumerate(({"a.conv": 16, "b": 8}, {"a.conv": 12, "b": 8}, {"a.conv": 8, "b": 8})):
+        run.log_channels(channels, step)
+    assert run.channels_file.read_text() == "step,a.conv,b\n0,16,8\n1,12,8\n2,8,8\n"
+    run.drop_rows_from(2)
+    assert run.read_channels() == {0: {"a.conv": 16, "b": 8}, 1: {"a.conv": 12, "b": 8}}
+    run.drop_rows_from(0)
+    assert not run.channels_file.exists()
+    run.close()
+
+
 def test_metrics_must_be_complete_and_finite(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "exp")
     run.write_metrics(METRICS | {"ap": np.float64(0.25), "extra": torch.tensor(3)})
@@ -145,7 +158,7 @@ def test_events_carry_the_tags(tmp_path: Path) -> None:
     assert list(run.path.glob("events.out.*")) == []
     run.log_scalars({"metrics/ap": 0.5, "metrics/ap50": None}, 3)
     run.log_gates({"model.0": torch.ones(4, requires_grad=True)}, 3)
-    run.log_channels({"model.1.conv": 24}, pruning_round=1)
+    run.log_channels({"model.1.conv": 24}, 1)
     run.log_picture("detections", torch.zeros(3, 8, 8, dtype=torch.uint8))
     run.close()
     events = EventAccumulator(str(run.path))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 from slim import write_text_atomically
 
@@ -17,6 +19,9 @@ from .markdown import escape
 
 __all__ = ["write_report"]
 
+if TYPE_CHECKING:
+    from markdown_it.token import Token
+
 LOGGER = logging.getLogger(__name__)
 _SECTIONS: dict[str, Callable[[Contents], list[str]]] = {
     "Summary": sections.summary,
@@ -24,6 +29,7 @@ _SECTIONS: dict[str, Callable[[Contents], list[str]]] = {
     "Candidates": several.candidates,
     "Phases": several.phases,
     "Widths": sections.widths,
+    "Channels": sections.channels,
     "Gates": sections.gates,
     "Curves": sections.curves,
     "Classes": sections.classes,
@@ -58,6 +64,10 @@ def write_report(run: RunFolder) -> Path:
     return page
 
 
+_MOST_COLUMNS = 5
+"""Of a table that a phone's screen holds."""
+
+
 def to_html(title: str, markdown: str, embedded: dict[str, str]) -> str:
     """Markdown as a page that needs neither network nor JavaScript; ``embedded`` are its pictures by their addresses."""
     from markdown_it import MarkdownIt
@@ -66,5 +76,23 @@ def to_html(title: str, markdown: str, embedded: dict[str, str]) -> str:
     tokens = parser.parse(markdown)
     for image in (child for token in tokens for child in token.children or () if child.type == "image"):
         image.attrSet("src", embedded[str(image.attrGet("src"))])
+    _title_cells(tokens)
     shell = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     return shell.substitute(title=html.escape(title), body=parser.renderer.render(tokens, parser.options, {}))
+
+
+def _title_cells(tokens: Sequence[Token]) -> None:
+    """Mark tables of many columns, whose rows a narrow screen shows one cell below the other, each with its title; in place."""
+    titles, column, opened = list[str](), 0, tokens[0] if tokens else None
+    for token, content in pairwise(tokens):
+        if token.type == "table_open":
+            titles, opened = [], token
+        elif token.type == "th_open":
+            titles.append("".join(part.content for part in content.children or ()))
+        elif token.type == "tbody_open" and opened is not None and len(titles) > _MOST_COLUMNS:
+            opened.attrSet("class", "wide")
+        elif token.type == "tr_open":
+            column = 0
+        elif token.type == "td_open":
+            token.attrSet("data-title", titles[column])
+            column += 1

@@ -178,6 +178,11 @@ def _rounds(contents: Contents) -> dict[str, dict[str, int]]:
     return found
 
 
+def channels(contents: Contents) -> list[str]:
+    """The layers against time: the epochs of a sparse training, or the rounds of a loop."""
+    return contents.picture(contents.path / "channels.png", "How many channels of each layer are open, and what share")
+
+
 def gates(contents: Contents) -> list[str]:
     """Histogram, share of closed gates, and a row for each group."""
     found = contents.metrics.get("gates")
