@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Annotations:
     problems: tuple[str, ...] = ()
     """What was left out, and why."""
     out_of_range: tuple[str, ...] = ()
-    """Those of ``problems`` that name a class which does not exist."""
+    """The objects of classes that do not exist."""
     unusable: bool = False
     """Whether the image itself is left out, because nobody can tell what is in it."""
 
@@ -63,8 +63,12 @@ class Entry:
     image: Path
     read: Callable[[tuple[int, int]], Annotations]
     """From the image's (height, width) to its annotations."""
-    labels: Path | None = None
-    """The file that ``read`` reads, where it belongs to this image alone."""
+    labels: Path
+    """The file that says what is in it, whether it exists or not."""
+    image_id: int | str | None = None
+    """The id of a COCO file."""
+    category_ids: Mapping[str, int] = field(default_factory=dict)
+    """A COCO file's ids of classes by name."""
 
 
 class Collector:
@@ -81,9 +85,10 @@ class Collector:
         try:
             yield
         except ValueError as error:
-            self._problems.append(f"{where}: {error}; the {what} was left out")
             if isinstance(error, ClassRangeError):
-                self._out_of_range.append(self._problems[-1])
+                self._out_of_range.append(f"{where}: {error}")
+            else:
+                self._problems.append(f"{where}: {error}; the {what} was left out")
 
     def add(self, row: Row, ignored: bool = False) -> None:
         if row in self._rows[ignored]:
@@ -127,19 +132,26 @@ def row_from_pixels(kind: int, corners: Sequence[float], size_hw: tuple[int, int
 
 
 def check_usable(split: str, annotations: Sequence[Annotations], names: Sequence[str]) -> None:
-    """DataError where files hold labels, but none of them can be used."""
+    """DataError where a label is of a class that does not exist, or files hold labels of which none can be used."""
     problems = [problem for one in annotations for problem in one.problems]
     out_of_range = [problem for one in annotations for problem in one.out_of_range]
-    if not problems or any(len(one.rows) + len(one.ignored) for one in annotations):
-        return
-    if len(out_of_range) == len(problems):
+    usable = sum(len(one.rows) + len(one.ignored) for one in annotations)
+    if out_of_range:
         raise DataError(
-            f"split {split!r}: the class of every label is outside 0 to {len(names) - 1}, so the class "
-            f"count is wrong: the data.yaml names {len(names)} classes; for example {problems[0]}"
-            if "expected 0 to" in problems[0]
-            else f"split {split!r}: no label is of a class that the data.yaml names; for example {problems[0]}"
+            f"split {split!r}: {len(out_of_range)} of {usable + len(out_of_range)} labels are of none of the {len(names)} "
+            f"classes that the data.yaml names; the first: {out_of_range[0]}; correct names and nc, or the labels"
         )
-    raise DataError(
-        f"split {split!r}: not one of its labels can be used: {len(problems)} problems, "
-        f"{len(out_of_range)} of them classes out of range; the first: {problems[0]}"
+    if problems and not usable:
+        raise DataError(
+            f"split {split!r}: not one of its labels can be used: {len(problems)} problems, the first: {problems[0]}"
+        )
+
+
+def no_object(split: str, files: Sequence[Path], images: int) -> str:
+    """What is wrong with a split without an object, whose labels were looked for in these files."""
+    missing = [file for file in files if not file.is_file()]
+    found = f"{len(missing)} do not exist" if missing else "all exist, but none holds one"
+    return (
+        f"split {split!r}: no object in its {images} images; of their {len(files)} label files {found}, such as "
+        f"{(missing or files)[0]}; put the labels there, or correct the data.yaml"
     )

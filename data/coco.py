@@ -43,7 +43,7 @@ def read_coco(path: Path) -> dict[str, Any]:
 
 
 def coco_categories(path: Path, content: Mapping[str, Any] | None = None) -> dict[Any, str]:
-    """{category id: name}"""
+    """{category id: name}, without ids that no annotation has where another one has their name."""
     content = read_coco(path) if content is None else content
     found: dict[Any, str] = {}
     for category in content["categories"]:
@@ -53,7 +53,17 @@ def coco_categories(path: Path, content: Mapping[str, Any] | None = None) -> dic
             raise DataError(
                 f"{path}: category id {category['id']} is both {found[category['id']]!r} and {category['name']!r}"
             )
-    return found
+    used = {key for annotation in content["annotations"] if isinstance(key := annotation.get("category_id"), int)}
+    by_name: dict[str, int] = {}
+    for key, name in found.items():
+        other = by_name.get(name)
+        if other in used and key in used:
+            raise DataError(
+                f"{path}: category ids {other} and {key} are both named {name!r}; give each class a name of its own"
+            )
+        if other is None or key in used:
+            by_name[name] = key
+    return {key: name for key, name in found.items() if by_name[name] == key}
 
 
 def coco_entries(path: Path, names: Sequence[str], folder: Path | None, base: Path) -> tuple[list[Entry], list[str]]:
@@ -66,9 +76,16 @@ def coco_entries(path: Path, names: Sequence[str], folder: Path | None, base: Pa
     found = _images(path, content)
     categories = coco_categories(path, content)
     folder = folder or image_folder(path, [str(image["file_name"]) for image in found.values()], base)
-    objects, problems = _objects(path, content, found, categories)
+    objects, problems = _objects(path, content, found)
+    ids = {name: key for key, name in categories.items()}
     entries = [
-        Entry(folder / image["file_name"], functools.partial(_read, path, image, objects[image_id], categories, names))
+        Entry(
+            folder / image["file_name"],
+            functools.partial(_read, path, image, objects[image_id], categories, names),
+            path,
+            image_id,
+            ids,
+        )
         for image_id, image in found.items()
     ]
     return sorted(entries, key=lambda entry: entry.image), problems
@@ -118,22 +135,18 @@ def _images(path: Path, content: Mapping[str, Any]) -> dict[Any, dict[str, Any]]
 
 
 def _objects(
-    path: Path, content: Mapping[str, Any], images: Mapping[Any, Any], categories: Mapping[Any, str]
+    path: Path, content: Mapping[str, Any], images: Mapping[Any, Any]
 ) -> tuple[dict[Any, list[tuple[int, dict[str, Any]]]], list[str]]:
-    """The annotations of each image with their places in the list, and those that belong to none or to no known category."""
+    """The annotations of each image with their places in the list, and what is said of those that belong to none."""
     found: dict[Any, list[tuple[int, dict[str, Any]]]] = {image_id: [] for image_id in images}
     problems: list[str] = []
     if not content["annotations"]:
         logger.warning("%s: no annotation at all; its %d images count as background", path, len(images))
     for number, annotation in enumerate(content["annotations"]):
-        image_id, category = annotation.get("image_id"), annotation.get("category_id")
+        image_id = annotation.get("image_id")
         where = f"{path}: annotation {annotation.get('id', f'number {number}')}"
         if not isinstance(image_id, (int, str)) or image_id not in found:
             problems.append(f"{where}: image id {image_id!r} is not among its images; the annotation was left out")
-        elif not isinstance(category, int) or category not in categories:
-            problems.append(
-                f"{where}: category id {category!r} is not among its categories; the annotation was left out"
-            )
         else:
             found[image_id].append((number, annotation))
     return found, problems
@@ -153,7 +166,10 @@ def _read(
     found = Collector()
     for number, annotation in objects:
         with found.reading(f"{path}: annotation {annotation.get('id', f'number {number}')}", "annotation"):
-            category, box = categories[annotation["category_id"]], annotation.get("bbox")
+            key, box = annotation.get("category_id"), annotation.get("bbox")
+            category = categories.get(key) if isinstance(key, int) else None
+            if category is None:
+                raise ClassRangeError(f"category id {key!r} is not among its categories")
             if category not in names:
                 raise ClassRangeError(f"category {category!r} is not among the names of the data.yaml")
             if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):

@@ -16,6 +16,7 @@ alphabetical order). ``images``, a folder or one for each split, is needed only 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ import yaml
 from .annotations import Entry
 from .errors import DataError
 from .labels import regular
+from .settings import MAX_PIXELS
 from .sources import class_names, find_entries
 
 SPLITS = ("train", "val", "test")
@@ -55,6 +57,8 @@ class DataConfig:
     """The classes as the files number or name them; ``None``: ``names``."""
     class_map: tuple[int, ...] | None = None
     """For each of ``label_names`` its index in ``names``, -1 for a class that is not looked at; ``None``: the same."""
+    max_pixels: int = MAX_PIXELS
+    """An image of more pixels is not read."""
 
     def select(self, classes: Sequence[str | int]) -> DataConfig:
         """Keep these classes alone, by name or index (a name that is a number wins), in this order; others are background."""
@@ -109,9 +113,9 @@ class DataConfig:
 def load_data_config(path: str | Path, data_root: str | Path | None = None) -> DataConfig:
     """Read the description of a data set.
 
-    A relative ``path`` in it is looked for under ``data_root``, then beside the YAML, then in the working folder; the first
-    place that holds one of the splits is taken. Its keys ``download`` and ``synthetic`` are not followed (``data.download``
-    and ``data.shapes`` do).
+    A relative ``path`` in it, or without one the splits, are looked for under ``data_root``, then beside the YAML, then in
+    the working folder; the first place that holds one of the splits is taken. Its keys ``download`` and ``synthetic`` are
+    not followed (``data.download`` and ``data.shapes`` do).
 
     Args:
         path: a YOLOv5 ``data.yaml``.
@@ -199,7 +203,12 @@ def _names(names: Any, count: Any, file: Path) -> tuple[str, ...]:
         raise DataError(f"{file}: names is {names!r}, expected a list of class names or a mapping like {{0: person}}")
     if count is not None and count != len(names):
         raise DataError(f"{file}: nc is {count} but there are {len(names)} names; correct one of them or leave nc out")
-    return tuple(str(name) for name in names)
+    found = tuple(str(name) for name in names)
+    twice, count = Counter(found).most_common(1)[0]
+    if count > 1:
+        numbers = " and ".join(str(i) for i, name in enumerate(found) if name == twice)
+        raise DataError(f"{file}: classes {numbers} are both named {twice!r}; give each class a name of its own")
+    return found
 
 
 def _image_folders(content: Mapping[str, Any], base: Path, file: Path) -> dict[str, Path]:
@@ -239,7 +248,9 @@ def _base_candidates(content: Mapping[str, Any], file: Path, data_root: str | Pa
     if given.parts[:1] == ("..",):
         # YOLOv5's own files say ../datasets/NAME, its name for the place that --data-root sets here.
         places.append(root / given.name)
-    return [*places, file.parent / given, *([given] if folder else [])]
+    places += [file.parent / given, given]
+    # Exports without a path may begin their entries with the name of the folder in which the YAML lies.
+    return places if folder else [*places, file.absolute().parent.parent]
 
 
 def _locate(base: Path, entry: str) -> Path:

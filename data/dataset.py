@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .annotations import Annotations, Entry, as_rows, check_usable
+from .annotations import Annotations, Entry, as_rows, check_usable, no_object
 from .augment import MIXUP_BETA, Labels, Tile, colour_and_flip, mix, mosaic_tiles, random_view, render
 from .cache import DiskCache, MemoryCache, available_bytes, find_folder
 from .config import DataConfig
@@ -115,7 +115,7 @@ class DetectionDataset(Dataset[Sample]):
         self.image_weights = image_weights
         # Shared memory: persistent workers see the epoch that the main process sets.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._base = config.path
+        self._base, self._max_pixels = config.path, config.max_pixels
         entries, self.problems = config.entries(split)
         if not entries:
             sources = ", ".join(str(source) for source in config.split(split))
@@ -142,6 +142,11 @@ class DetectionDataset(Dataset[Sample]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that augmentation and order are drawn for; call it before iterating. Reaches all workers."""
         self._epoch.fill_(epoch)
+
+    def check_objects(self) -> None:
+        """DataError unless the split holds an object: without any, nothing is learned from it, and no AP measured on it."""
+        if self._no_object:
+            raise DataError(self._no_object)
 
     def digest(self) -> str:
         """SHA-256 of classes, file names, image sizes and labels; of pixels only their number counts."""
@@ -248,7 +253,7 @@ class DetectionDataset(Dataset[Sample]):
         return letterbox_of(self._sizes[index], self.image_size_px)[1]
 
     def _read(self, index: int) -> Tensor:
-        image = read_image(self.files[index])
+        image = read_image(self.files[index], self._max_pixels)
         if tuple(image.shape[1:]) != self._sizes[index]:
             raise DataError(f"{self.files[index]}: the image changed since the data set was opened; start again")
         return image
@@ -272,13 +277,13 @@ class DetectionDataset(Dataset[Sample]):
         of_sources = Annotations(as_rows([]), problems=tuple(self.problems))
         names = config.label_names or config.names
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            found = list(pool.map(_read_size_and_labels, entries))
+            found = list(pool.map(lambda entry: _read_size_and_labels(entry, config.max_pixels), entries))
         self.problems += [f"{reason}; the image was left out" for reason in found if isinstance(reason, str)]
-        readable = [(e.image, *row) for e, row in zip(entries, found, strict=True) if not isinstance(row, str)]
+        readable = [(e, *row) for e, row in zip(entries, found, strict=True) if not isinstance(row, str)]
         self.problems += [problem for _, _, labels in readable for problem in labels.problems]
         check_usable(self.split, [*(labels for _, _, labels in readable), of_sources], names)
         kept = [
-            (image, size, labels.mapped(config.class_map)) for image, size, labels in readable if not labels.unusable
+            (entry, size, labels.mapped(config.class_map)) for entry, size, labels in readable if not labels.unusable
         ]
         if not kept:
             raise DataError(
@@ -287,16 +292,21 @@ class DetectionDataset(Dataset[Sample]):
         before = sum(len(labels.rows) for _, _, labels in readable)
         if before and not any(len(labels.rows) for _, _, labels in kept):
             raise DataError(f"split {self.split!r}: no object of {', '.join(config.names)}; choose other classes")
-        self.files: tuple[Path, ...] = tuple(image for image, _, _ in kept)
+        self.files: tuple[Path, ...] = tuple(entry.image for entry, _, _ in kept)
         self._sizes: list[tuple[int, int]] = [size for _, size, _ in kept]
         self._labels = [labels.rows.astype(np.float32) for _, _, labels in kept]
         self._ignored = [labels.ignored.astype(np.float32) for _, _, labels in kept]
+        self._no_object = ""
+        if not any(map(len, self._labels)):
+            self._no_object = no_object(
+                self.split, list(dict.fromkeys(entry.labels for entry, _, _ in kept)), len(kept)
+            )
 
 
-def _read_size_and_labels(entry: Entry) -> tuple[tuple[int, int], Annotations] | str:
+def _read_size_and_labels(entry: Entry, max_pixels: int) -> tuple[tuple[int, int], Annotations] | str:
     """The (height, width) and annotations of an image, or why its file cannot be read; nothing is decoded."""
     try:
-        size = read_size(entry.image)
+        size = read_size(entry.image, max_pixels)
     except DataError as error:
         return str(error)
     return size, entry.read(size)

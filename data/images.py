@@ -7,8 +7,10 @@ pixel side by side in memory (channels last): decoders and OpenCV write them so,
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,33 +22,40 @@ from torch import Tensor
 
 from .errors import DataError
 from .letterbox import Letterbox
+from .settings import MAX_PIXELS
 
 FILL = 114
 """The grey of every pixel that no image covers: YOLOv5's, so that its checkpoints see what they were trained on."""
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".mpo", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 # Pillow's plugins raise these for damaged files, SyntaxError and ValueError among them.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
 _EMPTY = "the file has 0 bytes"
 _EXIF_ORIENTATION = 0x0112
 
 
-def read_image(path: Path) -> Tensor:
-    """Decode an image file to RGB uint8 [3, H, W], turned upright as its EXIF says; DataError if that cannot be done."""
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode an image file to RGB uint8 [3, H, W], turned upright as its EXIF says; DataError if that cannot be done.
+
+    Of grey images of 16 bits a value, and of colour ones, the upper 8 bits count, as for OpenCV's ``imread`` (which rounds
+    in colour TIFF files: one in 255 apart). Of several images in a file (MPO, TIFF) the first is taken.
+    """
     content = read_bytes(path)
     try:
-        if not content:
-            raise OSError(_EMPTY)
-        with Image.open(io.BytesIO(content)) as image:
+        with _open(path, max_pixels, content) as image:
             return pixels_of(image)
+    except DataError:
+        raise
     except _UNREADABLE as error:
         raise _damaged(path, error) from error
 
 
 def pixels_of(image: Image.Image) -> Tensor:
-    """A Pillow image as RGB uint8 [3, H, W], turned upright as its EXIF says."""
-    pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    """A Pillow image as RGB uint8 [3, H, W], turned upright as its EXIF says; of 16 bits a value the upper 8."""
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):  # Pillow would clip at 255
+        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -57,19 +66,19 @@ def read_bytes(path: Path) -> bytes:
         raise _damaged(path, error) from error
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """Return (height, width), upright; DataError if the file is visibly damaged. As a rule no pixel is decoded."""
+def read_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return (height, width), upright; DataError as ``read_image`` for what is visibly wrong. As a rule no pixel is decoded."""
     try:
-        with _open(path) as image:
+        with _open(path, max_pixels) as image:
             image.verify()
         # A verified image is spent: Pillow wants it opened again.
-        with _open(path) as image:
+        with _open(path, max_pixels) as image:
             width, height = image.size
             turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            is_jpeg = image.format == "JPEG"
+            is_jpeg = image.format in ("JPEG", "MPO")
         if is_jpeg and not _ends_as_jpeg(path):
             # Cut off, or whole with something appended: only decoding tells.
-            read_image(path)
+            read_image(path, max_pixels)
     except DataError:
         raise
     except _UNREADABLE as error:
@@ -83,10 +92,23 @@ def _ends_as_jpeg(path: Path) -> bool:
         return file.read() == b"\xff\xd9"
 
 
-def _open(path: Path) -> Image.Image:
-    if path.stat().st_size == 0:
+@contextlib.contextmanager
+def _open(path: Path, max_pixels: int, content: bytes | None = None) -> Iterator[Image.Image]:
+    """A file, or its ``content``, with nothing decoded; DataError where its pixels are too many, or no bytes."""
+    if (path.stat().st_size if content is None else len(content)) == 0:
         raise OSError(_EMPTY)
-    return Image.open(path)
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's limit, of the whole process; it warns at a half, and is not the user's
+    with Image.open(path if content is None else io.BytesIO(content)) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise DataError(
+                f"{path}: {width} x {height} pixels, expected at most {max_pixels}; give a larger --max-pixels to read it, "
+                "or remove it"
+            )
+        if image.mode in ("F", "I"):
+            kind = "floats" if image.mode == "F" else "integers of 32 bits or with a sign"
+            raise DataError(f"{path}: its pixels are {kind}, expected values of 8 or 16 bits; convert or remove it")
+        yield image
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

@@ -1,6 +1,8 @@
 """Label files of one image: YOLO's text and Pascal VOC's XML.
 
-YOLO: one object a line, ``class cx cy w h`` normalised to the image, or a polygon ``class x1 y1 x2 y2 ...``.
+YOLO: one object a line, ``class cx cy w h`` normalised to the image, or a polygon ``class x1 y1 x2 y2 ...``, which counts as the
+box around it. Boxes are clipped to the image. What no annotator draws is refused: a centre or a side that is by more than 0.01
+outside of 0 to 1.
 
 VOC (http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc): pixels are counted from 1 and the last one belongs to the box, so
 that xmin 1, xmax 10 is the box from 0 to 10.
@@ -27,8 +29,8 @@ from .annotations import (
 )
 from .errors import DataError
 
-_TOLERANCE = 1e-6
-"""Writers round: 1.0000001 is 1."""
+_TOLERANCE = 0.01
+"""By how much a centre may lie outside of the image, or a side be longer than it: tools draw and round over the edge."""
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _MAX_BYTES = 1 << 28
 """Of a text that says what images hold; a list of a million names has a tenth of it."""
@@ -91,16 +93,16 @@ def parse_label(line: str, num_classes: int) -> Row:
     kind, *coordinates = values
     if kind != int(kind) or not 0 <= kind < num_classes:
         raise ClassRangeError(f"class {kind:g}, expected 0 to {num_classes - 1}")
-    wrong = [value for value in coordinates if not -_TOLERANCE <= value <= 1 + _TOLERANCE]
-    if wrong:
-        raise ValueError(f"coordinate {wrong[0]:g}, expected 0 to 1 (a fraction of the image)")
     if len(coordinates) == 4:
         cx, cy, w, h = coordinates
-        x1, y1, x2, y2 = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
+        corners = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
     else:
         xs, ys = coordinates[0::2], coordinates[1::2]
-        x1, y1, x2, y2 = min(xs), min(ys), max(xs), max(ys)
-    corners = [min(max(value, 0.0), 1.0) for value in (x1, y1, x2, y2)]
+        corners = (min(xs), min(ys), max(xs), max(ys))
+        cx, cy, w, h = (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)
+    for what, value in (("centre x", cx), ("centre y", cy), ("width", w), ("height", h)):
+        if not -_TOLERANCE <= value <= 1 + _TOLERANCE:
+            raise ValueError(f"{what} {value:g}, expected 0 to 1 (a fraction of the image)")
     return row_from_pixels(int(kind), corners, (1, 1))
 
 

@@ -10,6 +10,15 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 Cache = Literal["ram", "disk", "none"]
+MAX_PIXELS = 178_956_970
+"""Where Pillow takes an image for an attack on the memory: 512 MiB of RGB."""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Images."""
+
+    max_pixels: Annotated[int, "an image of more pixels (height times width) is not read", "at least 1"] = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class DataSettings:
         tuple[int | str, ...], "names or numbers of the classes to look at, in their new order; else all"
     ] = ()
     single_cls: Annotated[bool, "all classes as one, named object"] = False
+    images: ImageSettings = ImageSettings()
 
 
 @dataclass(frozen=True)

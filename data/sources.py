@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .annotations import Entry
 from .coco import coco_categories, coco_entries
@@ -46,7 +48,7 @@ def find_entries(
         else:
             images, labelled = _labelled(source, base, labels)
             found = [_entry(image, names, labelled) for image in images]
-            if labelled == "voc" and found and not any(entry.labels and entry.labels.is_file() for entry in found):
+            if labelled == "voc" and found and not any(entry.labels.is_file() for entry in found):
                 logger.warning("%s: no annotation at all; its %d images count as background", source, len(found))
         for entry in found:
             entries.setdefault(entry.image, entry)
@@ -79,7 +81,7 @@ def class_names(sources: Sequence[Path], base: Path, labels: str | None = None) 
 
 
 def find_images(sources: Sequence[Path], base: Path) -> list[Path]:
-    """Images of folders (searched deeply, sorted), list files and single files, each once, in the order of the sources."""
+    """Images of folders (searched deeply, links too; sorted), lists and single files, each once, in the sources' order."""
     found = (image for source in sources for image in _images_of(source, base))
     return list(dict.fromkeys(found))
 
@@ -114,7 +116,7 @@ def _entry(image: Path, names: Sequence[str], labelled: str) -> Entry:
 def _voc_images(source: Path) -> Iterator[Path]:
     folder = source.parents[2] / "JPEGImages"
     suffixes = (".jpg", *sorted(IMAGE_SUFFIXES - {".jpg"}))
-    for line in _read_list(source):
+    for line in read_list(source):
         name, _, flag = line.rpartition(" ")
         listed, left_out = (name.strip(), flag == "-1") if flag in ("-1", "0", "1") and name else (line, False)
         if not left_out:
@@ -124,9 +126,9 @@ def _voc_images(source: Path) -> Iterator[Path]:
 
 def _images_of(source: Path, base: Path) -> Iterator[Path]:
     if source.is_dir():
-        yield from sorted(p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        yield from sorted(p for p in _files_below(source) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     elif source.suffix.lower() == ".txt":
-        for line in _read_list(source):
+        for line in read_list(source):
             entry = Path(line)
             beside = source.parent / entry
             yield beside if line.startswith("./") or beside.exists() else base / entry
@@ -134,10 +136,29 @@ def _images_of(source: Path, base: Path) -> Iterator[Path]:
         yield source
 
 
-def _read_list(source: Path) -> list[str]:
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files at any depth, in folders that links lead to as well; of a folder that is reached twice the first way counts."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename}: the folder cannot be read ({error.strerror}); make it readable") from error
+
+    seen: set[str] = set()
+    ways = [str(folder)]
+    while ways:  # links last: they may lead into folders that have a name of their own
+        for place, folders, files in os.walk(ways.pop(0), onerror=refuse):
+            if (real := os.path.realpath(place)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            ways += [way for name in folders if os.path.islink(way := os.path.join(place, name))]
+            yield from (Path(place, name) for name in files)
+
+
+def read_list(source: Path) -> list[str]:
     """The lines of a list file that are not empty."""
     try:
         lines = regular(source).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: the list of images cannot be read ({error}); expected a path a line") from error
+        raise DataError(f"{source}: the list cannot be read ({error}); expected a path a line") from error
     return [line.strip() for line in lines if line.strip()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def open_data(settings: DataSettings) -> DataConfig:
     if not make_described_shapes(settings.data, settings.data_root) and settings.download:
         download_data(settings.data, settings.data_root)
     config = load_data_config(settings.data, settings.data_root)
+    config = replace(config, max_pixels=settings.images.max_pixels)
     config = config.select(settings.classes) if settings.classes else config
     return config.single() if settings.single_cls else config
 

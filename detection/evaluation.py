@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from data import DetectionDataset
+from data.results import result_ids
 from deploy import RuntimeSettings
 from engine import Evaluation, save_coco_json
 from slim import SlimError
@@ -69,6 +70,7 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
             rect_stride_px=detector.stride_px if flags.rect else None,
             canvas_hw=None if flags.rect else sides,
         )
+        ids = result_ids(config, flags.split, evaluator.dataset.files) if flags.save_json else None
         evaluation = detector.evaluate(evaluator)
         (tiles,) = draw_networks(
             {"": AsModel(detector.network)}, evaluator.dataset, canvas_hw=sides, postprocess=detector.detections
@@ -80,8 +82,8 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
     run.log_picture("detections", torch.cat(tiles, 2))
     run.close()
     write_report(run)
-    if flags.save_json:
-        save_coco_json(evaluation.detections, run.path / "predictions.json")
+    if ids is not None:
+        save_coco_json(ids.results(evaluation.detections), run.path / "predictions.json")
     print(f"{flags.weights} on {flags.split}: {detector.describe(sides)}")
     print(evaluation)
     return evaluation

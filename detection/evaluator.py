@@ -39,6 +39,7 @@ class Evaluator:
         rect_stride_px: int | None = None,
         canvas_hw: tuple[int, int] | None = None,
     ) -> None:
+        dataset.check_objects()
         self.loader = build_loader(
             dataset, batch_size, shuffle=False, workers=workers, rect_stride_px=rect_stride_px, canvas_hw=canvas_hw
         )

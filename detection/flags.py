@@ -9,7 +9,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NoReturn
 
-from data.settings import Augment, DataSettings, LoaderSettings, SamplingSettings
+from data.settings import Augment, DataSettings, ImageSettings, LoaderSettings, SamplingSettings
 from deploy.settings import Engine, Int8Settings, LatencySettings, RuntimePrecision, RuntimeSettings, TrustSettings
 from engine.settings import OptimConfig, SparsitySettings, TrainConfig
 from models.settings import DistillGains, LossGains, NmsSettings
@@ -333,7 +333,10 @@ class ValFlags(ScriptFlags):
         "exported file's own, or 320",
     ] = None
     rect: Annotated[bool, "rectangular batches with little padding instead of squares: faster"] = False
-    save_json: Annotated[bool, "also write predictions.json (COCO results) to the run folder"] = False
+    save_json: Annotated[
+        bool,
+        "also write predictions.json to the run folder: COCO results, by the ids of the data set's COCO file or of YOLOv5",
+    ] = False
     runtime: RuntimeSettings = RuntimeSettings()
     trust: TrustSettings = TrustSettings()
     nms: NmsSettings = NmsSettings(conf=0.001, iou=0.65)
@@ -421,7 +424,8 @@ class DetectFlags(ScriptFlags):
     ] = ""
     download: Annotated[bool, "fetch --weights first where they are missing and published (yolov5n.pt)"] = False
     source: Annotated[
-        tuple[str, ...], "images, videos, folders, globs, the number of a webcam, addresses of streams (rtsp://...)"
+        tuple[str, ...],
+        "images, videos, folders, globs, .txt lists of these, the number of a webcam, addresses of streams (rtsp://...)",
     ] = ()
     img: Annotated[
         tuple[int, ...],
@@ -437,6 +441,7 @@ class DetectFlags(ScriptFlags):
     save_conf: Annotated[bool, "with --save-txt: also the scores"] = False
     save_json: Annotated[bool, "also write detections.json"] = False
     nosave: Annotated[bool, "write no annotated images and videos"] = False
+    images: ImageSettings = ImageSettings()
     runtime: RuntimeSettings = RuntimeSettings(num_cores=2)
     trust: TrustSettings = TrustSettings()
     nms: NmsSettings = NmsSettings()

@@ -208,8 +208,8 @@ def with_fake_quantisers(
 
 
 def training_set(flags: TrainFlags, config: DataConfig, world: World | None = None) -> DetectionDataset:
-    """The training split, augmented."""
-    return DetectionDataset(
+    """The training split, augmented; DataError where it holds no object."""
+    train_set = DetectionDataset(
         config,
         "train",
         flags.img,
@@ -220,6 +220,8 @@ def training_set(flags: TrainFlags, config: DataConfig, world: World | None = No
         image_weights=flags.sampling.image_weights,
         holders=1 if world is None else world.local_size,
     )
+    train_set.check_objects()
+    return train_set
 
 
 def training_loader(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -61,7 +60,7 @@ class ImageMatches:
 
     Args:
         ground_truth: a COCO dict, such as a DetectionDataset's
-        detections: COCO results, such as `val.py --save-json` writes; their image ids must be in the ground truth
+        detections: COCO results; their image ids must be in the ground truth
 
     Raises SlimError for a ground truth without objects.
     """
@@ -134,7 +133,7 @@ def append_bootstrap_rows(
     path: Path,
     ground_truth: CocoDict,
     pairs: pd.DataFrame,
-    predictions: Callable[[str], Path],
+    predictions: Callable[[str], list[CocoDict]],
     *,
     resamples: int = 1000,
 ) -> int:
@@ -144,7 +143,7 @@ def append_bootstrap_rows(
         path: of bootstrap.csv; made where it is missing
         ground_truth: of the one split and data set of all pairs
         pairs: as `compared_runs` gives them
-        predictions: by a run's hash, its predictions.json on that split
+        predictions: by a run's hash, its detections on that split, with the ids of the ground truth
         resamples: of the images
 
     Returns the number of new rows. Raises what `bootstrap_difference` raises.
@@ -155,7 +154,7 @@ def append_bootstrap_rows(
 
     @cache
     def matches(run: str) -> ImageMatches:
-        return ImageMatches(ground_truth, json.loads(predictions(run).read_text(encoding="utf-8")))
+        return ImageMatches(ground_truth, predictions(run))
 
     # A pair takes seconds to a minute: each is written as it is found.
     for pair in progress(new.to_dict("records"), desc="pairs on resampled images", leave=False):

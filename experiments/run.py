@@ -8,13 +8,17 @@ The same command continues after anything. A run whose rows stand in experiments
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from data import DetectionDataset
+from data.results import ResultIds, result_ids
 from data.settings import DataSettings
 from detection.command import run_script
 from detection.datasets import open_data
@@ -149,11 +153,15 @@ def compare_on_resamples(schedule: Schedule, flags: GridFlags) -> int:
         for run in {run.stages[0].data.file: run for run in schedule.runs}.values():
             of_data = pairs[pairs["data"] == Path(run.stages[0].data.file).stem]
             config = open_data(DataSettings(data=run.stages[0].data.file, data_root=flags.data_root))
-            truth = DetectionDataset(
-                config, spec.split, schedule.grid["flags"].get("img", 320), cache="none"
-            ).ground_truth()
-            count += append_bootstrap_rows(Path(flags.results) / BOOTSTRAP, truth, of_data, files.__getitem__)
+            dataset = DetectionDataset(config, spec.split, schedule.grid["flags"].get("img", 320), cache="none")
+            detections = functools.partial(_detections, files, result_ids(config, spec.split, dataset.files))
+            count += append_bootstrap_rows(Path(flags.results) / BOOTSTRAP, dataset.ground_truth(), of_data, detections)
     return count
+
+
+def _detections(files: Mapping[str, Path], ids: ResultIds, run: str) -> list[dict[str, Any]]:
+    """The predictions of a run, by the indices of images and classes."""
+    return ids.indices(json.loads(files[run].read_text(encoding="utf-8")))
 
 
 def cli(argv: list[str] | None = None) -> int:

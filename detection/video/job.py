@@ -84,7 +84,7 @@ class DetectJob:
         given = 0
         for source in self.sources:
             try:
-                for picture in read_pictures(source, self.flags.vid_stride):
+                for picture in read_pictures(source, self.flags.vid_stride, self.flags.images.max_pixels):
                     given += 1
                     yield picture
             except DataError as error:

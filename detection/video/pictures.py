@@ -23,6 +23,7 @@ from torch import Tensor
 from data.errors import DataError
 from data.images import FILL, Canvas, read_image
 from data.letterbox import Letterbox
+from data.settings import MAX_PIXELS
 
 from .sources import MediaSource
 
@@ -132,14 +133,14 @@ class VideoInfo:
     """How luma and chroma stand for colours: the attributes of a codec that say so."""
 
 
-def read_pictures(source: MediaSource, vid_stride: int = 1) -> Iterator[Picture]:
+def read_pictures(source: MediaSource, vid_stride: int = 1, max_pixels: int = MAX_PIXELS) -> Iterator[Picture]:
     """An image, or every ``vid_stride``-th frame of a video; of a source that does not wait, always the newest.
 
     DataError where it cannot be opened or read; and at the end of a video that ends early or was damaged on the way, when all
     that could be read was given.
     """
     if source.is_image:
-        yield ImagePicture(source, read_image(Path(source.where)))
+        yield ImagePicture(source, read_image(Path(source.where), max_pixels))
         return
     with _open(source) as container:
         if not container.streams.video:

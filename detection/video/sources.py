@@ -1,4 +1,4 @@
-"""What can be looked at: image and video files, folders and globs of them, cameras and network streams."""
+"""What can be looked at: image and video files, folders, globs and lists of them, cameras and network streams."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Literal
 
 from data.errors import DataError
 from data.images import IMAGE_SUFFIXES
+from data.sources import read_list
 
 _KINDS = "3gp asf avi flv gif m2ts m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv y4m"
 VIDEO_SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split())
-_EXPECTED = "expected an image, a video, a folder or glob of them, the number of a camera or an address such as rtsp://"
+_EXPECTED = "expected an image, a video, a folder, a glob or a .txt list of them, the number of a camera or an address such as rtsp://"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class MediaSource:
 def find_sources(given: Sequence[str]) -> list[MediaSource]:
     """What the words of a command line name, in their order, a folder's and a glob's files sorted by name.
 
-    A number or ``/dev/video...`` is a camera, what holds ``://`` a stream. DataError where a word names nothing.
+    A number or ``/dev/video...`` is a camera, what holds ``://`` a stream, a ``.txt`` a list of all these, one a line, with
+    paths from the working folder or the list's own. DataError where a word names nothing.
     """
     found = dict.fromkeys(source for word in given for source in _named(word))
     if not found:
@@ -71,13 +73,29 @@ def _named(word: str) -> list[MediaSource]:
             raise DataError(f"{word}: no image and no video in this folder; folders below it are not looked at")
         return [_of_file(file) for file in files]
     if path.is_file():
-        return [_of_file(path)]
+        return _listed(path) if path.suffix.lower() == ".txt" else [_of_file(path)]
     if glob.has_magic(word):
         files = [file for file in map(Path, sorted(glob.glob(word, recursive=True))) if _is_known(file)]
         if not files:
             raise DataError(f"{word}: no image and no video matches")
         return [_of_file(file) for file in files]
     raise DataError(f"{word}: no such file or folder; {_EXPECTED}")
+
+
+def _listed(file: Path) -> list[MediaSource]:
+    found: list[MediaSource] = []
+    for line in read_list(file):
+        beside = file.parent / line
+        word = str(beside) if beside.exists() and not Path(line).exists() else line
+        if Path(word).suffix.lower() == ".txt":
+            raise DataError(f"{file}: it lists {line}, another list; give both to --source")
+        try:
+            found += _named(word)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from error
+    if not found:
+        raise DataError(f"{file}: the list is empty; {_EXPECTED}")
+    return found
 
 
 def _is_known(path: Path) -> bool:

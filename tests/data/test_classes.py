@@ -53,10 +53,10 @@ def test_a_name_that_is_a_number_wins(four: DataConfig) -> None:
     assert classes(config.select(["0"])) == [[0], [0]] and classes(config.select(["2"])) == [[0], []]
 
 
-def test_a_class_out_of_range_is_still_a_problem(four: DataConfig) -> None:
+def test_a_class_out_of_range_is_still_an_error(four: DataConfig) -> None:
     (four.path / "labels" / "train" / "b.txt").write_text("4 0.5 0.5 0.2 0.2")
-    dataset = DetectionDataset(four.select([1]), "train", 32)
-    assert len(dataset.problems) == 1 and "class 4, expected 0 to 3" in dataset.problems[0]
+    with pytest.raises(DataError, match=r"1 of 5 labels are of none of the 4 classes .*: class 4, expected 0 to 3; "):
+        DetectionDataset(four.select([1]), "train", 32)
 
 
 @pytest.mark.parametrize(

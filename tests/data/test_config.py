@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ def test_forms_of_names(tmp_path: Path, names: str) -> None:
         ("nc: 3\nnames: [red, green]", "nc is 3 but there are 2 names; correct one of them or leave nc out"),
         ("nc: two\nnames: [red]", "nc is 'two', expected the number of classes, a whole number of at least 1"),
         ("nc: 2", "names is None, expected a list of class names or a mapping like {0: person}"),
+        ("names: [red, '1', red, 1]", "classes 0 and 2 are both named 'red'; give each class a name of its own"),
+        ("names: {0: 1, 1: '1'}", "classes 0 and 1 are both named '1'; give each class a name of its own"),
         ("names: []", "names is [], expected a list of class names or a mapping like {0: person}"),
         ("names: [a]\nval: [3]", "val holds 3, expected a folder, a list file or a list of these"),
         ("names: [a]\npath: 3", "path is 3, expected a folder"),
@@ -122,10 +125,42 @@ def test_a_list_file_may_be_relative_to_its_own_folder(tmp_path: Path) -> None:
     assert find_images(config.split("val"), config.path) == [tmp_path / "set" / "lists" / "images" / "one" / "a.PNG"]
 
 
+def test_links_to_folders_are_followed_and_circles_end(tmp_path: Path) -> None:
+    make_set(tmp_path, "images/train/plain", "far/one", "far/two")
+    train = tmp_path / "images" / "train"
+    (train / "linked").symlink_to(tmp_path / "far", target_is_directory=True)
+    (train / "again").symlink_to(train / "plain", target_is_directory=True)
+    (train / "up").symlink_to(tmp_path / "images", target_is_directory=True)
+    (tmp_path / "far" / "two" / "self").symlink_to(tmp_path / "far", target_is_directory=True)
+    (tmp_path / "val").symlink_to(tmp_path / "far" / "one", target_is_directory=True)
+    config = load_data_config(write(tmp_path, f"path: {tmp_path}\ntrain: images/train\nval: val\n{NAMES}"))
+    found = [p.relative_to(train).as_posix() for p in find_images(config.split("train"), config.path)]
+    folders = ("linked/one", "linked/two", "plain")
+    assert found == [f"{folder}/{name}" for folder in folders for name in ("a.PNG", "b.jpg")]
+    assert find_images(config.split("val"), config.path) == [tmp_path / "val" / "a.PNG", tmp_path / "val" / "b.jpg"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests as root can read all folders."""
+    make_set(tmp_path, "images/train/closed")
+
+    def denied(place: str) -> object:
+        if Path(place).name == "closed":
+            raise PermissionError(13, "Permission denied", place)
+        return scandir(place)
+
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(
+        DataError, match=r"images/train/closed: the folder cannot be read \(Permission denied\); make it"
+    ):
+        find_images([tmp_path / "images" / "train"], tmp_path)
+
+
 def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_bytes(b"\xff\xfe")
     config = load_data_config(write(tmp_path, f"val: val.txt\n{NAMES}"))
-    with pytest.raises(DataError, match=r"val\.txt: the list of images cannot be read"):
+    with pytest.raises(DataError, match=r"val\.txt: the list cannot be read"):
         find_images(config.split("val"), config.path)
 
 
@@ -173,6 +208,27 @@ def test_yolov5_paths_beside_its_checkout_and_exports_with_dots(tmp_path: Path) 
     make_set(tmp_path / "export", "train/images")
     config = load_data_config(write(tmp_path / "export", f"train: ../train/images\n{NAMES}"))
     assert config.split("train") == (tmp_path / "export" / "train" / "images",)
+
+
+@pytest.mark.parametrize(
+    ("entry", "place"),
+    [
+        ("../mydata/images/train", "mydata/images/train"),
+        ("X-1/train/images", "cwd/X-1/train/images"),
+        ("X-1/train/images", "elsewhere/X-1/train/images"),
+        ("../train/images", "elsewhere/X-1/train/images"),
+        ("train/images", "elsewhere/X-1/train/images"),
+    ],
+)
+def test_without_a_path_splits_are_looked_for_around(tmp_path: Path, entry: str, place: str) -> None:
+    """From the working folder, the YAML's own, and the one that holds it; an empty ``path`` is none."""
+    (tmp_path / "elsewhere" / "X-1").mkdir(parents=True)
+    make_set(tmp_path, place)
+    for path in ("", "path:\n", "path: ''\n"):
+        config = load_data_config(write(tmp_path / "elsewhere" / "X-1", f"{path}train: {entry}\n{NAMES}"))
+        (found,) = config.split("train")
+        assert found.resolve() == tmp_path / place
+        assert len(find_images([found], config.path)) == 2
 
 
 def test_splits_that_are_not_there(tmp_path: Path) -> None:

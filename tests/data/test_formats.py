@@ -306,8 +306,6 @@ def test_coco_files_that_contradict_themselves(tmp_path: Path, changes: dict[str
     [
         ({"image_id": 5}, "image id 5 is not among its images"),
         ({"image_id": None}, "image id None is not among its images"),
-        ({"category_id": 4}, "category id 4 is not among its categories"),
-        ({"category_id": 90}, "category 'cow' is not among the names of the data.yaml"),
         ({"bbox": [50, 5, 20, 10]}, "a box outside the image of 40x20 pixels"),
         ({"bbox": [-30, 5, 20, 10]}, "a box outside the image of 40x20 pixels"),
         ({"bbox": [10, 5, 0, 10]}, "a box of zero area"),
@@ -321,8 +319,7 @@ def test_coco_files_that_contradict_themselves(tmp_path: Path, changes: dict[str
 def test_a_bad_annotation_is_named_and_left_out(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     content = coco(tmp_path)
     bad = {**content["annotations"][0], "id": 77, **change}
-    categories = [*content["categories"], {"id": 90, "name": "cow"}]
-    coco(tmp_path, annotations=[*content["annotations"], bad], categories=categories)
+    coco(tmp_path, annotations=[*content["annotations"], bad])
     dataset = open_coco(tmp_path)
     file = tmp_path / "annotations" / "instances_val.json"
     assert dataset.problems == [f"{file}: annotation 77: {reason}; the annotation was left out"]
@@ -351,12 +348,40 @@ def test_listed_images_that_are_missing_or_of_another_size(tmp_path: Path) -> No
     ]
 
 
-def test_annotations_that_are_all_of_other_classes_are_an_error(tmp_path: Path) -> None:
-    coco(tmp_path)
-    with pytest.raises(
-        DataError, match=r"^split 'val': no label is of a class that the data\.yaml names; for example .*'c"
-    ):
-        open_coco(tmp_path, names=["horse"])
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        (4, "category id 4 is not among its categories"),
+        (None, "category id None is not among its categories"),
+        ([4], "category id [4] is not among its categories"),
+        (90, "category 'cow' is not among the names of the data.yaml"),
+    ],
+)
+def test_annotations_of_other_classes_are_an_error(tmp_path: Path, key: object, reason: str) -> None:
+    content = coco(tmp_path)
+    bad = {**content["annotations"][0], "id": 77, "category_id": key}
+    categories = [*content["categories"], {"id": 90, "name": "cow"}]
+    coco(tmp_path, annotations=[*content["annotations"], bad], categories=categories)
+    with pytest.raises(DataError) as error:
+        open_coco(tmp_path)
+    file = tmp_path / "annotations" / "instances_val.json"
+    assert str(error.value) == (
+        "split 'val': 1 of 4 labels are of none of the 2 classes that the data.yaml names; the first: "
+        f"{file}: annotation 77: {reason}; correct names and nc, or the labels"
+    )
+
+
+def test_two_categories_of_one_name(tmp_path: Path) -> None:
+    """Exports often have one for the whole set that no annotation uses."""
+    content = coco(tmp_path)
+    twice = [*content["categories"], {"id": 1, "name": "dog"}]
+    coco(tmp_path, categories=twice)
+    assert [sample.targets[0, 0].item() for sample in open_coco(tmp_path)] == [0, 1]
+    assert open_coco(tmp_path, names=None).names == ("cat", "dog")
+    annotations = [*content["annotations"], {**content["annotations"][0], "category_id": 1, "bbox": [1, 1, 9, 9]}]
+    coco(tmp_path, categories=twice, annotations=annotations)
+    with pytest.raises(DataError, match=r"instances_val\.json: category ids 18 and 1 are both named 'dog'; give each"):
+        open_coco(tmp_path)
 
 
 def test_annotations_of_other_images_alone_are_an_error(tmp_path: Path) -> None:
@@ -370,7 +395,12 @@ def test_annotations_of_other_images_alone_are_an_error(tmp_path: Path) -> None:
 
 def test_no_annotation_at_all_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     coco(tmp_path / "coco", annotations=[])
-    assert open_coco(tmp_path / "coco").ground_truth()["annotations"] == []
+    dataset = open_coco(tmp_path / "coco")
+    assert dataset.ground_truth()["annotations"] == []
+    with pytest.raises(
+        DataError, match=r"no object in its 2 images; of their 1 label files all exist, but none .*val\.json"
+    ):
+        dataset.check_objects()
     assert "instances_val.json: no annotation at all; its 2 images count as background" in caplog.text
     listed = voc(tmp_path / "voc", {"a": ""})
     (tmp_path / "voc" / "Annotations" / "a.xml").unlink()
@@ -381,7 +411,6 @@ def test_no_annotation_at_all_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (voc_object("cow", (1, 1, 4, 4)), "object 2 (cow): class 'cow' is not among the names of the data.yaml"),
         (voc_object("dog", (45, 1, 60, 4)), "object 2 (dog): a box outside the image of 40x20 pixels"),
         (voc_object("dog", (5, 4, 4, 9)), "object 2 (dog): a box of zero area"),
         (voc_object("dog", (1, "x", 4, 4)), "object 2 (dog): no number for ymin in its bndbox"),
@@ -394,6 +423,17 @@ def test_a_bad_object_is_named_and_left_out(tmp_path: Path, text: str, reason: s
     dataset = open_voc(tmp_path)
     assert dataset.problems == [f"{tmp_path / 'Annotations' / 'a.xml'}: {reason}; the object was left out"]
     assert len(dataset[0].targets) == 1
+
+
+def test_an_object_of_another_class_is_an_error(tmp_path: Path) -> None:
+    voc(tmp_path, {"a": voc_object("cat", (1, 1, 4, 4)) + voc_object("cow", (1, 1, 4, 4))})
+    with pytest.raises(DataError) as error:
+        open_voc(tmp_path)
+    file = tmp_path / "Annotations" / "a.xml"
+    assert str(error.value) == (
+        "split 'val': 1 of 2 labels are of none of the 2 classes that the data.yaml names; the first: "
+        f"{file}: object 2 (cow): class 'cow' is not among the names of the data.yaml; correct names and nc, or the labels"
+    )
 
 
 def test_an_image_whose_xml_is_broken_is_left_out(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import DataError
-from data.images import FILL, letterbox, letterbox_of, read_image, read_size, resize
+from data.images import FILL, IMAGE_SUFFIXES, letterbox, letterbox_of, read_image, read_size, resize
 from data.letterbox import Letterbox
 from tests.data.scenes import rectangle, visible_box
 
@@ -194,3 +195,73 @@ def test_damaged_images_are_named(tmp_path: Path, read: object, name: str, conte
     assert str(error.value).startswith(f"{path}: the image cannot be read (")
     assert str(error.value).count("\n") == 0
     assert str(error.value).endswith("; restore or remove it") and str(error.value).count("cannot be read") == 1
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff", "big-endian.tiff", "turned.png", "alpha.png", "colour.png"])
+def test_the_upper_half_of_16_bits_counts_as_in_opencv(tmp_path: Path, name: str) -> None:
+    channels = {"alpha.png": 4, "colour.png": 3}.get(name)
+    values = np.random.default_rng(0).integers(0, 2**16, (20, 31, channels or 1), dtype=np.uint16)
+    path, exif = tmp_path / name, Image.Exif()
+    exif[0x0112] = 6 if name == "turned.png" else 1
+    if channels:
+        cv2.imwrite(str(path), values)
+    else:
+        grey = values[..., 0].astype(">u2" if name == "big-endian.tiff" else "<u2")
+        Image.fromarray(grey).save(path, exif=exif)
+    found = read_image(path)
+    by_opencv = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    assert by_opencv is not None and (by_opencv == values[..., :3] >> 8).all()
+    expected = np.rot90(by_opencv, -1) if name == "turned.png" else by_opencv
+    assert np.array_equal(found.permute(1, 2, 0), expected[..., ::-1]) and read_size(path) == found.shape[1:]
+
+
+def test_colour_tiff_of_16_bits_is_one_apart_at_most(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 2**16, (20, 31, 3), dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / "a.tiff"), values)
+    expected = cv2.imread(str(tmp_path / "a.tiff"))
+    assert expected is not None
+    difference = read_image(tmp_path / "a.tiff").permute(1, 2, 0).numpy().astype(int) - expected[..., ::-1]
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("read", [read_image, read_size])
+@pytest.mark.parametrize(("kind", "said"), [(np.float32, "floats"), (np.int32, "integers of 32 bits or with a sign")])
+def test_other_values_are_refused(tmp_path: Path, read: Callable[[Path], object], kind: type, said: str) -> None:
+    path = tmp_path / "depth.tiff"
+    Image.fromarray(np.ones((4, 6), kind)).save(path)
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert str(error.value) == f"{path}: its pixels are {said}, expected values of 8 or 16 bits; convert or remove it"
+
+
+@pytest.mark.parametrize("read", [read_image, read_size])
+def test_the_limit_is_the_users(tmp_path: Path, read: Callable[[Path, int], object]) -> None:
+    path = tmp_path / "large.png"
+    Image.new("L", (60, 50)).save(path)
+    read(path, 3000)
+    with pytest.raises(DataError) as error:
+        read(path, 2999)
+    assert str(error.value) == (
+        f"{path}: 60 x 50 pixels, expected at most 2999; give a larger --max-pixels to read it, or remove it"
+    )
+
+
+def test_a_bomb_is_read_where_the_limit_is_above_it(tmp_path: Path) -> None:
+    """Pillow's own limit is 178956970; nothing of the file's 200 million pixels is decoded here."""
+    path = tmp_path / "bomb.png"
+    Image.new("1", (20000, 10000)).save(path)
+    with pytest.raises(DataError, match=r"bomb\.png: 20000 x 10000 pixels, expected at most 178956970; give a larger"):
+        read_size(path)
+    assert read_size(path, 200_000_000) == (10000, 20000)
+
+
+def test_the_first_picture_of_an_mpo_counts(tmp_path: Path) -> None:
+    path = tmp_path / "left-and-right.mpo"
+    left, right = (Image.new("RGB", (40, 30), colour) for colour in ("white", "black"))
+    left.save(path, save_all=True, append_images=[right])
+    with Image.open(path) as image:
+        assert image.format == "MPO" and path.suffix in IMAGE_SUFFIXES
+    assert read_size(path) == (30, 40) and read_image(path).min() > 250
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(DataError, match=r"left-and-right\.mpo: the image cannot be read"):
+        read_size(path)

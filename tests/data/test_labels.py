@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import DataError, DetectionDataset
+from data import DataConfig, DataError, DetectionDataset
 from data.labels import label_path, parse_label, read_labels
 from tests.data.scenes import rectangle, write_set
 
@@ -19,12 +19,13 @@ BAD = {
     "1 0.5 0.5 inf 0.2": "found '1 0.5 0.5 inf 0.2', expected finite numbers",
     "1 0.5 0.5 0.2": "found 4 fields, expected 5 (class cx cy w h) or a polygon (class x1 y1 x2 y2 ...)",
     "1 0.5 0.5 0.2 0.2 0.9": "found 6 fields, expected 5 (class cx cy w h) or a polygon (class x1 y1 x2 y2 ...)",
-    "4 0.5 0.5 0.2 0.2": "class 4, expected 0 to 3",
-    "-1 0.5 0.5 0.2 0.2": "class -1, expected 0 to 3",
-    "1.5 0.5 0.5 0.2 0.2": "class 1.5, expected 0 to 3",
-    "1 0.5 1.01 0.2 0.2": "coordinate 1.01, expected 0 to 1 (a fraction of the image)",
-    "1 320 240 64 48": "coordinate 320, expected 0 to 1 (a fraction of the image)",
-    "1 0.5 0.5 -0.2 0.2": "coordinate -0.2, expected 0 to 1 (a fraction of the image)",
+    "1 0.5 1.02 0.2 0.2": "centre y 1.02, expected 0 to 1 (a fraction of the image)",
+    "1 0.5 0.5 0.2 1.02": "height 1.02, expected 0 to 1 (a fraction of the image)",
+    "1 320 240 64 48": "centre x 320, expected 0 to 1 (a fraction of the image)",
+    "1 0.5 0.5 -0.2 0.2": "width -0.2, expected 0 to 1 (a fraction of the image)",
+    "1 1.2 0.1 0.9 0.1 1.2 0.4": "centre x 1.05, expected 0 to 1 (a fraction of the image)",
+    "1 0.1 0.1 1.3 0.1 0.3 0.4": "width 1.2, expected 0 to 1 (a fraction of the image)",
+    "1 100 200 300 200 300 400": "centre x 200, expected 0 to 1 (a fraction of the image)",
     "1 0.5 0.5 0 0.2": "a box of zero area",
     "1 0.1 0.1 0.2 0.1 0.3 0.1": "a box of zero area",
     GOOD: "the same object twice",
@@ -45,8 +46,19 @@ def test_a_polygon_becomes_its_box() -> None:
     assert parse_label("2 0.1 0.5 0.3 0.2 0.6 0.4 0.2 0.9", 3) == pytest.approx((2, 0.35, 0.55, 0.5, 0.7))
 
 
-def test_a_box_is_clipped_to_the_image_and_rounding_is_forgiven() -> None:
-    assert parse_label("0 0.9 0.5 0.4 1.0000001", 1) == pytest.approx((0, 0.85, 0.5, 0.3, 1.0))
+@pytest.mark.parametrize(
+    ("line", "row"),
+    [
+        ("0 0.9 0.5 0.4 1.0000001", (0, 0.85, 0.5, 0.3, 1.0)),
+        ("0 1.0021 0.5 0.4 0.2", (0, 0.90105, 0.5, 0.1979, 0.2)),
+        ("0 -0.005 0.5 0.1 1.009", (0, 0.0225, 0.5, 0.045, 1.0)),
+        ("0 0.8 0.2 1.0021 0.2 1.0021 0.6", (0, 0.9, 0.4, 0.2, 0.4)),
+        ("0 -0.2 0.2 0.4 0.2 0.4 0.6", (0, 0.2, 0.4, 0.4, 0.4)),
+    ],
+)
+def test_what_reaches_over_the_edge_is_clipped(line: str, row: tuple[float, ...]) -> None:
+    """Boxes and the boxes around polygons alike."""
+    assert parse_label(line, 1) == pytest.approx(row)
 
 
 def test_a_file_with_windows_marks_reads_like_any(tmp_path: Path) -> None:
@@ -74,24 +86,37 @@ def test_a_missing_or_empty_file_means_background(tmp_path: Path) -> None:
 def test_a_set_without_any_label_is_background(tmp_path: Path) -> None:
     dataset = DetectionDataset(write_set(tmp_path, {"a": rectangle(32, 32, (8, 8, 20, 20))}, {}), "train", 32)
     assert len(dataset) == 1 and dataset.ground_truth()["annotations"] == []
+    file = tmp_path / "labels" / "train" / "a.txt"
+    with pytest.raises(DataError) as error:
+        dataset.check_objects()
+    assert str(error.value) == (
+        f"split 'train': no object in its 1 images; of their 1 label files 1 do not exist, such as {file}; put the labels "
+        "there, or correct the data.yaml"
+    )
+    file.touch()
+    with pytest.raises(DataError, match="of their 1 label files all exist, but none holds one, such as "):
+        DetectionDataset(DataConfig(("a",), train=(tmp_path / "images",)), "train", 32).check_objects()
+    file.write_text("0 0.5 0.5 0.2 0.2")
+    DetectionDataset(DataConfig(("a",), train=(tmp_path / "images",)), "train", 32).check_objects()
 
 
-def test_classes_that_are_all_out_of_range_mean_a_wrong_class_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", ["7", "-1", "1.5"])
+def test_classes_out_of_range_are_counted_and_an_error(tmp_path: Path, wrong: str) -> None:
     image = rectangle(32, 32, (8, 8, 20, 20))
-    lines = {"a": ["7 0.5 0.5 0.2 0.2"], "b": ["5 0.5 0.5 0.2 0.2"]}
+    lines = {"a": ["0 0.5 0.5 0.2 0.2", f"{wrong} 0.5 0.5 0.2 0.2"], "b": ["2 0.5 0.5 0.2 0.2", GOOD]}
     with pytest.raises(DataError) as error:
         DetectionDataset(write_set(tmp_path, {"a": image, "b": image}, lines, num_classes=2), "train", 32)
     file = tmp_path / "labels" / "train" / "a.txt"
     assert str(error.value) == (
-        "split 'train': the class of every label is outside 0 to 1, so the class count is wrong: the data.yaml names 2 "
-        f"classes; for example {file}:1: class 7, expected 0 to 1; the line was left out"
+        "split 'train': 2 of 4 labels are of none of the 2 classes that the data.yaml names; the first: "
+        f"{file}:2: class {wrong}, expected 0 to 1; correct names and nc, or the labels"
     )
 
 
 def test_labels_in_pixels_are_an_error_not_an_empty_set(tmp_path: Path) -> None:
     image = rectangle(32, 32, (8, 8, 20, 20))
-    with pytest.raises(DataError, match=r"^split 'train': not one of its labels can be used: 2 problems, 1 of them cl"):
-        lines = ["1 16 16 12 12", "9 16 16 12 12"]
+    with pytest.raises(DataError, match=r"^split 'train': not one of its labels can be used: 2 problems, the first: "):
+        lines = ["1 16 16 12 12", "0 16 16 12 12"]
         DetectionDataset(write_set(tmp_path, {"a": image}, {"a": lines}), "train", 32)
 
 

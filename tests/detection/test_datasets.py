@@ -23,9 +23,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     files: list[Path] = []
     real = data.dataset.read_image
 
-    def read(path: Path) -> Any:
+    def read(path: Path, max_pixels: int) -> Any:
         files.append(path)
-        return real(path)
+        return real(path, max_pixels)
 
     monkeypatch.setattr(data.dataset, "read_image", read)
     return files

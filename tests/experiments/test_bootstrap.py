@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +109,9 @@ def test_rows_are_appended_once(tmp_path: Path) -> None:
     truth, found = two_images()
     read = []
 
-    def predictions(run: str) -> Path:
+    def predictions(run: str) -> list[dict[str, Any]]:
         read.append(run)
-        path = tmp_path / f"{run}.json"
-        path.write_text(json.dumps(found if run == "a1" else found[:1]))
-        return path
+        return found if run == "a1" else found[:1]
 
     def pair(run: str, against: str) -> pd.DataFrame:
         facts = ("grid", "0.3", "", 1, "bccd", "val", "l1", "gate", run, against)

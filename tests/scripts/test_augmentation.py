@@ -126,7 +126,7 @@ def test_rectangular_evaluation_sees_the_same_images(
     square, rect = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("square", "rect"))
     assert square["images"] == rect["images"] == 6 and square["macs"] == rect["macs"]
     found = json.loads((tmp_path / "rect" / "predictions.json").read_text())
-    assert {box["image_id"] for box in found} <= set(range(6))
+    assert {box["image_id"] for box in found} <= {f"shapes_{i:06d}" for i in range(6)}
     assert all(-1e-3 <= v <= 64 + 1e-3 for box in found for v in box["bbox"])
 
 

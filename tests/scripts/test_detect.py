@@ -345,3 +345,49 @@ def test_the_published_network_on_photographs(script: Runner, tmp_path: Path, na
         # Ours shrinks with antialias, the reference without.
         assert np.abs(np.array([x, y, x + w, y + h]) - [x1, y1, x2, y2]).max() < 8
     assert [row["score"] for row in found] == pytest.approx([row["conf"] for row in wanted], abs=0.04)
+
+
+def test_a_list_names_what_there_is(weights: Path, video: Path, script: Runner, tmp_path: Path) -> None:
+    for number, name in enumerate(("a.png", "b.mpo", "c.png")):
+        Image.fromarray(decoded(video)[number * 9]).save(tmp_path / name)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "list.txt").write_text(f"{tmp_path / 'c.png'}\n\n../b.mpo\n{video}\n")
+    run = tmp_path / "runs" / "exp"
+    flags = ("--weights", weights, "--img", 64, *CONF, "--save-json", "--project", tmp_path / "runs")
+    done = script("detect", *flags, "--source", tmp_path / "more" / "list.txt", tmp_path / "a.png")
+    assert done.code == 0, done.err
+    found = found_in(run)
+    assert {Path(row["file"]).name for row in found} <= {"c.png", "b.mpo", video.name, "a.png"}
+    outputs = json.loads((run / "detect.json").read_text())["outputs"]
+    assert [Path(file).name for file in outputs] == ["c.png", "b.mpo", "shapes.mp4", "a.png"]
+    for text, said in (
+        ("\n", ["list.txt: the list is empty; expected an image"]),
+        ("list.txt\n", ["list.txt: it lists list.txt, another list; give both to --source"]),
+        ("absent.png\n", ["list.txt: absent.png: no such file or folder"]),
+    ):
+        (tmp_path / "more" / "list.txt").write_text(text)
+        fails(script("detect", *flags, "--source", tmp_path / "more" / "list.txt"), *said)
+    with serve({"door.mp4": video.read_bytes()}) as server:
+        (tmp_path / "more" / "list.txt").write_text(f"{server.url}/door.mp4\n")
+        done = script("detect", *flags, "--source", tmp_path / "more" / "list.txt")
+    assert done.code == 0 and "40 frames" in done.out, done.err
+
+
+def test_16_bits_and_the_limit_of_pixels(weights: Path, video: Path, script: Runner, tmp_path: Path) -> None:
+    grey = decoded(video)[0].mean(2).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) << 8 | 99).save(tmp_path / "16.png")
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tiff")
+    flags = ("--weights", weights, "--img", *SIZE_HW, "--conf", 0.02, "--project", tmp_path / "runs")
+    done = script("detect", *flags, "--save-json", "--source", tmp_path / "8.png", tmp_path / "16.png")
+    assert done.code == 0, done.err
+    found = by_picture(found_in(tmp_path / "runs" / "exp"))
+    assert len(found[0]) and np.array_equal(found[0], found[1])
+    fails(script("detect", *flags, "--source", tmp_path / "float.tiff"), "float.tiff: its pixels are floats, expected")
+    height, width = grey.shape
+    too_few = ("--source", tmp_path / "8.png", "--max-pixels", height * width - 1)
+    fails(
+        script("detect", *flags, *too_few), f"8.png: {width} x {height} pixels, expected at most {height * width - 1};"
+    )
+    done = script("detect", *flags, "--source", tmp_path / "8.png", "--max-pixels", height * width)
+    assert done.code == 0, done.err

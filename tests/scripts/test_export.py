@@ -223,9 +223,9 @@ def test_one_image_is_decoded_for_the_proof(
 ) -> None:
     decoded: list[Path] = []
 
-    def counted(path: Path) -> Tensor:
+    def counted(path: Path, max_pixels: int) -> Tensor:
         decoded.append(path)
-        return read_image(path)
+        return read_image(path, max_pixels)
 
     monkeypatch.setattr("data.dataset.read_image", counted)
     done = script(
