@@ -146,10 +146,10 @@ def test_a_truncated_video_that_does_not_count_its_frames(tmp_path: Path) -> Non
 
 
 def test_what_is_no_video(tmp_path: Path, video: Path) -> None:
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.md").write_text("no picture")
     (tmp_path / "headless.mp4").write_bytes(video.read_bytes()[2000:])
     (tmp_path / "empty.mp4").touch()
-    for name in ("notes.txt", "headless.mp4", "empty.mp4"):
+    for name in ("notes.md", "headless.mp4", "empty.mp4"):
         with pytest.raises(
             DataError, match=rf"{name}: neither an image nor a whole video \(.+\); restore or remove it"
         ):
