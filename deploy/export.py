@@ -16,7 +16,7 @@ from slim import SlimError
 
 from .graph_wrappers import WithNms
 from .network import whole_or_nothing
-from .onnx_file import onnx_graph, save_onnx
+from .onnx_file import in_opset, onnx_graph, save_onnx, store_halves
 from .open_file import SUFFIXES, open_exported
 from .openvino_file import from_onnx, save_openvino
 from .torchscript_file import save_torchscript
@@ -55,6 +55,8 @@ def export_network(
     dynamic_stride_px: int | None = None,
     free_batch: bool = True,
     uint8_input: bool = False,
+    half_weights: bool = False,
+    opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
     prove: Callable[[Any, nn.Module, Tensor], float] = prove_equal,
 ) -> float:
@@ -72,6 +74,8 @@ def export_network(
         dynamic_stride_px: height and width of the images are free, in multiples of this; not for TorchScript
         free_batch: with ``dynamic_stride_px``: the number of images is free, too
         uint8_input: the file takes bytes 0..255 and scales them itself
+        half_weights: weights that are exact in 16 bits are stored so; runtimes compute in float32 as before. Not for TorchScript
+        opset: the operator set of an ONNX file; None for that of torch's exporter
         metadata: written into the file
         prove: the difference between two networks on images, or an error
 
@@ -95,9 +99,12 @@ def export_network(
         else:
             graph = onnx_graph(folded, images, dynamic_stride_px, free_batch, uint8_input)
             if path.suffix == ".onnx":
+                graph = graph if opset is None else in_opset(graph, opset)
+                if half_weights:
+                    store_halves(graph)
                 save_onnx(graph, temporary, metadata or {})
             else:
-                save_openvino(from_onnx(graph), temporary, metadata or {})
+                save_openvino(from_onnx(graph), temporary, metadata or {}, half_weights=half_weights)
         return prove(folded, open_exported(temporary, precision="float32"), images)
 
 

@@ -190,6 +190,37 @@ def _converted(model: nn.Module, images: Tensor, shapes: tuple[Any, ...] | None)
     return proto
 
 
+def in_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """The graph in another operator set, by ONNX's own converter; SlimError where that does not know the way."""
+    import onnx
+
+    try:
+        return onnx.version_converter.convert_version(proto, opset)
+    except Exception as error:  # the converter's errors have no common class but this
+        reason = str(error).strip().splitlines()[-1]
+        raise SlimError(
+            f"--opset {opset}: ONNX's converter cannot write this network so ({reason}); give 17 or more"
+        ) from error
+
+
+def store_halves(proto: onnx.ModelProto) -> None:
+    """Store weights that are exact in 16 bits so, in place; runtimes widen them again as they load the file."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    casts = []
+    for tensor in proto.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        narrow = values.astype(np.float16) if values.dtype == np.float32 and values.ndim else None
+        if narrow is not None and np.array_equal(narrow, values):
+            name = tensor.name
+            tensor.CopyFrom(numpy_helper.from_array(narrow, f"{name}.half"))
+            casts.append(helper.make_node("Cast", [tensor.name], [name], name=f"{name}/Cast", to=TensorProto.FLOAT))
+    nodes = [*casts, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
 def name_by_modules(proto: onnx.ModelProto) -> None:
     """Name each operator after its module and its own kind (``model.0.conv/Conv``), in place.
 

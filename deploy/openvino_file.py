@@ -172,16 +172,18 @@ def from_onnx(proto: onnx.ModelProto) -> openvino.Model:
         return openvino.convert_model(made)
 
 
-def save_openvino(graph: openvino.Model, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the ``.xml`` and its ``.bin``, whose weights stay float32 and whose digest the ``.xml`` has."""
+def save_openvino(
+    graph: openvino.Model, path: Path, metadata: Mapping[str, str], *, half_weights: bool = False
+) -> None:
+    """Write the ``.xml`` and its ``.bin``, in float32 or 16 bits, whose digest the ``.xml`` has."""
     import openvino
 
     for key, value in metadata.items():
         graph.set_rt_info(value, [INFO, key])
-    openvino.save_model(graph, path, compress_to_fp16=False)
+    openvino.save_model(graph, path, compress_to_fp16=half_weights)
     written = _digest(path.with_suffix(".bin"))
     graph.set_rt_info(written, [INFO, WEIGHTS_DIGEST])
-    openvino.save_model(graph, path, compress_to_fp16=False)
+    openvino.save_model(graph, path, compress_to_fp16=half_weights)
     assert written == _digest(path.with_suffix(".bin"))
 
 

@@ -34,6 +34,7 @@ def export(flags: ExportFlags) -> list[Path]:
     nms = flags.suppression if flags.nms else None
     images = so_many_images(DetectionDataset(config, "val", max(sides_px), cache="none"), flags.batch_size, sides_px)
     options: dict[str, Any] = {"images": images, "dynamic": flags.dynamic, "uint8_input": flags.uint8_input}
+    options |= {"half": flags.half, "opset": flags.opset}
     int8 = int8_writer(flags, network, config, sides_px, options) if flags.int8.int8 else None
     run = RunFolder.create(flags.run.project, flags.run.name)
     run.write_config(flat(flags), "export.py")

@@ -362,11 +362,19 @@ class ExportFlags(ScriptFlags):
     uint8_input: Annotated[bool, "the file takes bytes 0 to 255 and scales them itself, instead of float 0 to 1"] = (
         False
     )
+    half: Annotated[bool, "weights in 16 bits, computed in float32 as before: half the file; onnx and openvino"] = False
+    opset: Annotated[int | None, "operator set of ONNX files; else that of torch's exporter", "15 to 23"] = None
     out: Annotated[str | None, "file to write, its suffix by the format; else weights/ in the run folder"] = None
     nms: Annotated[bool, "the file gives final detections [batch, --max-det, 6]: box, score, class"] = False
     suppression: NmsSettings = NmsSettings()
     int8: Int8Settings = Int8Settings()
     dataset: DataSettings = DataSettings(data=SHAPES)
+
+    def __post_init__(self) -> None:
+        if self.half and (self.int8.int8 or "torchscript" in self.include):
+            _refuse("--half: for onnx and openvino files in float; leave it out with --int8 and --include torchscript")
+        if self.opset is not None and "onnx" not in self.include:
+            _refuse(f"--opset {self.opset}: of ONNX files alone; add --include onnx, or leave it out")
 
 
 @dataclass(frozen=True)

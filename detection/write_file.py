@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import slim
 from deploy import Decoded, WithNms, export_network, prove_same_detections
-from models import NmsSettings, activation_name
+from models import YOLO, NmsSettings, activation_name, fuse_norms
 
 from .network import Network
 
@@ -46,24 +46,30 @@ def write_file(
     dynamic: bool = False,
     uint8_input: bool = False,
     nms: NmsSettings | None = None,
+    half: bool = False,
+    opset: int | None = None,
 ) -> float:
     """Write a detector as a file of the kind that ``out``'s suffix names; its relative difference from torch on ``images``.
 
     ``images`` [B, 3, H, W] are real ones, 0..1 in steps of 1/255; without ``dynamic`` the file takes their shape alone.
-    The output is [B, N, 5 + classes] as in YOLOv5's exports, with ``nms`` [B, D, 6] of box, score and class.
+    The output is [B, N, 5 + classes] as in YOLOv5's exports, with ``nms`` [B, D, 6] of box, score and class. With ``half`` the
+    file is proven equal to the network with its weights rounded to 16 bits, whose difference is returned.
     """
-    detector: nn.Module = Decoded(network.model)
+    model = with_half_weights(network.model) if half else network.model
+    detector: nn.Module = Decoded(model)
     proof: dict[str, Any] = {}
     if nms:
         detector = WithNms(detector, nms.conf, nms.iou, nms.max_det)
         proof["prove"] = prove_same_detections
-    return export_network(
+    difference = export_network(
         detector,
         out,
         images,
         dynamic_stride_px=max(network.model.stride_px) if dynamic else None,
         free_batch=nms is None,
         uint8_input=uint8_input,
+        half_weights=half,
+        opset=opset,
         metadata={
             **metadata_of(network, (images.shape[2], images.shape[3])),
             "batch": str(len(images)),
@@ -72,3 +78,13 @@ def write_file(
         },
         **proof,
     )
+    return slim.max_difference(Decoded(network.model), Decoded(model), images) if half else difference
+
+
+def with_half_weights(model: YOLO) -> YOLO:
+    """A copy without gates and batch norms, whose weights are rounded to 16 bits."""
+    narrow = fuse_norms(slim.fold_gates(model).cpu().eval())
+    with torch.no_grad():
+        for parameter in narrow.parameters():
+            parameter.copy_(parameter.half())
+    return narrow

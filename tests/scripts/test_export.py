@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -24,6 +25,8 @@ from detection.detector import open_detector
 from detection.evaluator import AsModel, Evaluator
 from detection.export import out_path
 from detection.network import read_network
+from detection.write_file import with_half_weights
+from slim import max_difference
 from tests.deploy.test_exports import Given
 from tests.scripts.runs import NAMES, ROOT, Runner
 from tests.scripts.test_failures import fails
@@ -40,6 +43,36 @@ def exported(small_run: Path, tiny: Path, tmp_path_factory: pytest.TempPathFacto
     command = ("--weights", small_run / "weights" / "best.pt", *formats, *given)
     assert export.cli([str(word) for word in command]) == 0
     return project / "exp"
+
+
+def test_half_and_opset(small_run: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
+    """Weights of 16 bits, stored so and nowhere else rounded; the operator set that was asked for."""
+    weights = small_run / "weights" / "best.pt"
+    given = ("--weights", weights, "--data", tiny, "--img", 64, "--project", tmp_path)
+    formats = ("--include", "onnx", "openvino")
+    for name, more in (("full", ()), ("half", ("--half", "--opset", 17))):
+        done = script("export", *given, *formats, *more, "--out", tmp_path / name)
+        assert done.code == 0, done.err
+    proto = onnx.load(tmp_path / "half.onnx")
+    assert [entry.version for entry in proto.opset_import] == [17]
+    stored = {tensor.name: tensor.data_type for tensor in proto.graph.initializer if len(tensor.dims) == 4}
+    assert stored and set(stored.values()) == {onnx.TensorProto.FLOAT16}
+    network = read_network(weights).model
+    images = real_images(DetectionDataset(open_data(DataSettings(data=str(tiny))), "val", 64), 1)
+    rounded = Decoded(with_half_weights(network))
+    difference = max_difference(Decoded(network), rounded, images)
+    assert 1e-5 < difference < 1e-2
+    for suffix in (".onnx", ".xml"):
+        half = open_exported(tmp_path / f"half{suffix}", precision="float32")
+        assert half.bytes_on_disk < open_exported(tmp_path / f"full{suffix}").bytes_on_disk
+        assert max_difference(rounded, half, images) < 1e-4
+    rows = json.loads((max(tmp_path.glob("exp*"), key=str) / "export.json").read_text())
+    assert [row["max_difference"] for row in rows] == pytest.approx([difference] * 2)
+    fails(
+        script("export", *given, "--half", "--include", "torchscript"), "--half: for onnx and openvino files in float"
+    )
+    fails(script("export", *given, "--opset", 17, "--include", "openvino"), "--opset 17: of ONNX files alone")
+    fails(script("export", *given, "--opset", 12), "--opset 12: expected 15 to 23")
 
 
 def test_every_format_equals_torch_and_names_its_classes(exported: Path, small_run: Path, tiny: Path) -> None:
