@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 import slim
 from data import DataConfig, DetectionDataset
@@ -20,6 +23,9 @@ from .network import Network, check_image_size, head_path, read_network
 from .published import find_weights
 from .quantise import Int8Writer, calibration_images, measure_on
 from .write_file import SUFFIX_OF, write_file
+
+OPENVINO_FOLDER = "_openvino_model"
+"""How the name of a folder for an OpenVINO network ends in YOLOv5."""
 
 
 def export(flags: ExportFlags) -> list[Path]:
@@ -57,18 +63,37 @@ def export(flags: ExportFlags) -> list[Path]:
         else:
             difference = write_file(network, out, nms=nms, **options)
         made.append(described(kind, out, difference) | facts)
+        if out.parent.name.endswith(OPENVINO_FOLDER):
+            write_metadata_beside(out)
         slim.write_text_atomically(run.path / "export.json", json.dumps(made, indent=1))
     return [Path(row["file"]) for row in made]
 
 
 def out_path(out: str, kind: str, *, several: bool) -> Path:
-    """The file of a kind that --out names: itself, or one of ``several``, which differ in their suffixes."""
+    """The file of a kind that --out names: itself, or one of ``several``, which differ in their suffixes.
+
+    A name such as best_openvino_model is a folder, as YOLOv5's export makes it.
+    """
     path, suffix = Path(out), SUFFIX_OF[kind]
+    if kind == "openvino" and path.name.endswith(OPENVINO_FOLDER):
+        return path / f"{path.name.removesuffix(OPENVINO_FOLDER)}.xml"
     if path.suffix not in SUFFIXES:
         return path.with_name(path.name + suffix)
     if path.suffix != suffix and not several:
         raise SlimError(f"--out {out}: --include {kind} writes {suffix} files; give that suffix, or leave it out")
     return path.with_suffix(suffix)
+
+
+def write_metadata_beside(out: Path) -> None:
+    """What others read of an OpenVINO folder: YOLOv5 the YAML of the graph's name, Ultralytics' later tools metadata.yaml."""
+    known = open_exported(out).metadata
+    content = {
+        "stride": int(known["stride"]),
+        "names": ast.literal_eval(known["names"]),
+        "imgsz": json.loads(known["imgsz"]),
+    }
+    for file in (out.with_suffix(".yaml"), out.with_name("metadata.yaml")):
+        slim.write_text_atomically(file, yaml.safe_dump({**content, "task": "detect"}, sort_keys=False))
 
 
 def sides_of(img: Sequence[int], network: Network) -> tuple[int, int]:

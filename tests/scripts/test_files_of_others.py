@@ -143,5 +143,22 @@ def test_an_openvino_folder(exported: Path, evaluate: Any, tmp_path: Path, metad
     )
 
 
+def test_an_openvino_folder_of_ours(
+    script: Runner, small_weights: Path, tiny: Path, evaluate: Any, tmp_path: Path
+) -> None:
+    """With the YAMLs in which YOLOv5 and Ultralytics' later tools look for classes and stride."""
+    folder = tmp_path / "best_openvino_model"
+    given = ("--weights", small_weights, "--include", "openvino", "--img", 64, "--data", tiny, "--project", tmp_path)
+    done = script("export", *given, "--out", folder)
+    assert done.code == 0, done.err
+    assert {file.name for file in folder.iterdir()} == {"best.xml", "best.bin", "best.yaml", "metadata.yaml"}
+    for name in ("best.yaml", "metadata.yaml"):
+        known = yaml.safe_load((folder / name).read_text())
+        assert (known["names"], known["stride"], known["imgsz"]) == (dict(enumerate(NAMES)), 8, [64, 64])
+    assert evaluate(folder, "--precision", "float32") == pytest.approx(
+        evaluate(small_weights, "--name", "val2"), abs=1e-4
+    )
+
+
 def test_a_folder_that_is_no_network(script: Runner, tmp_path: Path) -> None:
     fails(script("val", "--weights", tmp_path, "--data", "data/shapes.yaml"), "one .xml; found none")
