@@ -34,6 +34,7 @@ from .quantiser import noisiest_blocks as noisiest_blocks
 from .quantiser import quantise as quantise
 from .settings import Engine as Engine
 from .settings import Int8Settings as Int8Settings
+from .settings import Int8Target as Int8Target
 from .settings import LatencySettings as LatencySettings
 from .settings import RuntimePrecision as RuntimePrecision
 from .settings import RuntimeSettings as RuntimeSettings

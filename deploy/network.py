@@ -36,9 +36,11 @@ class EngineNetwork(nn.Module):
         takes_bytes: whether the file takes uint8
         precision: what it computes in: ``float32``, ``bfloat16``, or ``int8`` where a part of it is quantised
         columns: the size of its output's last axis, None where the file does not say
+        warning: what a user must know of this file on this CPU; '' if nothing
     """
 
     engine: ClassVar[Engine]
+    warning: str = ""
 
     @property
     def device(self) -> torch.device:

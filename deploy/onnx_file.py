@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 NEWEST_OPSET = 23
 """The newest operator set that both ONNX Runtime and OpenVINO run as of today."""
+INT8_TARGET = "int8_target"
+"""The key of the metadata under which an INT8 file says which CPUs it is for; without it, those with VNNI."""
 
 
 class OnnxNetwork(EngineNetwork):
@@ -40,10 +43,15 @@ class OnnxNetwork(EngineNetwork):
 
     def __init__(self, path: str | Path, num_cores: int = 0, at_once: int = 1) -> None:
         path = existing(path, "an ONNX network")
-        nodes = read_onnx(path).graph.node
+        proto = read_onnx(path)
+        is_quantised = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
+        may_saturate = is_quantised and not any(
+            (entry.key, entry.value) == (INT8_TARGET, "any") for entry in proto.metadata_props
+        )
         # The callers' own threads compute, too: the runtime counts one of them.
         self.threads = max(1, threads_of(num_cores) - at_once + 1)
-        session = _session(path, self.threads)
+        self.exact_sums = may_saturate and int8_saturates()
+        session = _session(path, self.threads, exact_sums=self.exact_sums)
         if len(session.get_inputs()) != 1:
             raise SlimError(f"{path}: it has {len(session.get_inputs())} inputs, expected one, as export.py writes")
         entry = session.get_inputs()[0]
@@ -54,10 +62,15 @@ class OnnxNetwork(EngineNetwork):
             session.get_modelmeta().custom_metadata_map,
             _sizes(entry.shape),
             takes_bytes=entry.type == "tensor(uint8)",
-            precision="int8" if any(node.op_type == "QuantizeLinear" for node in nodes) else "float32",
+            precision="int8" if is_quantised else "float32",
             columns=shapes[boxes][-1] if shapes[boxes] else None,
         )
         self.session, self.entry, self.output = session, entry.name, session.get_outputs()[boxes].name
+        if self.exact_sums:
+            self.warning = (
+                f"{path}: its weights have 8 bits, whose sums saturate in ONNX Runtime on this CPU, which has no VNNI; they are "
+                "computed exactly here, which is slower; export with --int8-target any, or for OpenVINO"
+            )
 
     def run(self, images: Tensor) -> Tensor:
         (output,) = self.session.run([self.output], {self.entry: images.numpy()})
@@ -66,7 +79,8 @@ class OnnxNetwork(EngineNetwork):
     def layer_times(self, images: Tensor, runs: int) -> list[list[LayerTime]]:
         given = {self.entry: self.one_batch(images).numpy()}
         with TemporaryDirectory() as folder:
-            session = _session(self.path, self.threads, profile_prefix=str(Path(folder) / "profile"))
+            prefix = str(Path(folder) / "profile")
+            session = _session(self.path, self.threads, exact_sums=self.exact_sums, profile_prefix=prefix)
             for _ in range(WARMUP + runs):
                 session.run(None, given)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -85,7 +99,8 @@ def _sizes(shape: Sequence[int | str | None]) -> tuple[int | None, ...]:
     return tuple(size if isinstance(size, int) else None for size in shape)
 
 
-def _session(path: Path, threads: int, profile_prefix: str = "") -> onnxruntime.InferenceSession:
+def _session(path: Path, threads: int, *, exact_sums: bool, profile_prefix: str = "") -> onnxruntime.InferenceSession:
+    """``exact_sums``: by slower kernels that do not saturate, on a CPU where the others do."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -93,6 +108,7 @@ def _session(path: Path, threads: int, profile_prefix: str = "") -> onnxruntime.
     options.log_severity_level = 3
     # Its threads would go on spinning after a run, on cores that the next stage or the engine measured next needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.x64quantprecision", str(int(exact_sums)))
     if profile_prefix:
         options.enable_profiling, options.profile_file_prefix = True, profile_prefix
     try:
@@ -100,6 +116,25 @@ def _session(path: Path, threads: int, profile_prefix: str = "") -> onnxruntime.
     except Exception as error:  # the runtime's errors have no common class but this
         first = str(error).strip().splitlines()[0]
         raise SlimError(f"{path}: not an ONNX network that ONNX Runtime can run ({first}); export it anew") from error
+
+
+@functools.cache
+def int8_saturates() -> bool:
+    """Whether ONNX Runtime's sums of uint8 times int8 saturate on this CPU, as a product that would says."""
+    import numpy as np
+    import onnx
+    import onnxruntime
+
+    weight = onnx.numpy_helper.from_array(np.full((2, 1), 127, np.int8), "weight")
+    entry = onnx.helper.make_tensor_value_info("map", onnx.TensorProto.UINT8, [1, 2])
+    result = onnx.helper.make_tensor_value_info("sum", onnx.TensorProto.INT32, [1, 1])
+    node = onnx.helper.make_node("MatMulInteger", ["map", "weight"], ["sum"])
+    graph = onnx.helper.make_graph([node], "product", [entry], [result], [weight])
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    (total,) = session.run(None, {"map": np.full((1, 2), 255, np.uint8)})
+    return int(total[0, 0]) != 2 * 255 * 127
 
 
 def _layer_time(event: dict[str, Any], makers: Mapping[str, onnx.NodeProto]) -> LayerTime:

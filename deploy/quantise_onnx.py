@@ -3,6 +3,9 @@
 ONNX Runtime computes an operator on integers only if its inputs and its output are quantised, so the map between a
 convolution and its activation is quantised too. What that costs in accuracy is won back by narrower ranges: the mean over
 images of the smallest and largest value, and for a SiLU only as far down as it differs from 0.
+
+On x86 CPUs without VNNI it sums pairs of products of uint8 and int8 in 16 bits, which saturate (vpmaddubsw): 2 * 255 * 127
+becomes 32767. Which weights make a pair is the kernel's affair, so for any CPU no two of a channel may be too large together.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .network import INPUT, whole_or_nothing
-from .onnx_file import read_onnx, save_onnx
+from .onnx_file import INT8_TARGET, read_onnx, save_onnx
 from .quantiser import Quantiser
+from .settings import Int8Target
 
 if TYPE_CHECKING:
     import onnx
@@ -32,6 +36,8 @@ Array = NDArray[np.float32]
 ON_INTEGERS = ("Conv", "Sigmoid", "Mul", "Add", "Concat", "MaxPool", "Resize", "Relu", "LeakyRelu", "Clip", "HardSwish")
 """The kinds of operators that are quantised."""
 STEPS = 255
+PAIR = 128
+"""The largest sum of two weights that no pair of bytes takes out of 16 bits: 255 * 128 = 32640."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ class OnnxQuantiser(Quantiser):
 
     suffix = ".onnx"
 
-    def __init__(self, source: str | Path, images: Sequence[Tensor]) -> None:
-        super().__init__(source, images)
+    def __init__(self, source: str | Path, images: Sequence[Tensor], target: Int8Target = "any") -> None:
+        super().__init__(source, images, target)
         self._statistics = cache(self._measured)
 
     def write(self, path: Path, kept: frozenset[str], *, rough: bool = False) -> None:
@@ -60,7 +66,8 @@ class OnnxQuantiser(Quantiser):
             name: (np.float32(low).reshape(1), np.float32(high).reshape(1))
             for name, (low, high) in activation_ranges(proto, statistics).items()
         }
-        correct_biases(proto, statistics.channel_means, kept)
+        scales = round_convolutions(proto, statistics.channel_means, kept, self.target)
+        known = {"axis": 0, "quant_type": QuantType.QInt8, "zero_point": np.int8(0)}
         quantiser = QDQQuantizer(
             proto,
             per_channel=True,
@@ -71,14 +78,14 @@ class OnnxQuantiser(Quantiser):
             nodes_to_quantize=[],
             nodes_to_exclude=sorted(kept),
             op_types_to_quantize=list(ON_INTEGERS),
-            extra_options={},
+            extra_options={"TensorQuantOverrides": {w: [{**known, "scale": s} for s in scales[w]] for w in scales}},
         )
         quantiser.quantize_model()
         quantiser.model.topological_sort()
         made = quantiser.model.model
         _take_bytes_as_they_are(made)
         with whole_or_nothing(path) as temporary:
-            save_onnx(made, temporary, self.metadata)
+            save_onnx(made, temporary, {**self.metadata, INT8_TARGET: self.target})
 
     def _graph(self) -> onnx.ModelProto:
         import onnx
@@ -169,31 +176,62 @@ def silu_floor(step: float) -> float:
     return floor
 
 
-def correct_biases(proto: onnx.ModelProto, means: Mapping[str, Array], kept: frozenset[str]) -> None:
-    """Add to the biases of convolutions what rounding their weights takes from the mean output, in place.
+def round_convolutions(
+    proto: onnx.ModelProto, means: Mapping[str, Array], kept: frozenset[str], target: Int8Target
+) -> dict[str, Array]:
+    """Round the weights of convolutions, in place, and give each weight's scales, one for each output channel.
 
-    After Nagel et al. 2019 (arXiv:1906.04721), section 4.2, with means from real images: sum of (weight - rounded weight) *
-    mean input. Borders are counted as if they were not there.
+    To the biases is added what that takes from the mean output, after Nagel et al. 2019 (arXiv:1906.04721), section 4.2, with
+    means from real images: sum of (weight - rounded weight) * mean input. Borders are counted as if they were not there.
     """
     from onnx import numpy_helper
 
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    exact_of: dict[str, Array] = {}
+    scales: dict[str, Array] = {}
     for node in proto.graph.node:
-        if node.op_type != "Conv" or node.name in kept or len(node.input) < 3:
+        if node.op_type != "Conv" or node.name in kept or node.input[1] not in constants:
             continue
-        weight, bias = (constants.get(name) for name in node.input[1:3])
-        if weight is None or bias is None:
+        weight = constants[node.input[1]]
+        exact = exact_of.setdefault(weight.name, numpy_helper.to_array(weight))
+        integers, scales[weight.name] = round_weights(exact, target)
+        rounded = integers * scales[weight.name].reshape(-1, *[1] * (exact.ndim - 1))
+        weight.CopyFrom(numpy_helper.from_array(rounded, weight.name))
+        bias = constants.get(node.input[2]) if len(node.input) > 2 else None
+        if bias is None:
             continue
-        exact = numpy_helper.to_array(weight)
-        scale = np.abs(exact).reshape(len(exact), -1).max(1).reshape(-1, *[1] * (exact.ndim - 1)) / 127
-        scale[scale == 0] = 1
-        lost = exact - np.round(exact / scale) * scale
-        mean = means[node.input[0]]
+        lost, mean = exact - rounded, means[node.input[0]]
         groups = len(mean) // exact.shape[1]
         by_group = lost.reshape(groups, -1, *exact.shape[1:]).sum(tuple(range(3, lost.ndim + 1)))
         shift = (by_group * mean.reshape(groups, 1, -1)).sum(-1).ravel()
         known = numpy_helper.to_array(bias) + shift
         bias.CopyFrom(numpy_helper.from_array(known.astype(np.float32), bias.name))
+    return scales
+
+
+def round_weights(weights: Array, target: Int8Target) -> tuple[Array, Array]:
+    """Integers [C, ...] and each output channel's scale [C], which makes weights of them.
+
+    For ``vnni`` a channel's largest weight becomes 127. For ``any`` no two of a sign add up to more than 128, whatever
+    their order; of the scales that make 64 to 127 of the largest weight that of the least squared error is taken, though
+    it may clip some.
+    """
+    flat = weights.reshape(len(weights), -1)
+    largest = np.abs(flat).max(1, keepdims=True)
+    largest[largest == 0] = 1
+    seconds = [np.sort(np.pad(sign * flat, ((0, 0), (1, 0))), 1)[:, -2:-1].clip(0) for sign in (1, -1)]
+    integers, scale, least = np.zeros_like(flat), largest, np.full_like(largest, np.inf)
+    for steps in range(64, 128) if target == "any" else (127,):
+        tried = largest / steps
+        up, down = (np.clip(PAIR - np.round(second / tried), 64, 127) for second in seconds)
+        limits = (-down, up) if target == "any" else (-127, 127)
+        rounded = np.clip(np.round(flat / tried), *limits)
+        error = np.square(flat - rounded * tried).sum(1, keepdims=True)
+        better = error < least
+        integers, scale, least = (
+            np.where(better, new, old) for new, old in ((rounded, integers), (tried, scale), (error, least))
+        )
+    return integers.reshape(weights.shape), scale.ravel()
 
 
 def _scaled_images(proto: onnx.ModelProto) -> set[str]:

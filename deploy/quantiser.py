@@ -22,6 +22,7 @@ from .network import EngineNetwork, as_bytes, whole_or_nothing
 from .open_file import open_exported
 from .openvino_file import read_openvino, save_openvino
 from .operator_index import OperatorIndex
+from .settings import Int8Target
 
 ROUGH_IMAGES = 8
 """How many images calibrate a network that is only compared with others."""
@@ -35,12 +36,13 @@ class Quantiser(ABC):
     Args:
         source: the float file
         images: float 0..1, [3, H, W] each, of the size that the file takes; they choose the ranges of activations
+        target: the CPUs that an ONNX file is for; OpenVINO's files are the same for all
     """
 
     suffix: ClassVar[str]
 
-    def __init__(self, source: str | Path, images: Sequence[Tensor]) -> None:
-        self.source = Path(source)
+    def __init__(self, source: str | Path, images: Sequence[Tensor], target: Int8Target = "any") -> None:
+        self.source, self.target = Path(source), target
         if not len(images):
             raise SlimError(f"{source}: no images to calibrate on; INT8 needs some of those that the network will see")
         network = open_exported(source)
@@ -97,11 +99,18 @@ def _quiet(nncf: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Quantised:
-    """An INT8 file's AP and the float file's, None where not measured; ``kept`` blocks are float for the sake of ``ap``."""
+    """What became of an INT8 file.
+
+    Attributes:
+        ap, ap_float: its AP and the float file's; None where not measured
+        kept: the blocks that are float for the sake of ``ap``
+        changed: where AP is not measured, how many detections were lost or gained, and how many the float file has
+    """
 
     ap: float | None
     ap_float: float | None
     kept: tuple[str, ...] = ()
+    changed: tuple[int, int] | None = None
 
 
 def quantise(

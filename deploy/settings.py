@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NoReturn
 
 Engine = Literal["torch", "onnxruntime", "openvino"]
 RuntimePrecision = Literal["auto", "float32", "bfloat16"]
+Int8Target = Literal["any", "vnni"]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -87,7 +88,14 @@ class Int8Settings:
     keep_float: Annotated[
         tuple[str, ...], "with --int8: modules that stay in float beside the head, as model.9.* model.0"
     ] = ()
+    int8_target: Annotated[
+        Int8Target,
+        "with --int8 and onnx: any CPU, by weights of 7 to 8 bits whose sums fit, or vnni: all of 8 bits, which saturate in "
+        "ONNX Runtime on x86 CPUs without VNNI",
+    ] = "any"
     max_drop: Annotated[
-        float | None,
-        "with --int8: AP on --data's val split that may be lost, 0 to 1; the noisiest blocks stay in float until it holds",
-    ] = None
+        float,
+        "with --int8: AP on --data's val split that may be lost; the noisiest blocks stay in float until that holds, and "
+        "where half of them do not do no file is written",
+        "0 to 1",
+    ] = 0.02

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import io
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -310,10 +312,18 @@ def open_detector(
             )
         else:
             network = TorchNetwork(read_network(weights), weights, precision, device, as_trained)
+        if network.warning:
+            _warn_once(network.warning)
         if network.engine == "torch":
             total = threads_of(num_cores) if num_cores else torch.get_num_threads()
             stack.enter_context(torch_threads(max(1, total // at_once)))
         yield Detector.of(weights, network, names)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Say so once, however often a file is opened."""
+    logging.getLogger(__name__).warning("warning: %s", text)
 
 
 def is_exported(weights: str | Path) -> bool:

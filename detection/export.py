@@ -12,7 +12,7 @@ import yaml
 
 import slim
 from data import DataConfig, DetectionDataset
-from deploy import SUFFIXES, open_exported, size_text
+from deploy import SUFFIXES, Int8Settings, open_exported, size_text
 from slim import SlimError
 from tracking import RunFolder
 
@@ -51,15 +51,18 @@ def export(flags: ExportFlags) -> list[Path]:
         facts: dict[str, Any] = {}
         if int8:
             difference, found = int8.write(out, nms)
-            if found.ap is None:
-                print(f"{out}: AP not measured, since {int8.not_measured}")
+            if found.changed:
+                print(
+                    f"{out}: AP not measured, since {int8.not_measured}; of {found.changed[1]} detections in float "
+                    f"{found.changed[0]} were lost or gained in INT8, on {len(int8.images)} training images"
+                )
             else:
                 print(f"{out}: AP on val {found.ap_float:.4f} in float, {found.ap:.4f} in INT8")
             if found.kept:
                 print(f"{out}: back in float are {', '.join(found.kept)}")
             kept = [*int8.keep_float, *found.kept]
             facts = {"ap_float": found.ap_float, "ap_int8": found.ap, "kept_float": kept}
-            facts["calibration_images"] = len(int8.images)
+            facts |= {"calibration_images": len(int8.images), "changed_detections": found.changed}
         else:
             difference = write_file(network, out, nms=nms, **options)
         made.append(described(kind, out, difference) | facts)
@@ -108,10 +111,15 @@ def sides_of(img: Sequence[int], network: Network) -> tuple[int, int]:
 def check_int8(flags: ExportFlags, network: Network, config: DataConfig) -> None:
     """Raise SlimError for what --int8 cannot do."""
     if not flags.int8.int8:
-        if flags.int8.keep_float or flags.int8.max_drop is not None:
-            raise SlimError("--keep-float and --max-drop are for --int8; add that, or leave them out")
+        if flags.int8 != Int8Settings():
+            names = "--calibration-images, --keep-float, --int8-target and --max-drop"
+            raise SlimError(f"{names} are for --int8; add that, or leave them out")
     elif "torchscript" in flags.include:
         raise SlimError("--int8: TorchScript files stay in float; --include onnx or openvino")
+    elif flags.int8.int8_target != "any" and "onnx" not in flags.include:
+        raise SlimError(
+            f"--int8-target {flags.int8.int8_target}: OpenVINO's files are the same for all CPUs; leave it out"
+        )
     elif flags.dataset.data == SHAPES and list(config.names) != network.names:
         raise SlimError("--int8: give --data, a data set of images like those that the network will see")
 
@@ -123,7 +131,8 @@ def int8_writer(
     images = calibration_images(config, sides_px, flags.int8.calibration_images, flags.seed)
     measure_ap, not_measured = measure_on(network, config, sides_px, flags.weights, str(flags.dataset.data))
     keep_float = [head_path(network.model), *flags.int8.keep_float]
-    return Int8Writer(network, images, keep_float, flags.int8.max_drop, measure_ap, not_measured, options)
+    target, max_drop = flags.int8.int8_target, flags.int8.max_drop
+    return Int8Writer(network, images, keep_float, target, max_drop, measure_ap, not_measured, options)
 
 
 def described(kind: str, out: Path, difference: float) -> dict[str, Any]:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from deploy import OnnxQuantiser, OpenVinoQuantiser, Quantiser, export_network, noisiest_blocks, open_exported, quantise
+from deploy.onnx_file import INT8_TARGET, int8_saturates
 from deploy.openvino_file import read_openvino
-from deploy.quantise_onnx import Statistics, activation_ranges, correct_biases
+from deploy.quantise_onnx import Statistics, activation_ranges, round_convolutions, round_weights
+from deploy.settings import Int8Target
 from slim import SlimError
 
 LAYERS = ("0", "2", "4")
@@ -81,7 +83,8 @@ def test_all_but_the_kept_layers_compute_on_integers(
     assert on_integers(floats / name) == set()
     assert on_integers(made) == set(LAYERS) - set(kept)
     exact, rounded = open_exported(floats / name), open_exported(made)
-    assert rounded.precision == "int8" and rounded.metadata == exact.metadata
+    known = {INT8_TARGET: "any"} if made.suffix == ".onnx" else {}
+    assert rounded.precision == "int8" and rounded.metadata == exact.metadata | known
     images = torch.stack(pixels(4))
     with torch.no_grad():
         wanted = network()(images)
@@ -138,15 +141,108 @@ def test_a_bound_of_accuracy_keeps_the_noisiest_blocks_in_float(floats: Path, tm
         quantise(quantiser, made, ["4"], measured(0.5, 0.4, 0.42), 0.01)
 
 
+def hand_set(folder: Path) -> Path:
+    """A float file of one convolution: channel 0 has the largest sums of pairs that there are, channel 1 others."""
+    model = nn.Sequential(nn.Conv2d(3, 2, 2))
+    with torch.no_grad():
+        model[0].weight[0], model[0].weight[1] = 0.5, -0.25
+        model[0].weight[1, 0, 0, 0] = 1.0
+        model[0].bias.zero_()
+    export_network(model.eval(), folder / "net.onnx", torch.stack(pixels(1)))
+    return folder / "net.onnx"
+
+
+def weights_in(path: Path) -> np.ndarray[Any, np.dtype[np.int8]]:
+    (found,) = (
+        onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(path).graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
+    )
+    return found
+
+
+def by_vpmaddubsw(bytes_in: int, weights: np.ndarray[Any, np.dtype[np.int8]]) -> list[int]:
+    """Each channel's sum over bytes that are all alike, pair by pair in 16 bits, as AVX2 has it."""
+    pairs = (bytes_in * weights.reshape(len(weights), -1, 2).astype(np.int64)).sum(2)
+    return [int(total) for total in pairs.clip(-(2**15), 2**15 - 1).sum(1)]
+
+
+@pytest.mark.parametrize(
+    ("target", "integers", "on_avx2"), [("any", (64, -16), (195840, -28560)), ("vnni", (127, -32), (196602, -57375))]
+)
+def test_sums_of_weights_for_any_cpu_do_not_saturate(
+    target: Int8Target, integers: tuple[int, int], on_avx2: tuple[int, int], tmp_path: Path
+) -> None:
+    """12 weights a channel on white. Channel 0: 12 * 255 * 64 = 195840; with 127, 6 pairs of 64770 stop at 32767 each."""
+    quantise(OnnxQuantiser(hand_set(tmp_path), [torch.ones(3, 16, 16)], target), tmp_path / "made.onnx", [])
+    weights = weights_in(tmp_path / "made.onnx")
+    assert (weights[0] == integers[0]).all() and weights[1].min() == integers[1]
+    assert weights[1].max() == integers[0]
+    assert by_vpmaddubsw(255, weights) == list(on_avx2)
+    exact = [int(total) for total in 255 * weights.reshape(2, -1).astype(np.int64).sum(1)]
+    assert (by_vpmaddubsw(255, weights) == exact) == (target == "any")
+    network = open_exported(tmp_path / "made.onnx")
+    assert network.metadata[INT8_TARGET] == target
+    assert network(torch.ones(1, 3, 16, 16))[0, :, 0, 0].tolist() == pytest.approx([6.0, -1.75], abs=0.1)
+
+
+@pytest.mark.parametrize(("saturates", "target", "warned"), [(True, "vnni", 1), (True, "any", 0), (False, "vnni", 0)])
+def test_8_bits_are_warned_about_where_they_saturate(
+    saturates: bool, target: Int8Target, warned: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, made = hand_set(tmp_path), tmp_path / "made.onnx"
+    quantise(OnnxQuantiser(source, pixels(2), target), made, [])
+    monkeypatch.setattr("deploy.onnx_file.int8_saturates", lambda: saturates)
+    assert open_exported(source).warning == "" == open_exported(made, "openvino").warning
+    said = open_exported(made).warning
+    assert bool(said) == warned and ("made.onnx: its weights have 8 bits" in said) == warned
+    proto = onnx.load(made)
+    del proto.metadata_props[:]
+    onnx.save(proto, made)
+    assert bool(open_exported(made).warning) == saturates
+
+
+def test_two_weights_of_a_sign_leave_each_other_room() -> None:
+    """96 + 32 = 128, so the scale is 0.01; two that are equal get 64 each; alone in its sign, one gets 127."""
+    weights = np.array([[0.96, 0.32, -0.1], [-0.5, -0.5, 0.5], [0, 0, 0], [1.27, -0.03, 0]], np.float32)
+    integers, scales = round_weights(weights, "any")
+    assert integers.tolist() == [[96, 32, -10], [-64, -64, 64], [0, 0, 0], [127, -3, 0]]
+    assert scales.tolist() == pytest.approx([0.01, 0.5 / 64, 1 / 64, 0.01])
+    integers, scales = round_weights(weights, "vnni")
+    assert integers.tolist() == [[127, 42, -13], [-127, -127, 127], [0, 0, 0], [127, -3, 0]]
+    assert scales.tolist() == pytest.approx([0.96 / 127, 0.5 / 127, 1 / 127, 0.01])
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 9, 500])
+def test_no_pair_is_too_large_and_no_rounding_worse_than_7_bits(inputs: int) -> None:
+    weights = np.random.default_rng(inputs).normal(size=(64, inputs, 1, 1)).astype(np.float32)
+    integers, scales = round_weights(weights, "any")
+    flat, rows = weights.reshape(64, -1), integers.reshape(64, -1)
+    for sign in (1, -1):
+        assert np.sort((sign * rows).clip(0), 1)[:, -2:].sum(1).max() <= 128
+    coarse = np.abs(flat).max(1, keepdims=True) / 64
+    by_7_bits = np.square(flat - np.round(flat / coarse) * coarse).sum(1)
+    found = np.square(flat - rows * scales[:, None]).sum(1)
+    assert (found <= by_7_bits * 1.0001 + 1e-12).all()
+    assert inputs == 1 or found.sum() < by_7_bits.sum()
+
+
+def test_what_saturates_is_what_has_no_vnni() -> None:
+    """The runtime's own product against what the CPU says of itself."""
+    flags = torch.cpu.get_capabilities()
+    has_vnni = any(flags.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    assert int8_saturates() == (bool(flags.get("avx2")) and not has_vnni)
+
+
 def test_rounded_weights_leave_the_mean_output_where_it_was() -> None:
     """One channel of weights 1.27 and 0.304, which rounds to 0.30: 0.004 times its mean input of 50 is missing."""
     weight = np.array([1.27, 0.304], np.float32).reshape(1, 2, 1, 1)
     proto = graph(
         [onnx.helper.make_node("Conv", ["images", "w", "b"], ["y"], name="0/Conv")], {"w": weight, "b": [1.0]}
     )
-    correct_biases(proto, {"images": np.array([10, 50], np.float32)}, frozenset({"0/Conv"}))
+    round_convolutions(proto, {"images": np.array([10, 50], np.float32)}, frozenset({"0/Conv"}), "vnni")
     assert constant(proto, "b") == pytest.approx([1.0])
-    correct_biases(proto, {"images": np.array([10, 50], np.float32)}, frozenset())
+    round_convolutions(proto, {"images": np.array([10, 50], np.float32)}, frozenset(), "vnni")
     assert constant(proto, "b") == pytest.approx([1.2], abs=1e-4)
 
 
@@ -154,7 +250,7 @@ def test_each_group_of_channels_is_corrected_by_its_own_inputs() -> None:
     weight = np.array([[1.27, 0.304], [1.27, 0.296]], np.float32).reshape(2, 2, 1, 1)
     node = onnx.helper.make_node("Conv", ["images", "w", "b"], ["y"], name="0/Conv", group=2)
     proto = graph([node], {"w": weight, "b": [0.0, 0.0]}, channels=4)
-    correct_biases(proto, {"images": np.array([1, 10, 1, 100], np.float32)}, frozenset())
+    round_convolutions(proto, {"images": np.array([1, 10, 1, 100], np.float32)}, frozenset(), "vnni")
     assert constant(proto, "b") == pytest.approx([0.04, -0.4], abs=1e-4)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou
@@ -19,7 +21,7 @@ from torchvision.ops import box_iou
 import export
 from data import DataSettings, DetectionDataset
 from data.images import read_image
-from deploy import Decoded, WithNms, open_exported, prove_same_detections
+from deploy import Decoded, EngineNetwork, WithNms, open_exported, prove_same_detections
 from detection.datasets import open_data, real_images
 from detection.detector import open_detector
 from detection.evaluator import AsModel, Evaluator
@@ -205,7 +207,7 @@ def test_impossible_exports_are_refused(small_run: Path, tiny: Path, script: Run
 
 def test_int8_files_say_what_they_cost(small_weights: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
     given = ("--weights", small_weights, "--data", tiny, "--img", 64, "--project", tmp_path, "--int8")
-    done = script("export", *given, "--include", "onnx", "openvino", "--calibration-images", 8)
+    done = script("export", *given, "--include", "onnx", "openvino", "--calibration-images", 8, "--max-drop", 1)
     assert done.code == 0, done.err
     made = json.loads((tmp_path / "exp" / "export.json").read_text())
     assert [Path(row["file"]).name for row in made] == ["last-int8.onnx", "last-int8.xml"]
@@ -224,8 +226,9 @@ def test_impossible_quantisations_are_refused(small_weights: Path, tiny: Path, s
     fails(script(*common, "--calibration-images", 0), "--calibration-images 0: expected at least 1")
     fails(script(*common, "--include", "torchscript"), "--int8: TorchScript files stay in float")
     fails(script(*common, "--keep-float", "stem.*"), "--keep-float stem.*: matches no module of the network")
-    fails(script(*common, "--calibration-images", 4, "--max-drop", -1), "--max-drop -1: AP", "nothing was written")
-    fails(script(*common[:-1], "--max-drop", 0.01), "--keep-float and --max-drop are for --int8")
+    fails(script(*common, "--max-drop", -1), "--max-drop -1: expected 0 to 1")
+    fails(script(*common[:-1], "--max-drop", 0.01), "--keep-float, --int8-target and --max-drop are for --int8")
+    fails(script(*common, "--include", "openvino", "--int8-target", "vnni"), "--int8-target vnni: OpenVINO's files are")
     empty = tmp_path / "empty.yaml"
     (tmp_path / "none").mkdir()
     empty.write_text(f"path: {tmp_path}\ntrain: none\nval: none\nnames: [a, b, c, d]\n")
@@ -236,9 +239,51 @@ def test_impossible_quantisations_are_refused(small_weights: Path, tiny: Path, s
     assert not list(tmp_path.rglob("*.onnx")) + list(tmp_path.rglob("*.xml"))
 
 
+def test_a_file_that_loses_too_much_is_not_published(
+    small_weights: Path, tiny: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.5 in float, 0.4 in INT8: more than the default allows, then as much as --max-drop does."""
+
+    def ap(exported: EngineNetwork) -> float:
+        return 0.4 if exported.precision == "int8" else 0.5
+
+    monkeypatch.setattr("detection.export.measure_on", lambda *given: (ap, ""))
+    monkeypatch.setattr("detection.quantise.noisiest_blocks", lambda *given: ["model.0", "model.1", "model.2.cv1"])
+    given = ("export", "--weights", small_weights, "--data", tiny, "--img", 64, "--project", tmp_path, "--int8")
+    common = (*given, "--calibration-images", 2, "--out", tmp_path / "int8.onnx")
+    (tmp_path / "int8.onnx").write_text("of before")
+    fails(
+        script(*common),
+        "--max-drop 0.02: AP 0.5000 falls by 0.1000 to 0.4000 in INT8, also with 1 of 3 blocks in float",
+    )
+    assert (tmp_path / "int8.onnx").read_text() == "of before"
+    (tmp_path / "int8.onnx").unlink()
+    fails(script(*common), "--max-drop 0.02")
+    assert not list(tmp_path.rglob("*.onnx"))
+    done = script(*common, "--max-drop", 0.11)
+    assert done.code == 0, done.err
+    assert "AP on val 0.5000 in float, 0.4000 in INT8" in done.out and (tmp_path / "int8.onnx").exists()
+
+
+def test_without_labels_an_int8_file_says_what_it_changes(
+    small_weights: Path, tiny: Path, script: Runner, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny.parent / "tiny" / "images" / "train", tmp_path / "images")
+    data = tmp_path / "unlabelled.yaml"
+    names = yaml.safe_load(tiny.read_text())["names"]
+    data.write_text(yaml.safe_dump({"path": str(tmp_path), "train": "images", "val": "images", "names": names}))
+    done = script("export", "--weights", small_weights, "--data", data, "--img", 64, "--project", tmp_path, "--int8")
+    assert done.code == 0, done.err
+    (row,) = json.loads((tmp_path / "exp" / "export.json").read_text())
+    changed, total = row["changed_detections"]
+    assert row["ap_int8"] is None and total > 0
+    said = f"of {total} detections in float {changed} were lost or gained in INT8, on 16 training images"
+    assert f"AP not measured, since the val split of {data} has no labels; {said}" in done.out
+
+
 def test_out_is_taken_at_its_word(small_weights: Path, tiny: Path, script: Runner, tmp_path: Path) -> None:
     given = ("export", "--weights", small_weights, "--data", tiny, "--img", 64, "--project", tmp_path / "runs")
-    int8 = ("--int8", "--calibration-images", 2)
+    int8 = ("--int8", "--calibration-images", 2, "--max-drop", 1)
     done = script(*given, *int8, "--out", tmp_path / "slim.onnx")
     assert done.code == 0, done.err
     assert [path.name for path in tmp_path.glob("*.*")] == ["slim.onnx"]

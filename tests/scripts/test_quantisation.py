@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,11 +12,20 @@ from torch import Tensor
 
 from data import DataSettings, DetectionDataset
 from data.dataset import Draw
-from deploy import Decoded, WithNms, open_exported, parts_of, prove_same_detections
+from deploy import (
+    Decoded,
+    Int8Target,
+    Quantised,
+    WithNms,
+    open_exported,
+    parts_of,
+    prove_same_detections,
+)
 from detection import quantise
 from detection.datasets import open_data
+from detection.detector import open_detector
 from detection.network import Network, read_network
-from detection.quantise import Int8Writer, calibration_images, measure_on
+from detection.quantise import Int8Writer, calibration_images, changed_detections, measure_on
 from detection.write_file import write_file
 from models import NmsSettings
 from tests.deploy.test_quantise import on_integers
@@ -94,7 +104,7 @@ def test_the_first_of_a_ranking_stays_float_in_every_format(
     paths = {block: {path for path in on_all(network) if f"{path}.".startswith(f"{block}.")} for block in order}
     for suffix in (".onnx", ".xml"):
         values = iter([0.5, 0.4, 0.499])
-        writer = Int8Writer(network, images, [HEAD], 0.01, lambda exported, values=values: next(values))
+        writer = Int8Writer(network, images, [HEAD], "any", 0.01, lambda exported, values=values: next(values))
         writer.__dict__["ranking"] = order[::-1]
         out = tmp_path / f"int8{suffix}"
         _, found = writer.write(out)
@@ -125,6 +135,46 @@ def test_the_suppression_stands_behind_the_same_int8_network(
     assert prove_same_detections(wanted, found, given) < 1e-4
 
 
-def test_a_bound_without_labels_is_refused(network: Network, images: list[Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"--max-drop 0.01: AP cannot be measured, since the val split has no labels"):
-        Int8Writer(network, images, [HEAD], 0.01, not_measured="the val split has no labels")
+def test_without_labels_detections_are_compared(
+    write: Writer, network: Network, images: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A box that moves by a pixel is the same; one that takes another class is lost and gained."""
+    far = [40.0, 40, 8, 8, 0.9]
+    exact = [[10.0, 10, 8, 8, 0.9, 1, 0], [*far, 1, 0]]
+    rounded = [[11.0, 10, 8, 8, 0.9, 1, 0], [*far, 0, 1]]
+    assert changed_detections(Fixed(exact), Fixed(rounded), images[:3]) == (6, 6)
+    assert changed_detections(Fixed(exact), Fixed(exact), images[:3]) == (0, 6)
+    assert changed_detections(Fixed([[*far[:4], 0.0, 1, 0]]), Fixed(exact), images[:1]) == (2, 0)
+    monkeypatch.setattr(quantise, "changed_detections", lambda one, other, given: (one.precision, other.precision))
+    _, found = Int8Writer(network, images, [HEAD], not_measured="nothing is labelled").write(tmp_path / "int8.onnx")
+    assert found == Quantised(None, None, (), ("float32", "int8"))
+
+
+class Fixed(torch.nn.Module):
+    """A network that sees the same in every image."""
+
+    def __init__(self, rows: list[list[float]]) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.tensor([self.rows] * len(images))
+
+
+def test_a_file_for_another_cpu_is_warned_about_once(
+    write: Writer,
+    network: Network,
+    images: list[Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("deploy.onnx_file.int8_saturates", lambda: True)
+    for target in get_args(Int8Target):
+        out = tmp_path / f"{target}.onnx"
+        Int8Writer(network, images, [HEAD], target, not_measured="nothing is labelled").write(out)
+        for _ in range(2):
+            with open_detector(str(out)) as detector:
+                assert detector.network.metadata["int8_target"] == target
+    (said,) = (text for text in caplog.messages if text.startswith("warning:"))
+    assert said.startswith(f"warning: {tmp_path / 'vnni.onnx'}: its weights have 8 bits") and "\n" not in said
