@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from data import DetectionDataset
 from data.results import result_ids
 from deploy import RuntimeSettings
 from engine import Evaluation, save_coco_json
 from slim import SlimError
-from tracking import RunFolder, save_png, write_report
+from tracking import RunFolder, write_report
 
 from .command import flat
 from .datasets import open_data, real_images
 from .detector import is_exported, open_detector
-from .evaluator import AsModel, Evaluator, draw_networks
+from .evaluation_pictures import add_picture, measure_detections
+from .evaluator import AsModel, Evaluator, draw_networks, draw_truth
 from .flags import ValFlags
 from .network import check_classes, choose_device, img_of, sides_of
 from .published import find_weights
+from .video.sources import distinct
+from .video.writer import DetectionFiles
 
 DEFAULT_SIDES = (320, 320)
 
@@ -75,15 +79,34 @@ def evaluate_weights(flags: ValFlags) -> Evaluation:
         (tiles,) = draw_networks(
             {"": AsModel(detector.network)}, evaluator.dataset, canvas_hw=sides, postprocess=detector.detections
         ).values()
+        truth = draw_truth(evaluator.dataset, canvas_hw=sides)
     run = RunFolder.create(flags.run.project, flags.run.name)
     run.write_config({**flat(flags), "img": img_of(sides)}, "val.py")
-    run.write_metrics({**evaluation.metrics(), **detector.facts(sides)})
-    save_png(torch.cat(tiles, 2), run.path / "detections.png")
-    run.log_picture("detections", torch.cat(tiles, 2))
+    measured = measure_detections(run, evaluator, evaluation)
+    run.write_metrics({**evaluation.metrics(), **measured.metrics(), **detector.facts(sides)})
+    add_picture(run, "detections", tiles)
+    add_picture(run, "truth", truth)
     run.close()
     write_report(run)
+    if flags.text.save_txt:
+        write_labels(run, evaluator.dataset, evaluation.detections, scores=flags.text.save_conf)
     if ids is not None:
         save_coco_json(ids.results(evaluation.detections), run.path / "predictions.json")
     print(f"{flags.weights} on {flags.split}: {detector.describe(sides)}")
     print(evaluation)
+    print(measured.table(evaluation.per_class))
     return evaluation
+
+
+def write_labels(
+    run: RunFolder, dataset: DetectionDataset, detections: Sequence[Mapping[str, Any]], *, scores: bool
+) -> None:
+    """YOLO text of each image in labels/ of a run folder, from results whose ids are indices."""
+    rows: list[list[tuple[float, ...]]] = [[] for _ in dataset.files]
+    for found in detections:
+        x, y, w, h = found["bbox"]
+        rows[found["image_id"]].append((x, y, x + w, y + h, found["score"], found["category_id"]))
+    stems = distinct(file.stem for file in dataset.files)
+    with DetectionFiles(run.path, dataset.names, text=True, scores=scores, as_json=False) as files:
+        for index, (file, stem) in enumerate(zip(dataset.files, stems, strict=True)):
+            files.add(str(file), stem, None, rows[index], dataset.original_hw(index))

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 import slim
 from data import DetectionDataset, build_loader
+from data.dataset import Draw
 from engine import Evaluation, evaluate
-from models import (
-    non_max_suppression,
-)
+from models import non_max_suppression
 from tracking import draw_detections
 
 from .datasets import real_images
@@ -79,6 +79,18 @@ def draw_networks(
             for image, boxes in zip(images, found, strict=True)
         ]
     return drawn
+
+
+def draw_truth(dataset: DetectionDataset, count: int = 4, canvas_hw: tuple[int, int] | None = None) -> list[Tensor]:
+    """The same images as the network sees them with their labels, uint8 [3, H, W] each."""
+    tiles = []
+    for i in range(min(count, len(dataset))):
+        sample = dataset[Draw(i, canvas_hw)]
+        height, width = sample.image.shape[1:]
+        boxes = box_convert(sample.targets[:, 1:], "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
+        labels = torch.cat([boxes, torch.ones(len(boxes), 1), sample.targets[:, :1]], 1)
+        tiles.append(draw_detections(sample.image, labels, dataset.names, scores=False))
+    return tiles
 
 
 class AsModel(nn.Module):

@@ -318,6 +318,18 @@ class IterateFlags(ScriptFlags):
 
 
 @dataclass(frozen=True)
+class TextSettings:
+    """Text files of detections."""
+
+    save_txt: Annotated[bool, "also write YOLO text to labels/, one file a picture"] = False
+    save_conf: Annotated[bool, "with --save-txt: also the scores"] = False
+
+    def __post_init__(self) -> None:
+        if self.save_conf and not self.save_txt:
+            _refuse("--save-conf: the scores stand in the text files; add --save-txt")
+
+
+@dataclass(frozen=True)
 class ValFlags(ScriptFlags):
     """Options of the evaluation."""
 
@@ -337,6 +349,7 @@ class ValFlags(ScriptFlags):
         bool,
         "also write predictions.json to the run folder: COCO results, by the ids of the data set's COCO file or of YOLOv5",
     ] = False
+    text: TextSettings = TextSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     trust: TrustSettings = TrustSettings()
     nms: NmsSettings = NmsSettings(conf=0.001, iou=0.65)
@@ -445,10 +458,10 @@ class DetectFlags(ScriptFlags):
         "at least 0",
     ] = 0
     vid_stride: Annotated[int, "look at every so many frames of a video", "at least 1"] = 1
-    save_txt: Annotated[bool, "also write YOLO text to labels/, one file a picture"] = False
-    save_conf: Annotated[bool, "with --save-txt: also the scores"] = False
     save_json: Annotated[bool, "also write detections.json"] = False
+    save_crop: Annotated[bool, "also write each detection as a picture of its own to crops/CLASS/"] = False
     nosave: Annotated[bool, "write no annotated images and videos"] = False
+    text: TextSettings = TextSettings()
     images: ImageSettings = ImageSettings()
     runtime: RuntimeSettings = RuntimeSettings(num_cores=2)
     trust: TrustSettings = TrustSettings()
@@ -461,7 +474,5 @@ class DetectFlags(ScriptFlags):
     drawing: DrawingSettings = DrawingSettings()
 
     def __post_init__(self) -> None:
-        if self.save_conf and not self.save_txt:
-            _refuse("--save-conf: the scores stand in the text files; add --save-txt")
         if len(self.img) > 2:
             _refuse(f"--img {' '.join(map(str, self.img))}: expected one side, or height and width")

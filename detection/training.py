@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert
 
 import slim
 from data import DataConfig, DetectionDataset, Sample, build_loader, multi_scale_sizes
@@ -33,18 +31,17 @@ from models import YOLO
 from slim import SlimError
 from tracking import (
     RunFolder,
-    draw_detections,
     plot_channels,
     plot_labels,
     read_png,
-    save_png,
     summarise_gates,
     write_report,
 )
 
 from .command import BARE, OF_THE_COMMAND_LINE_ALONE, flat, read, with_values
 from .datasets import open_data, real_images
-from .evaluator import Evaluator, draw_networks
+from .evaluation_pictures import add_picture, measure_detections
+from .evaluator import Evaluator, draw_networks, draw_truth
 from .flags import ROUND_TO, FinetuneFlags, SparseFlags, TrainFlags
 from .losses import add_teacher, fit_anchors, make_loss
 from .network import (
@@ -391,14 +388,7 @@ def log_start(run: RunFolder, model: YOLO, train_set: DetectionDataset, flags: T
     if isinstance(flags, SparseFlags):
         run.log_stages(channel_stages(model, cost.layers, img))
     run.log_scalars({"cost/macs": float(cost.macs), "cost/params": float(cost.params)}, 0)
-    tiles = []
-    for i in range(min(4, len(train_set))):
-        sample = train_set[i]
-        boxes = box_convert(sample.targets[:, 1:], "cxcywh", "xyxy") * img
-        labels = torch.cat([boxes, torch.ones(len(boxes), 1), sample.targets[:, :1]], 1)
-        tiles.append(draw_detections(sample.image, labels, train_set.names, scores=False))
-    run.log_picture("train_batch", torch.cat(tiles, 2))
-    save_png(torch.cat(tiles, 2), run.path / "train_batch.png")
+    add_picture(run, "train_batch", draw_truth(train_set))
 
 
 def finish(
@@ -408,7 +398,14 @@ def finish(
     network = read_network(run.last)
     evaluation = evaluation or evaluator(network.model)
     cost = slim.cost(network.model.cpu(), example_image(img))
-    metrics = {**evaluation.metrics(), "params": cost.params, "macs": cost.macs, "seconds": result.seconds}
+    measured = measure_detections(run, evaluator, evaluation, epochs)
+    metrics = {
+        **evaluation.metrics(),
+        **measured.metrics(),
+        "params": cost.params,
+        "macs": cost.macs,
+        "seconds": result.seconds,
+    }
     gates = slim.gate_vectors(network.model)
     run.write_metrics(
         {
@@ -421,14 +418,15 @@ def finish(
         }
     )
     (tiles,) = draw_networks({"": network.model}, evaluator.dataset).values()
-    picture = torch.cat(tiles, 2)
-    save_png(picture, run.path / "detections.png")
-    run.log_picture("detections", picture, epochs)
+    add_picture(run, "detections", tiles, epochs)
+    add_picture(run, "truth", draw_truth(evaluator.dataset), epochs)
     draw_channels(run, network.model, epochs)
     run.close()
     write_report(run)
     closed = "" if result.closed_share is None else f", {result.closed_share:.1%} of the gates closed"
-    print(f"{run.path}: AP {evaluation.ap:.4f}, AP50 {evaluation.ap50:.4f} on {evaluation.images} val images{closed}")
+    conf = "" if measured.conf is None else f", best F1 at --conf {measured.conf:g}"
+    aps = f"AP {evaluation.ap:.4f}, AP50 {evaluation.ap50:.4f} on {evaluation.images} val images"
+    print(f"{run.path}: {aps}{conf}{closed}")
     return evaluation
 
 

@@ -14,6 +14,9 @@ from .optimiser import freeze as freeze
 from .optimiser import learning_rate_factor as learning_rate_factor
 from .optimiser import learning_rate_sum as learning_rate_sum
 from .optimiser import recalibrate as recalibrate
+from .precision_recall import PrecisionRecall as PrecisionRecall
+from .precision_recall import count_confusions as count_confusions
+from .precision_recall import measure_precision_recall as measure_precision_recall
 from .settings import OptimConfig as OptimConfig
 from .settings import Precision as Precision
 from .settings import SparsitySettings as SparsitySettings

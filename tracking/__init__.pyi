@@ -11,6 +11,8 @@ from .plots import read_png as read_png
 from .plots import save_png as save_png
 from .plots import side_by_side as side_by_side
 from .plots import summarise_gates as summarise_gates
+from .precision_plots import plot_class_curves as plot_class_curves
+from .precision_plots import plot_confusions as plot_confusions
 from .report import write_report as write_report
 from .run_folder import CUT_METRIC_KEYS as CUT_METRIC_KEYS
 from .run_folder import METRIC_KEYS as METRIC_KEYS

@@ -31,7 +31,7 @@ _PANELS = {
     "gates/closed_share": "share of closed gates",
 }
 _NOT_PLOTTED = ("epoch", "seconds", "gates/strength")
-_BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "fontsize": "small"}
+BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "fontsize": "small"}
 _ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "fontsize": "small", "frameon": False}
 """Legends beside and above their axes, where they lie over nothing."""
 _MARKS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def plot_results(rows: Sequence[Mapping[str, str]], path: str | Path) -> Path:
             if len(lines) > 1:
                 axis.legend(**_ABOVE, ncols=len(lines))
 
-    return _draw(path, (11, 2.8 * ((len(panels) + 1) // 2)), draw)
+    return save_figure(path, (11, 2.8 * ((len(panels) + 1) // 2)), draw)
 
 
 def plot_labels(ground_truth: Mapping[str, Any], names: Sequence[str], path: str | Path) -> Path:
@@ -96,7 +96,7 @@ def plot_labels(ground_truth: Mapping[str, Any], names: Sequence[str], path: str
         sizes.scatter([a["bbox"][2] for a in annotations], [a["bbox"][3] for a in annotations], s=4, alpha=0.4)
         sizes.set(title="box sizes", xlabel="width, px", ylabel="height, px")
 
-    return _draw(path, (13, max(3.5, _INCHES_PER_BAR * len(names))), draw)
+    return save_figure(path, (13, max(3.5, _INCHES_PER_BAR * len(names))), draw)
 
 
 def summarise_gates(gates: Mapping[str, Tensor], threshold: float = CLOSED) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def plot_gates(summary: Mapping[str, Any], path: str | Path) -> Path:
         axis.set_ylim(bottom=0.7)
         axis.legend(**_ABOVE)
 
-    return _draw(path, (8, 3.5), draw)
+    return save_figure(path, (8, 3.5), draw)
 
 
 def plot_widths(before: Mapping[str, int], after: Mapping[str, int], path: str | Path) -> Path:
@@ -152,7 +152,7 @@ def plot_widths(before: Mapping[str, int], after: Mapping[str, int], path: str |
         axis.set_title("width of each layer", loc="left")
         axis.legend(**_ABOVE, ncols=2)
 
-    return _draw(path, (8, max(3.0, _INCHES_PER_BAR * len(layers))), draw)
+    return save_figure(path, (8, max(3.0, _INCHES_PER_BAR * len(layers))), draw)
 
 
 def plot_channels(
@@ -180,7 +180,7 @@ def plot_channels(
         axis.set(title="open channels of each layer", xlabel=unit)
         figure.colorbar(image, ax=axis, label="share of the layer's channels", aspect=40, format=PercentFormatter(1.0))
 
-    return _draw(path, (8, max(3.0, 1.2 + _INCHES_PER_BAR * len(layers))), draw)
+    return save_figure(path, (8, max(3.0, 1.2 + _INCHES_PER_BAR * len(layers))), draw)
 
 
 def plot_trade_off(
@@ -204,9 +204,9 @@ def plot_trade_off(
             axis.set(xlabel=xlabel, ylabel="AP")
             axis.margins(0.15)
         if is_crowded:
-            axes[-1].legend(**_BESIDE)
+            axes[-1].legend(**BESIDE)
 
-    return _draw(path, (5.5 * len(panels) + (2.5 if is_crowded else 0), 4.2), draw)
+    return save_figure(path, (5.5 * len(panels) + (2.5 if is_crowded else 0), 4.2), draw)
 
 
 def plot_runtimes(points: Sequence[tuple[str, str, float, float]], path: str | Path) -> Path:
@@ -226,9 +226,9 @@ def plot_runtimes(points: Sequence[tuple[str, str, float, float]], path: str | P
             axis.plot([], [], linestyle="", marker=markers[name], color="grey", fillstyle="none", label=name)
         axis.set(xlabel="milliseconds an image", ylabel="AP")
         axis.margins(0.15)
-        axis.legend(**_BESIDE)
+        axis.legend(**BESIDE)
 
-    return _draw(path, (8.5, max(4.2, 0.5 + 0.22 * (len(networks) + len(runtimes)))), draw)
+    return save_figure(path, (8.5, max(4.2, 0.5 + 0.22 * (len(networks) + len(runtimes)))), draw)
 
 
 def side_by_side(columns: Mapping[str, Sequence[Tensor]]) -> Tensor:
@@ -261,7 +261,8 @@ def read_png(path: str | Path) -> Tensor:
     return found
 
 
-def _draw(path: str | Path, inches: tuple[float, float], draw: Callable[[Figure], None]) -> Path:
+def save_figure(path: str | Path, inches: tuple[float, float], draw: Callable[[Figure], None]) -> Path:
+    """A PNG file of so many inches of what ``draw`` puts on a figure."""
     path = Path(path)
     with matplotlib.rc_context({"text.parse_math": False}):  # names of classes and layers are no formulae
         figure = Figure(figsize=inches, layout="constrained")

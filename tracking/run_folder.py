@@ -37,6 +37,7 @@ _OF_A_TRAINING = (
         "data.json",
         "results.csv",
         "channels.csv",
+        "confusion_matrix.csv",
         "metrics.json",
         "report.*",
         "events.out.*",

@@ -28,7 +28,7 @@ from ..published import find_weights
 from .pictures import ImagePicture, Picture, planes_of, read_pictures
 from .pipeline import StageTimes, run_overlapped
 from .sources import MediaSource, find_sources
-from .writer import DetectionFiles, VideoWriter, write_image
+from .writer import DetectionFiles, VideoWriter, stem_of, write_crops, write_image
 
 _MOST_AT_ONCE = 4
 """Pictures in inference side by side, where the user does not say."""
@@ -122,7 +122,11 @@ class DetectJob:
     def write(self, picture: Picture, rows: list[list[float]]) -> None:
         """Keep what was found, and the picture with it."""
         source = picture.source
-        self.files.add(source.where, source.name, None if source.is_image else picture.number, rows, picture.size_hw)
+        frame = None if source.is_image else picture.number
+        self.files.add(source.where, source.name, frame, rows, picture.size_hw)
+        if self.flags.save_crop and rows:  # before the picture is drawn on
+            stem = stem_of(source.name, frame)
+            write_crops(self.folder / "crops", stem, rows, self.detector.names, picture.pixels)
         if self.flags.nosave:
             return
         if isinstance(picture, ImagePicture):
@@ -201,7 +205,7 @@ def detect(flags: DetectFlags) -> Path:
         run = RunFolder.create(flags.run.project, flags.run.name)
         run.write_config(flat(flags), "detect.py")
         files = DetectionFiles(
-            run.path, detector.names, text=flags.save_txt, scores=flags.save_conf, as_json=flags.save_json
+            run.path, detector.names, text=flags.text.save_txt, scores=flags.text.save_conf, as_json=flags.save_json
         )
         job = DetectJob(flags, sources, detector, run.path, stack.enter_context(files))
         try:

@@ -86,6 +86,12 @@ class VideoPicture:
             image[channel, top : top + height, left : left + width] = np.rot90(plane, self.quarter_turns)
         return torch.from_numpy(image), geometry
 
+    @property
+    def pixels(self) -> Tensor:
+        """Upright, uint8 [3, H, W]."""
+        turned = np.rot90(self.frame.to_ndarray(format="rgb24"), self.quarter_turns)
+        return torch.from_numpy(turned.copy()).permute(2, 0, 1)
+
     def upright(self) -> av.VideoFrame:
         """The frame as a video file takes it, in memory of its own: upright, of 8 bits, luma and chroma apart."""
         import av

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -47,16 +47,23 @@ def find_sources(given: Sequence[str]) -> list[MediaSource]:
                 raise DataError(
                     f"--source {source.where}: a camera does not end; give it alone, in a process of its own"
                 )
-    taken: set[str] = set()
-    return [_renamed(source, taken) for source in found]
+    names = distinct(source.name for source in found)
+    return [replace(source, name=name) for source, name in zip(found, names, strict=True)]
 
 
-def _renamed(source: MediaSource, taken: set[str]) -> MediaSource:
-    name, number = source.name, 2
-    while name in taken:
-        name, number = f"{source.name}-{number}", number + 1
-    taken.add(name)
-    return replace(source, name=name)
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names, with a number where another one before is the same.
+
+    >>> distinct(["a", "b", "a"])
+    ['a', 'b', 'a-2']
+    """
+    given: dict[str, None] = {}
+    for wanted in names:
+        name, number = wanted, 2
+        while name in given:
+            name, number = f"{wanted}-{number}", number + 1
+        given[name] = None
+    return list(given)
 
 
 def _named(word: str) -> list[MediaSource]:

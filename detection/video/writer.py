@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -115,6 +117,30 @@ class VideoWriter:
             raise DataError(f"{self.path}: cannot be written ({error.strerror or error}); free disk space") from error
 
 
+def stem_of(name: str, frame: int | None) -> str:
+    """Of what is written of a picture: a source's name, and of a video's frame (from 0) also its number, from 1."""
+    return name if frame is None else f"{name}_{frame + 1}"
+
+
+def write_crops(folder: Path, name: str, rows: Sequence[Sequence[float]], names: Sequence[str], pixels: Tensor) -> None:
+    """Each detection of a picture as CLASS/NAME.jpg in a folder, further ones of its class as NAME2.jpg, NAME3.jpg ...
+
+    As YOLOv5 cuts them out: 2 % and 10 pixels wider and higher than the box, as far as the picture goes.
+    """
+    height, width = pixels.shape[1:]
+    for x1, y1, x2, y2, _, kind in rows:
+        half_w, half_h = (1.02 * (x2 - x1) + 10) / 2, (1.02 * (y2 - y1) + 10) / 2
+        (left, right), (top, bottom) = (
+            (max(0, int(middle - half)), min(size, int(middle + half)))
+            for middle, half, size in (((x1 + x2) / 2, half_w, width), ((y1 + y2) / 2, half_h, height))
+        )
+        of_class = folder / (re.sub(r'[\\/:*?"<>|\0-\x1f]', "_", names[int(kind)]).strip(". ") or "_")
+        of_class.mkdir(parents=True, exist_ok=True)
+        numbers = itertools.chain([""], itertools.count(2))
+        free = (path for number in numbers if not (path := of_class / f"{name}{number}.jpg").exists())
+        write_image(pixels[:, top:bottom, left:right], next(free))
+
+
 class DetectionFiles:
     """``labels/NAME.txt`` (of videos ``NAME_FRAME.txt``, from 1) and ``detections.json`` in a folder, each where asked for.
 
@@ -144,7 +170,7 @@ class DetectionFiles:
     ) -> None:
         """Write a picture's detections (x1, y1, x2, y2 in pixels, score, class); ``name`` is that of its text file."""
         if self.text:
-            self._write_text(name if frame is None else f"{name}_{frame + 1}", rows, size_hw)
+            self._write_text(stem_of(name, frame), rows, size_hw)
         for x1, y1, x2, y2, score, kind in rows if self.as_json else ():
             place = {"image_id": self.pictures, "file": file, **({} if frame is None else {"frame": frame})}
             what = {"category_id": int(kind), "name": self.names[int(kind)]}

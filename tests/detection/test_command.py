@@ -281,7 +281,7 @@ def test_spellings_of_yolov5_are_taken() -> None:
     val = parse(ValFlags, "", ["--conf-thres", "0.1", "--iou-thres", "0.2", "--task", "test", "--max-det", "9"])
     assert (val.nms.conf, val.nms.iou, val.nms.max_det, val.split) == (0.1, 0.2, 9, "test")
     detect = parse(DetectFlags, "", ["--agnostic-nms", "--save-txt", "--max-det", "7"])
-    assert detect.agnostic_nms and detect.save_txt and detect.nms.max_det == 7
+    assert detect.agnostic_nms and detect.text.save_txt and detect.nms.max_det == 7
 
 
 HYP = """

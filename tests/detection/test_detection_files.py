@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from detection.video.writer import DetectionFiles
+from data.images import read_image
+from detection.video.writer import DetectionFiles, write_crops
 
 ROW = (10.0, 20.0, 50.0, 40.0, 0.875, 1.0)
 
@@ -54,3 +56,29 @@ def test_an_error_keeps_what_came_before_it(tmp_path: Path) -> None:
         files.add("a.jpg", "a", None, [ROW], (80, 100))
         raise ZeroDivisionError
     assert len(json.loads((tmp_path / "detections.json").read_text())) == 1
+
+
+def test_crops_by_class_a_little_wider_than_the_boxes(tmp_path: Path) -> None:
+    """2 % and 10 pixels in all, cut at the edges; in the colours of what lies there."""
+    pixels = torch.zeros(3, 80, 100, dtype=torch.uint8)
+    pixels[0, 20:40, 10:50] = 200
+    rows = [
+        ROW,
+        (60.0, 50.0, 80.0, 70.0, 0.5, 1.0),
+        (0.0, 0.0, 10.0, 10.0, 0.4, 0.0),
+        (95.0, 75.0, 100.0, 80.0, 0.3, 1.0),
+    ]
+    write_crops(tmp_path, "a", rows, ["../c:t", "dog"], pixels)
+    write_crops(tmp_path, "b_1", rows[1:2], ["../c:t", "dog"], pixels)
+    sizes = {
+        file.relative_to(tmp_path).as_posix(): tuple(read_image(file).shape[1:]) for file in tmp_path.rglob("*.jpg")
+    }
+    assert sizes == {
+        "dog/a.jpg": (31, 51),  # from 14.8 to 45.2 and from 4.6 to 55.4
+        "dog/a2.jpg": (31, 31),
+        "dog/a3.jpg": (11, 11),
+        "dog/b_1.jpg": (31, 31),
+        "_c_t/a.jpg": (15, 15),
+    }
+    red = read_image(tmp_path / "dog" / "a.jpg")[0].float()
+    assert red[8:24, 8:44].mean() > 190 > 10 > red[:3].mean()

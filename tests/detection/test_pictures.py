@@ -100,6 +100,7 @@ def test_videos_are_upright(tmp_path: Path, degrees: int) -> None:
     assert picture.size_hw == (48, 80)
     image, _ = picture.letterboxed(Canvas((48, 80)))
     assert (image.permute(1, 2, 0).float() - torch.from_numpy(upright).float()).abs().mean() < 4
+    assert (picture.pixels.permute(1, 2, 0).float() - torch.from_numpy(upright).float()).abs().mean() < 4
     luma = planes_of(picture.upright())[0]
     assert luma.shape == (48, 80) and abs(int(luma[12, 16]) - int(luma[40, 60])) > 15 > abs(
         int(luma[40, 16]) - luma[40, 60]

@@ -72,7 +72,7 @@ def test_perfect_detections_have_ap_one_and_absent_classes_none(capsys: pytest.C
     assert result.detections[0]["bbox"] == [10, 20, 30, 10]
     assert capsys.readouterr().out == ""
     assert set(result.metrics()) == {"ap", "ap50", "ap75", "per_class", "images", "seconds"}
-    assert "dog: 1.0000" in str(result)
+    assert str(result) == "AP 1.0000  AP50 1.0000  AP75 1.0000  (2 images)"
 
 
 def test_hand_computed_ap() -> None:

@@ -69,10 +69,11 @@ def no_plots() -> Iterator[None]:
 @contextmanager
 def without_plots() -> Iterator[None]:
     """Trainings without their plots, which take longer than the training of a test."""
-    from detection import training
+    from detection import evaluation_pictures, training
     from tracking.report import sections
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_pictures, "draw_measured", lambda *_: None)
         for name in ("plot_labels", "draw_channels"):
             patch.setattr(training, name, lambda *_: None)
         for name in ("plot_results", "plot_gates"):

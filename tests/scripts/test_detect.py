@@ -190,6 +190,28 @@ def test_little_grey_where_the_size_is_free(
     assert_same({0: by_picture(found_in(tmp_path / "torch"))[0]}, wanted)
 
 
+def test_each_detection_as_a_picture_of_its_own(weights: Path, video: Path, script: Runner, tmp_path: Path) -> None:
+    """Cut out of the picture before anything is drawn on it."""
+    Image.fromarray(decoded(video)[0]).save(tmp_path / "frame.png")
+    sources = ("--source", tmp_path / "frame.png", video)
+    flags = ("--img", *SIZE_HW, *CONF, "--vid-stride", 20, "--line-thickness", 20, "--save-json", "--save-crop")
+    done = script("detect", "--weights", weights, *sources, *flags, "--project", tmp_path)
+    assert done.code == 0, done.err
+    rows, crops = found_in(tmp_path / "exp"), tmp_path / "exp" / "crops"
+    assert {row["file"] for row in rows} == {str(tmp_path / "frame.png"), str(video)}
+    whole = {None: decoded(video)[0], **dict(enumerate(decoded(video)))}
+    for key in {(row["name"], row.get("frame")) for row in rows}:
+        stem = "frame" if key[1] is None else f"shapes_{key[1] + 1}"
+        of_key = [row for row in rows if (row["name"], row.get("frame")) == key]
+        for number, row in enumerate(of_key, start=1):
+            crop = read_image(crops / key[0] / f"{stem}{number if number > 1 else ''}.jpg").permute(1, 2, 0).numpy()
+            x, y, w, h = row["bbox"]
+            left, top = max(0, int(x - w / 100 - 5)), max(0, int(y - h / 100 - 5))
+            there = whole[key[1]][top : top + crop.shape[0], left : left + crop.shape[1]]
+            assert there.shape == crop.shape and np.abs(there.astype(int) - crop).mean() < 8
+    assert len(list(crops.rglob("*.jpg"))) == len(rows) > 3
+
+
 def test_some_classes_and_frames_and_no_pictures(weights: Path, video: Path, script: Runner, tmp_path: Path) -> None:
     flags = ("--classes", NAMES[2], 0, "--vid-stride", 4, "--nosave", "--save-txt", "--save-json", "--agnostic-nms")
     done = script(

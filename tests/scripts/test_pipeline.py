@@ -37,13 +37,15 @@ def events(folder: Path) -> EventAccumulator:
 
 def test_sparse_training_fills_its_run_folder(sparse_run: Path) -> None:
     files = {p.relative_to(sparse_run).as_posix() for p in sparse_run.rglob("*") if p.is_file()}
-    pictures = {"labels.png", "train_batch.png", "results.png", "gates.png", "detections.png"}
+    pictures = {"labels.png", "train_batch.png", "results.png", "gates.png", "detections.png", "truth.png"}
+    pictures |= {"pr_curve.png", "f1_curve.png", "confusion_matrix.png"}
     expected = {
         "config.yaml",
         "data.json",
         "results.csv",
         "channels.csv",
         "channels.png",
+        "confusion_matrix.csv",
         "metrics.json",
         "weights/last.pt",
         "weights/best.pt",
@@ -55,6 +57,8 @@ def test_sparse_training_fills_its_run_folder(sparse_run: Path) -> None:
     found = metrics(sparse_run)
     assert set(found) >= METRICS and found["images"] == 6
     assert set(found["per_class"]) <= set(NAMES)  # type: ignore[call-overload]
+    assert set(found["at_conf"]["per_class"]) == set(found["per_class"])  # type: ignore[index,call-overload]
+    assert "## Precision and recall" in (sparse_run / "report.md").read_text()
     with (sparse_run / "results.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
     tags = events(sparse_run).Tags()

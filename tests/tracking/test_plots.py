@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -12,6 +13,8 @@ from tracking import (
     RunFolder,
     draw_detections,
     plot_channels,
+    plot_class_curves,
+    plot_confusions,
     plot_gates,
     plot_labels,
     plot_results,
@@ -178,3 +181,31 @@ def test_columns_of_pictures_stand_side_by_side_under_their_titles(tmp_path: Pat
 def test_names_are_no_formulae(tmp_path: Path) -> None:
     ground_truth = {"images": [], "categories": [{"id": 0}], "annotations": []}
     assert_picture(plot_labels(ground_truth, ["$\\broken$"], tmp_path / "labels.png"))
+
+
+def test_curves_of_few_classes_have_names_and_of_many_none(tmp_path: Path, drawn: list[Figure]) -> None:
+    lines = {"cat": [0.2, 0.6], "dog": [0.4, 0.9]}
+    assert_picture(plot_class_curves(("--conf", [0, 1]), ("F1", lines), tmp_path / "f1.png", mark=0.5))
+    plot_class_curves(("recall", [0, 1]), ("precision", lines), tmp_path / "pr.png", areas=True)
+    plot_class_curves(("recall", [0, 1]), ("precision", {str(k): [1, 0] for k in range(21)}), tmp_path / "p.png")
+    labels = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in drawn]
+    assert labels == [
+        ["cat 0.600", "dog 0.900", "all classes 0.750", "--conf 0.5"],
+        ["cat 0.400", "dog 0.650", "all classes 0.525"],
+        ["all classes 1.000"],
+    ]
+    widths = [line.get_linewidth() for line in drawn[2].axes[0].lines]
+    assert widths == [1] * 21 + [3] and overlaps(drawn[0]) == []
+
+
+def test_confusions_show_counts_and_shares_of_each_row(tmp_path: Path, drawn: list[Figure]) -> None:
+    counts = np.array([[3, 1, 0], [0, 0, 0], [0, 5, 0]])
+    assert_picture(plot_confusions(counts, ["cat", "dog"], tmp_path / "few.png", "at --conf 0.5"))
+    plot_confusions(np.diag([7] * 25 + [0]), [f"class {k}" for k in range(25)], tmp_path / "more.png", "")
+    plot_confusions(np.diag([7] * 80 + [0]), [f"class {k}" for k in range(80)], tmp_path / "many.png", "")
+    texts = [{text.get_position(): text.get_text() for text in figure.axes[0].texts} for figure in drawn]
+    assert texts[0] == {(0, 0): "3\n75%", (1, 0): "1\n25%", (1, 2): "5\n100%"}, "columns are what is detected"
+    assert texts[1] == {(k, k): "7" for k in range(25)} and texts[2] == {}
+    axis = drawn[0].axes[0]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["cat", "dog", "background"]
+    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_title()) == ("detected as", "object", "at --conf 0.5")

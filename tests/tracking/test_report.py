@@ -244,7 +244,7 @@ def test_the_chart_of_candidates_names_each_in_both_panels(tmp_path: Path, monke
         draw_on(drawn[0])
         return path
 
-    monkeypatch.setattr(plots, "_draw", draw)
+    monkeypatch.setattr(plots, "save_figure", draw)
     write_report(loop_run(tmp_path / "loop"))
     axes = drawn[0].axes
     assert [axis.get_xlabel() for axis in axes] == ["M MACs", "ms an image"]
@@ -310,6 +310,24 @@ def test_gates_are_summarised(tmp_path: Path) -> None:
     report = Report.of(made_run(tmp_path / "r", "train_sparse.py", metrics={"gates": found}))
     assert report.rows("Gates")[1] == ["a", "4", "2", "██████░░░░░░ 50.0%", "0.751", "2.000"]
     assert "2 of 5 gates are closed (40.0%)" in report.sections["Gates"]
+
+
+def test_precision_and_recall(tmp_path: Path) -> None:
+    of_class = {NASTY: {"objects": 5, "precision": 0.75, "recall": 0.5, "f1": 0.6, "ap50": 0.625}}
+    at_conf = {"precision": 0.25, "recall": 0.125, "f1": 0.5, "per_class": {**of_class, "cat": of_class[NASTY]}}
+    metrics = {"suggested_conf": 0.321, "at_conf": at_conf}
+    run = made_run(tmp_path / "r", "val.py", metrics=metrics)
+    for name in ("pr_curve", "f1_curve", "confusion_matrix", "truth"):
+        Image.new("RGB", (30, 20), "red").save(run.path / f"{name}.png")
+    report = Report.of(run)
+    assert report.rows("Precision and recall")[1] == ["all classes", "10", "0.2500", "0.1250", "0.5000", "0.5000"]
+    assert report.rows("Precision and recall")[2] == [escape(NASTY), "5", "0.7500", "0.5000", "0.6000", "0.6250"]
+    assert "At --conf 0.321, where the mean F1" in report.sections["Precision and recall"]
+    assert report.sections["Precision and recall"].count("![") == 3 and "(truth.png)" in report.sections["Pictures"]
+    assert ["suggested --conf", "0.321", ""] in report.rows("Summary")
+    report = Report.of(made_run(tmp_path / "none", metrics={**metrics, "suggested_conf": None}))
+    assert "No detection is right" in report.sections["Precision and recall"]
+    assert "Precision and recall" not in Report.of(made_run(tmp_path / "older")).sections and not report.problems
 
 
 def test_command_writes_reports_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

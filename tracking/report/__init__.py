@@ -33,6 +33,7 @@ _SECTIONS: dict[str, Callable[[Contents], list[str]]] = {
     "Gates": sections.gates,
     "Curves": sections.curves,
     "Classes": sections.classes,
+    "Precision and recall": sections.precision_recall,
     "Pictures": sections.pictures,
 }
 

@@ -17,6 +17,7 @@ _SPECS = {
     "ms": (".1f", 1.0),
     "milliseconds": (".1f", 1.0),
     "closed_share": (".1%", 1.0),
+    "suggested_conf": (".3f", 1.0),
 }
 """How a figure is written, and in units of what; APs have four digits."""
 

@@ -16,13 +16,20 @@ from .markdown import ABSENT, bar, change, code, duration, escape, share, table,
 WEIGHTS = ("slim.pt", "pruned.pt", "best.pt")  # last.pt carries the state of the training too
 PICTURES = {
     "side_by_side.png": "The same images with the detections of both networks",
+    "truth.png": "Labels of images of the evaluated split",
     "detections.png": "Detections of this run's network",
     "train_batch.png": "Training samples as the network sees them",
     "labels.png": "The data set's labels",
 }
+CURVES = {
+    "pr_curve.png": "Precision against recall, with each class's AP50",
+    "f1_curve.png": "F1 against the confidence, with each class's largest",
+    "confusion_matrix.png": "What objects are taken for, at the suggested confidence",
+}
 _LABELS = {
     **{"ap": "AP", "ap50": "AP50", "ap75": "AP75", "macs": "M MACs", "params": "M parameters"},
     **{"ms": "ms an image", "closed_share": "gates closed"},
+    "suggested_conf": "suggested --conf",
 }
 _SETTINGS = (
     *("weights", "criterion", "macs", "latency_ms", "latency_share", "unstructured", "epochs", "split", "data", "img"),
@@ -243,6 +250,33 @@ def class_aps(metrics: Mapping[str, Any]) -> dict[str, float]:
     """AP by class name."""
     found = metrics.get("per_class")
     return {str(k): ap for k in found if (ap := number(found, k)) is not None} if isinstance(found, dict) else {}
+
+
+def precision_recall(contents: Contents) -> list[str]:
+    """Precision, recall and F1 of each class at the suggested confidence, their curves, and the confusion matrix."""
+    found = contents.metrics.get("at_conf")
+    if found is None:
+        return []
+    columns = ("precision", "recall", "f1", "ap50")
+    means = {
+        **found,
+        "ap50": contents.metrics.get("ap50"),
+        "objects": sum(r["objects"] for r in found["per_class"].values()),
+    }
+    rows = [
+        (str(name), str(row["objects"]), *(written(row, key) for key in columns))
+        for name, row in [("all classes", means), *found["per_class"].items()]
+    ]
+    conf = number(contents.metrics, "suggested_conf")
+    said = "No detection is right, so there is no --conf to suggest."
+    if conf is not None:
+        said = f"At --conf {conf:g}, where the mean F1 of the classes is largest; "
+        said += "a detection is right at an IoU of 0.5 or more, by pycocotools' matches."
+    return [
+        escape(said),
+        table(("class", ">objects", ">precision", ">recall", ">F1", ">AP50"), rows),
+        *(part for file, title in CURVES.items() for part in contents.picture(contents.path / file, title)),
+    ]
 
 
 def pictures(contents: Contents) -> list[str]:
