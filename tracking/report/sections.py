@@ -271,7 +271,11 @@ def precision_recall(contents: Contents) -> list[str]:
     said = "No detection is right, so there is no --conf to suggest."
     if conf is not None:
         said = f"At --conf {conf:g}, where the mean F1 of the classes is largest; "
-        said += "a detection is right at an IoU of 0.5 or more, by pycocotools' matches."
+        said += (
+            "a detection is right at an IoU of 0.5 or more, by pycocotools' matches, class by class in the table and "
+        )
+        said += "the curves, of any class in the matrix. They stand after the suppression of val.py, which by default leaves "
+        said += "more boxes that overlap than detect.py's."
     return [
         escape(said),
         table(("class", ">objects", ">precision", ">recall", ">F1", ">AP50"), rows),
