@@ -154,7 +154,7 @@ def load(path: str | os.PathLike[str], builder: Callable[[dict[str, Any]], Model
         >>> slim.load("nowhere.pt", lambda build: None)
         Traceback (most recent call last):
             ...
-        slim.errors.SlimError: nowhere.pt: no such file; expected a checkpoint written by slim.save
+        slim.errors.SlimError: nowhere.pt: no such file; give the path of a checkpoint
     """
     return restore(read(path), builder, str(path))
 

@@ -83,7 +83,7 @@ def test_iterate_hands_its_settings_to_every_step() -> None:
     )  # fmt: skip
     weights = Path("w.pt")
     sparse, tuned = sparse_flags(flags, weights, 0.7), finetune_flags(flags, weights, 7)
-    cut = prune_flags(flags, weights, 5, None)
+    cut = prune_flags(flags, weights, 500, None)
     for handed in (sparse, tuned, cut):
         assert handed.dataset.classes == ("cross",) and handed.dataset.single_cls and handed.loading.cache == "none"
     assert sparse.training.epochs == flags.sparse_epochs and tuned.training.epochs == 7 and tuned.keep_gates
@@ -93,6 +93,6 @@ def test_iterate_hands_its_settings_to_every_step() -> None:
     halves = sparse_flags(replace(flags, sparse=("fraction=0.5",)), weights, 0.7).sparsity
     assert not halves.has_budget and halves.fraction == 0.5
     assert (cut.score.criterion, cut.widths.scope, cut.widths.min_channels) == ("l1", "local", 3)
-    assert cut.target.macs == 5 and cut.recalibrate == flags.recalibrate and cut.weights == "w.pt"
+    assert cut.target.macs == 500 and cut.recalibrate == flags.recalibrate and cut.weights == "w.pt"
     by_latency = replace(flags, latency=LatencySettings(latency_ms=3))
     assert prune_flags(by_latency, weights, None, 0.5).latency == LatencySettings(latency_share=0.5)
