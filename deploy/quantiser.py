@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class OpenVinoQuantiser(Quantiser):
 
         images = [batch.numpy() for batch in self.batches(rough)]
         shown = tqdm(images, "calibration", disable=rough or None, leave=False)
-        with _quiet(nncf), whole_or_nothing(path) as temporary:
+        with _quiet(), whole_or_nothing(path) as temporary:
             quantised = nncf.quantize(
                 read_openvino(self.source)[0],
                 nncf.Dataset(shown),
@@ -86,15 +86,16 @@ class OpenVinoQuantiser(Quantiser):
 
 
 @contextlib.contextmanager
-def _quiet(nncf: Any) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Keep nncf's report from standard output."""
-    level = logging.getLogger("nncf").level
-    nncf.set_log_level(logging.ERROR)
+    logger = logging.getLogger("nncf")  # its own set_log_level also sets that of handlers which others put there
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        nncf.set_log_level(level)
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True)

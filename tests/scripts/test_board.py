@@ -149,11 +149,12 @@ def test_gate_histograms_over_epochs(board: Board, runs: Path) -> None:
 
 def test_pictures(board: Board, runs: Path) -> None:
     tags = board.get("plugin/images/tags")
+    measured = ["confusion_matrix", "detections", "f1_curve", "pr_curve", "truth"]
     assert {run: sorted(tags[run]) for run in RUNS} == {
-        "sparse": ["channels", "detections", "train_batch"],
+        "sparse": sorted(["channels", *measured, "train_batch"]),
         "cut1": ["detections", "widths"],
         "cut2": ["detections", "widths"],
-        "val": ["detections"],
+        "val": measured,
     }
     batch = board.picture(run="sparse", tag="train_batch")
     assert batch.size == (4 * 64, 64) and len(batch.convert("RGB").getcolors(4 * 64 * 64) or []) > 100
@@ -255,7 +256,7 @@ def test_a_report_fits_a_phone(run: str, runs: Path, browser: webdriver.Chrome, 
 @pytest.mark.parametrize(
     ("run", "sections", "images"),
     [
-        ("sparse", ["Summary", "Channels", "Gates", "Curves", "Classes", "Pictures"], 6),
+        ("sparse", ["Summary", "Channels", "Gates", "Curves", "Classes", "Precision and recall", "Pictures"], 10),
         ("cut2", ["Summary", "Before and after", "Widths", "Classes", "Pictures"], 1),
     ],
 )
