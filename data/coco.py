@@ -5,16 +5,17 @@ https://cocodataset.org/#format-data: ``bbox`` is [x, y, width, height] in pixel
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .annotations import Annotations, ClassRangeError, Collector, Entry, row_from_pixels, wrong_size
 from .errors import DataError
+from .labels import regular
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,7 @@ _LISTS = ("images", "annotations", "categories")
 def read_coco(path: Path) -> dict[str, Any]:
     """The file's content; DataError unless it has COCO's lists of images, annotations and categories."""
     try:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "not a regular file")  # reading a pipe or a device could go on for ever
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+        content: dict[str, Any] = json.loads(regular(path, math.inf).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"cannot read the annotations {path}: {error.strerror or error}") from error
     except json.JSONDecodeError as error:

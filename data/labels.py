@@ -36,13 +36,13 @@ _MAX_BYTES = 1 << 28
 """Of a text that says what images hold; a list of a million names has a tenth of it."""
 
 
-def regular(path: Path) -> Path:
+def regular(path: Path, most_bytes: float = _MAX_BYTES) -> Path:
     """The path; OSError where reading it could go on for ever, or take all memory: a pipe, a device, a file without end."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
-    if found.st_size > _MAX_BYTES:
-        raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, expected at most {_MAX_BYTES:,}")
+    if found.st_size > most_bytes:
+        raise OSError(errno.EFBIG, f"{found.st_size:,} bytes, expected at most {most_bytes:,}")
     return path
 
 

@@ -27,6 +27,7 @@ from deploy import (
 )
 from models import non_max_suppression
 from slim import SlimError
+from tests.models.networks import draw_statistics
 from tests.slim.networks import Shifted
 
 META = {"names": "{0: 'cell'}", "stride": "2"}
@@ -40,11 +41,7 @@ def gated_network() -> nn.Module:
         nn.Conv2d(6, 2, 1),
     )  # fmt: skip
     with torch.no_grad():
-        for module in model:
-            if isinstance(module, nn.BatchNorm2d):
-                assert module.running_mean is not None and module.running_var is not None
-                module.running_mean.uniform_(-1, 1)
-                module.running_var.uniform_(0.5, 2)
+        draw_statistics(model)
         slim.add_gates(model, slim.trace(model, torch.zeros(1, 3, 8, 8)))
         for vector in slim.gate_vectors(model).values():
             vector.uniform_(0, 2)

@@ -22,6 +22,7 @@ from detection.network import build_network, make_build, read_network, save_netw
 from models import Detect, build_model
 from models.blocks import Conv
 from slim import SlimError
+from tests.models.networks import draw_statistics, two_levels
 from tests.scripts.runs import ROOT
 
 NAMES = ["cat", "dog"]
@@ -35,31 +36,11 @@ Model.__module__ = "models.yolo"
 Publish = Callable[..., Path]
 
 
-def described(**keys: Any) -> dict[str, Any]:
-    """Two levels at strides 2 and 4, 2 classes, a few thousand parameters."""
-    return {
-        "nc": 2,
-        "anchors": [[4, 5, 6, 6], [12, 10, 20, 24]],
-        "backbone": [[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "Conv", [8, 3, 2]], [-1, 2, "C3", [8]]],
-        "head": [
-            [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
-            [[-1, 0], 1, "Concat", [1]],
-            [-1, 1, "C3", [8, "False"]],
-            [[5, 2], 1, "Detect", ["nc", "anchors"]],
-        ],
-        **keys,
-    }
-
-
 def network(**keys: Any) -> models.YOLO:
     """Weights as training leaves them, with statistics of its own in each norm."""
     torch.manual_seed(0)
-    model = build_model(described(**keys)).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.uniform_(-1, 1)
-            module.running_var.uniform_(0.5, 2)
+    model = build_model(two_levels(**keys)).eval()
+    draw_statistics(model)
     return model
 
 
@@ -76,7 +57,7 @@ def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publish:
     ) -> Path:
         built = network(**{key: value for key, value in keys.items() if key == "ch"})
         module: Any = kind()
-        module.model, module.yaml, module.names = built.model, described(**keys), names
+        module.model, module.yaml, module.names = built.model, two_levels(**keys), names
         change(module)
         torch.save({"epoch": 3, "ema": None, "model": module}, tmp_path / "published.pt")
         return tmp_path / "published.pt"
@@ -124,7 +105,7 @@ def test_other_networks_are_called_what_they_are(publish: Publish, monkeypatch: 
         SlimError, match=r"published\.pt: a segmentation network \(models\.yolo\.Model\); expected a detector$"
     ):
         read_network(publish(holds_a_function))
-    head = described()["head"]
+    head = two_levels()["head"]
     for block in ("C3TR", "CBAM"):
         with pytest.raises(SlimError, match=rf"published\.pt: layer 5: block '{block}' is not known"):
             read_network(publish(head=[*head[:2], [-1, 1, block, [8]], head[3]]))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import models
+from tests.models.networks import two_levels
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -33,14 +34,4 @@ def published(imported: models.Imported) -> models.YOLO:
 @pytest.fixture
 def tiny() -> dict:
     """Two levels at strides 2 and 4, 2 classes, a few thousand parameters."""
-    return {
-        "nc": 2,
-        "anchors": [[4, 5, 6, 6], [12, 10, 20, 24]],
-        "backbone": [[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "Conv", [8, 3, 2]], [-1, 2, "C3", [8]]],
-        "head": [
-            [-1, 1, "nn.Upsample", ["None", 2, "nearest"]],
-            [[-1, 0], 1, "Concat", [1]],
-            [-1, 1, "C3", [8, "False"]],
-            [[5, 2], 1, "Detect", ["nc", "anchors"]],
-        ],
-    }
+    return two_levels()

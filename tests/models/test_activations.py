@@ -11,6 +11,7 @@ from torch import nn
 from models import ModelError, build_model, fuse_norms, has_activation, swap_activations
 from models.blocks import Conv
 from models.yolo import YOLO
+from tests.models.networks import draw_statistics
 
 DESCRIPTION: dict[str, Any] = {
     "nc": 2,
@@ -23,11 +24,7 @@ DESCRIPTION: dict[str, Any] = {
 def network(**keys: Any) -> YOLO:
     torch.manual_seed(0)
     model = build_model({**DESCRIPTION, **keys}).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.uniform_(-1, 1)
-            module.running_var.uniform_(0.5, 2)
+    draw_statistics(model)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,15 @@ def cut(small_run: Path, once: Once) -> Path:
         assert prune.cli([*map(str, arguments), "--out", str(folder / "cut.pt"), "--project", str(folder)]) == 0
 
     return once("cut", cut_to_half) / "cut.pt"
+
+
+@pytest.fixture
+def own(tiny: Path, tmp_path: Path) -> Path:
+    """The description of a copy of the tiny data set, in ``own`` beside it."""
+    shutil.copytree(tiny.parent / "tiny", tmp_path / "own")
+    file = tmp_path / "own.yaml"
+    file.write_text(tiny.read_text().replace(str(tiny.parent / "tiny"), str(tmp_path / "own")))
+    return file
 
 
 @pytest.fixture(autouse=True)

@@ -36,15 +36,6 @@ def command(data: Path, project: Path, *more: object) -> list[str]:
 
 
 @pytest.fixture
-def own(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny data set to be damaged."""
-    shutil.copytree(tiny.parent / "tiny", tmp_path / "data")
-    file = tmp_path / "own.yaml"
-    file.write_text(tiny.read_text().replace(str(tiny.parent / "tiny"), str(tmp_path / "data")))
-    return file
-
-
-@pytest.fixture
 def stopped(own: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run on it that was left at once in its second epoch."""
     original = engine.training.train_one_epoch
@@ -100,7 +91,7 @@ def test_a_folder_without_a_finished_step_has_nothing_to_resume(
 
 
 def test_labels_that_changed_are_said_and_the_run_goes_on(stopped: Path, script: Runner) -> None:
-    label = next((stopped.parents[1] / "data" / "labels" / "train").glob("*.txt"))
+    label = next((stopped.parents[1] / "own" / "labels" / "train").glob("*.txt"))
     label.write_text("0 0.5 0.5 0.25 0.25\n")
     done = resume(script, stopped)
     assert done.code == 0 and "the labels of train are not those that the run began with" in done.out
@@ -111,7 +102,7 @@ def test_an_image_that_becomes_unreadable_ends_in_one_line_and_the_epochs_before
     own: Path, script: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = engine.training.train_one_epoch
-    image = sorted((tmp_path / "data" / "images" / "train").iterdir())[3]
+    image = sorted((tmp_path / "own" / "images" / "train").iterdir())[3]
     whole = image.read_bytes()
 
     def damaging(state, loss_fn, batches, epoch):  # type: ignore[no-untyped-def]

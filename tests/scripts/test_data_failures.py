@@ -13,15 +13,6 @@ from tests.scripts.runs import SMALL, Runner
 from tests.scripts.test_failures import fails
 
 
-@pytest.fixture
-def own(tiny: Path, tmp_path: Path) -> Path:
-    """The description of a copy of the tiny data set, in ``own`` beside it."""
-    shutil.copytree(tiny.parent / "tiny", tmp_path / "own")
-    file = tmp_path / "own.yaml"
-    file.write_text(tiny.read_text().replace(str(tiny.parent / "tiny"), str(tmp_path / "own")))
-    return file
-
-
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_labels_that_are_not_found_stop_before_the_first_epoch(
     split: str, own: Path, small_cfg: Path, small_weights: Path, script: Runner, tmp_path: Path
