@@ -36,11 +36,14 @@ def data_digest(config: DataConfig, split: str, img: int) -> str:
     return DetectionDataset(config, split, img, cache="none").digest()
 
 
-def training_batches(config: DataConfig, img: int, batch_size: int, *, seed: int, augment: Augment) -> Iterator[Any]:
-    """Shuffled and augmented batches of the training split."""
-    return iter(
-        build_loader(DetectionDataset(config, "train", img, augment, seed), batch_size, shuffle=True, seed=seed)
-    )
+def training_batches(
+    config: DataConfig, img: int, batch_size: int, *, seed: int, augment: Augment, labelled: bool = False
+) -> Iterator[Any]:
+    """Shuffled and augmented batches of the training split; with ``labelled`` DataError where it holds no object."""
+    dataset = DetectionDataset(config, "train", img, augment, seed)
+    if labelled:
+        dataset.check_objects()
+    return iter(build_loader(dataset, batch_size, shuffle=True, seed=seed))
 
 
 def real_images(dataset: DetectionDataset, count: int, canvas_hw: tuple[int, int] | None = None) -> Tensor:

@@ -461,6 +461,10 @@ class DetectFlags(ScriptFlags):
     save_json: Annotated[bool, "also write detections.json"] = False
     save_crop: Annotated[bool, "also write each detection as a picture of its own to crops/CLASS/"] = False
     nosave: Annotated[bool, "write no annotated images and videos"] = False
+    encoder: Annotated[
+        tuple[str, ...],
+        "what writes videos: an encoder of FFmpeg's and its options, such as h264_nvenc preset=p1; else the quickest for CPUs",
+    ] = ()
     text: TextSettings = TextSettings()
     images: ImageSettings = ImageSettings()
     runtime: RuntimeSettings = RuntimeSettings(num_cores=2)

@@ -59,7 +59,7 @@ class PruneInputs:
     device: torch.device
     images: torch.Tensor
     evaluator: Evaluator | None = None
-    training_batches: Callable[[], Iterator[Any]] | None = None
+    training_batches: Callable[..., Iterator[Any]] | None = None
 
     def recalibrate(self, model: nn.Module, batches: int) -> None:
         """Re-estimate a network's batch-norm statistics on so many training batches, in place; 0 keeps them."""
@@ -188,7 +188,7 @@ def scores_of(
             raise SlimError(
                 "--criterion taylor needs --data, whose training images it averages, and --taylor-batches >= 1"
             )
-        batches = itertools.islice(inputs.training_batches(), settings.taylor_batches)
+        batches = itertools.islice(inputs.training_batches(labelled=True), settings.taylor_batches)
         loss = training_loss(inputs.network.model.to(inputs.device), inputs.images.shape[-1], inputs.network.gains)
     scores = slim.score(
         model,

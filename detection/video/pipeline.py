@@ -19,8 +19,24 @@ STAGES = ("read", "pre-process", "inference", "post-process", "write")
 _LOOK_S = 0.1
 _SWITCH_S = 0.0005
 """After which a thread that computes in Python makes way: stages are that short, and a network waits for its next input."""
+_ALONE_S = 0.5
 _LEAVE_READER_S = 3.0
 """How long a reader may take to notice the end: one that waits for a camera is left behind."""
+
+
+def rate_alone(call: Callable[[], Any], at_once: int, seconds: float = _ALONE_S) -> float:
+    """How many calls a second as many threads make that do nothing else, after one of each to warm up."""
+
+    def repeat(_: int) -> tuple[int, float]:
+        call()
+        started, count = perf_counter(), 0
+        while not count or perf_counter() - started < seconds:
+            call()
+            count += 1
+        return count, perf_counter() - started
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return sum(count / took for count, took in pool.map(repeat, range(at_once)))
 
 
 class Stages(Protocol):
@@ -52,6 +68,8 @@ class StageTimes:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     items: int = 0
     wall_s: float = 0.0
+    engine_fps: float = 0.0
+    """Items a second of inference alone, with nothing beside it: ``rate_alone``."""
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -66,12 +84,6 @@ class StageTimes:
     def fps(self) -> float:
         """Items a second from end to end."""
         return self.items / self.wall_s if self.wall_s else 0.0
-
-    @property
-    def engine_fps(self) -> float:
-        """Items a second if inference, as long as it took here, were all: ``at_once`` / seconds of one."""
-        busy = self.seconds["inference"]
-        return self.at_once * self.items / busy if busy else 0.0
 
     def milliseconds(self) -> dict[str, float]:
         """Of one item, by stage."""

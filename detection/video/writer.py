@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.errors import DataError
-from slim import write_text_atomically
+from slim import SlimError, write_text_atomically
 
 from .pictures import VideoInfo, drawable_format
 
@@ -47,23 +48,32 @@ def write_image(pixels: Tensor, path: Path) -> None:
 class VideoWriter:
     """An MP4 file that grows frame by frame, as long as the frames came: H.264 where av has an encoder of it.
 
+    ``encoder``: the name of one of FFmpeg's encoders, and its options as KEY=VALUE; ``check_encoder`` says whether it works.
+
     It plays up to the last two seconds or so even when the process is killed, and whole once it is closed. Frames keep
     their times; those of another size than the first one's are scaled to it.
     """
 
-    def __init__(self, path: Path, size_hw: tuple[int, int], info: VideoInfo, vid_stride: int = 1) -> None:
+    def __init__(
+        self, path: Path, size_hw: tuple[int, int], info: VideoInfo, vid_stride: int = 1, encoder: Sequence[str] = ()
+    ) -> None:
         import av
 
         self.path, self.size_hw, self.frames = path, size_hw, 0
         self.format = drawable_format(size_hw)
-        codec, settings = next((codec, settings) for codec, settings in _CODECS if codec in av.codecs_available)
+        codec, settings = (
+            (encoder[0], dict(option.split("=", 1) for option in encoder[1:]))
+            if encoder
+            else next(known for known in _CODECS if known[0] in av.codecs_available)
+        )
         rate = info.rate / vid_stride
         # A fragment at each key frame, put together to a plain MP4 at the end.
         options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}
         self.container = av.open(str(path), "w", format="mp4", container_options=options)
         self.stream = cast(Any, self.container.add_stream(codec, rate=rate))
         self.stream.height, self.stream.width = size_hw
-        self.stream.pix_fmt = self.format
+        taken = [kind.name for kind in av.Codec(codec, "w").video_formats or ()]
+        self.stream.pix_fmt = self.format if self.format in taken or not taken else taken[0]  # av converts
         self.stream.options = settings
         context = self.stream.codec_context
         context.thread_count = 1
@@ -115,6 +125,27 @@ class VideoWriter:
                 self.container.mux(packet)
         except (av.FFmpegError, OSError) as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror or error}); free disk space") from error
+
+
+def check_encoder(encoder: Sequence[str]) -> None:
+    """Write a frame with it; SlimError where av has no such encoder, or the machine not what it needs."""
+    import av
+
+    try:
+        with TemporaryDirectory() as folder:
+            writer = VideoWriter(
+                Path(folder) / "try.mp4", (256, 256), VideoInfo(Fraction(25), Fraction(1, 25), 0, ()), 1, encoder
+            )
+            writer.write(av.VideoFrame(256, 256, writer.format))
+            writer.close()
+            unknown = ", ".join(writer.stream.codec_context.options)
+            if unknown:
+                raise ValueError(f"no option {unknown}")
+    except (av.FFmpegError, ValueError, DataError) as error:
+        raise SlimError(
+            f"--encoder {' '.join(encoder)}: it does not work here ({error.__cause__ or error}); expected an encoder of FFmpeg's "
+            "that this machine has, and its options as KEY=VALUE, or none for the quickest of CPUs"
+        ) from error
 
 
 def stem_of(name: str, frame: int | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from detection.video.pipeline import STAGES, StageTimes, run_overlapped
+from detection.video.pipeline import STAGES, StageTimes, rate_alone, run_overlapped
 from slim import SlimError
 
 
@@ -83,9 +83,20 @@ def test_the_time_of_each_stage() -> None:
     summary = timing.summary()
     assert tuple(summary["milliseconds"]) == STAGES and summary["milliseconds"]["inference"] >= 2
     assert summary["fps"] == pytest.approx(30 / timing.wall_s)
-    assert summary["engine_fps"] == pytest.approx(2 * 1000 / summary["milliseconds"]["inference"])
-    assert summary["share_of_engine_fps"] == pytest.approx(summary["fps"] / summary["engine_fps"])
+    timing.engine_fps = 2 * timing.fps
+    assert timing.summary()["share_of_engine_fps"] == pytest.approx(0.5)
     assert StageTimes().summary()["fps"] == 0 and StageTimes().summary()["share_of_engine_fps"] is None
+
+
+def test_the_rate_of_several_threads_that_do_nothing_else() -> None:
+    calls: list[float] = []
+
+    def call() -> None:
+        time.sleep(0.01)
+        calls.append(time.monotonic())
+
+    rate = rate_alone(call, 3, 0.2)
+    assert len(calls) - 3 <= rate * (calls[-1] - calls[0] + 0.02) and 30 < rate <= 300
 
 
 @pytest.mark.parametrize("burst", [1, 4])

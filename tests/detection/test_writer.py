@@ -18,7 +18,8 @@ from PIL import Image
 from data import DataError
 from detection.video.pictures import VideoInfo, VideoPicture, read_pictures
 from detection.video.sources import find_sources
-from detection.video.writer import VideoWriter, write_image
+from detection.video.writer import VideoWriter, check_encoder, write_image
+from slim import SlimError
 from tests.data.scenes import ROOT
 from tests.data.videos import decoded, short_video
 
@@ -52,6 +53,32 @@ def test_a_copy_has_its_sources_size_rate_and_pictures(tmp_path: Path, suffix: s
     with av.open(str(out)) as container:
         stream = container.streams.video[0]
         assert (stream.average_rate, stream.frames, stream.codec_context.name) == (25, 40, "h264")
+
+
+@pytest.mark.parametrize("words", [["mjpeg", "strict=unofficial", "qmin=3", "qmax=3"], ["mpeg4", "qmin=3", "qmax=3"]])
+def test_an_encoder_by_name_with_its_options(tmp_path: Path, words: list[str]) -> None:
+    check_encoder(words)
+    for size in ((64, 96), (33, 47)):
+        with contextlib.closing(VideoWriter(tmp_path / "by-name.mp4", size, INFO, 1, words)) as writer:
+            writer.write(frame_of(size, 0))
+        (frame,) = decoded(tmp_path / "by-name.mp4")
+        assert frame.shape[:2] == size and abs(frame.mean() - 90) < 2
+        with av.open(str(tmp_path / "by-name.mp4")) as container:
+            assert container.streams.video[0].codec_context.name == words[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["h265_of_nobody"], "h265_of_nobody"),
+        (["libx264", "preset"], "length 1"),
+        (["libx264", "presett=fast"], "no option presett"),
+        (["libx264", "preset=hasty"], "Invalid argument"),
+    ],
+)
+def test_encoders_that_do_not_work_are_found_before_the_first_frame(words: list[str], reason: str) -> None:
+    with pytest.raises(SlimError, match=f"^--encoder {' '.join(words)}: it does not work here \\(.*{reason}.*expected"):
+        check_encoder(words)
 
 
 def test_fewer_frames_last_as_long(tmp_path: Path) -> None:

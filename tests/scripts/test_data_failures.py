@@ -27,6 +27,9 @@ def test_labels_that_are_not_found_stop_before_the_first_epoch(
     if split == "val":
         fails(script("val", "--weights", small_weights, *where), said, str(first))
     assert not (tmp_path / "runs").exists()
+    if split == "train":
+        cut = ("--weights", small_weights, *where, "--macs", 0.5, "--criterion", "taylor")
+        fails(script("prune", *cut), said, str(first))
     # One object is enough: all other images are background.
     labels.mkdir()
     shutil.copy(labels.with_name("elsewhere") / first.name, first)

@@ -101,7 +101,7 @@ def killed_run(weights: Path, data: Path, project: Path, kills: int, work_second
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kills", [10])
+@pytest.mark.parametrize("kills", [20])
 def test_a_loop_killed_at_random_moments_ends_like_an_uninterrupted_one(
     sparse_run: Path, tiny: Path, tmp_path: Path, kills: int
 ) -> None:
