@@ -1,6 +1,7 @@
 """The tables and plots of the documents, made from the rows in experiments/results.
 
-python -m experiments.tables            writes them: Markdown between the markers in README.md and docs/*.md, LaTeX, plots
+python -m experiments.tables            writes them: Markdown between the markers in README.md and docs/*.md (NAME, or
+                                        NAME:brief for AP alone), LaTeX, plots
 python -m experiments.tables --check    writes nothing, and fails where one differs from its rows
 """
 
@@ -67,12 +68,21 @@ class Table:
         """The title, a table for each block, the notes, and the plot where there are several blocks."""
         parts = [f"**{self.spec.title}**"]
         for block, cells in zip(self.blocks, self.cells, strict=True):
-            lines = [list(cells.columns), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
             parts += [_block_title(self.spec, block)] if block.value else []
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines).replace("*", r"\*"))
+            parts.append(_markdown(cells))
         parts += [note.replace("*", r"\*") for note in self.notes]
         parts += [f"![AP against MACs, every seed a point]({plot})"] if len(self.blocks) > 1 else []
         return "\n\n".join(parts) + "\n"
+
+    def brief(self) -> str:
+        """One table of AP alone, a column for each block."""
+        ap = f"AP {self.spec.split}"
+        columns = {
+            _block_title(self.spec, block): cells.set_index(self.spec.rows)[ap]
+            for block, cells in zip(self.blocks, self.cells, strict=True)
+        }
+        whole = pd.DataFrame(columns).fillna(MISSING).rename_axis(ap).reset_index()
+        return f"{_markdown(whole)}\n\nMean ± standard deviation (number of seeds).\n"
 
     def latex(self) -> str:
         """A booktabs table; its blocks stand below one another."""
@@ -181,6 +191,11 @@ def _cells(
     return {spec.rows: label, **cells}
 
 
+def _markdown(cells: pd.DataFrame) -> str:
+    lines = [list(cells.columns), ["---"] * len(cells.columns), *cells.to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("*", r"\*")
+
+
 def _spread(values: pd.Series) -> str:
     """Mean ± sample standard deviation (number)."""
     if values.empty:
@@ -256,15 +271,16 @@ def _fill(text: str, document: Path, tables: dict[str, Table], plots: str) -> tu
         raise SlimError(f"{document}: unpaired table markers; each `<!-- table NAME -->` needs its `<!-- end NAME -->`")
 
     def anew(found: re.Match[str]) -> str:
-        name, before = found.groups()
-        if name not in tables:
+        marked, before = found.groups()
+        name, _, form = marked.partition(":")
+        if name not in tables or form not in ("", "brief"):
             known = ", ".join(tables) or "there is none"
             raise SlimError(
-                f"{document}: table {name} stands in no grid of experiments/grids; expected one of: {known}"
+                f"{document}: table {marked} stands in no grid of experiments/grids; expected one of: {known}, or with :brief"
             )
-        after = tables[name].markdown(f"{plots}/{name}.png")
-        changed.extend([name] if after != before else [])
-        return f"<!-- table {name} -->\n{after}<!-- end {name} -->"
+        after = tables[name].brief() if form else tables[name].markdown(f"{plots}/{name}.png")
+        changed.extend([marked] if after != before else [])
+        return f"<!-- table {marked} -->\n{after}<!-- end {marked} -->"
 
     return _MARKERS.sub(anew, text), changed
 
