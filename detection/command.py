@@ -312,8 +312,11 @@ def _files(words: Sequence[str], flags: Mapping[str, Flag]) -> tuple[list[str], 
 def _content(file: str) -> dict[str, Any]:
     """A YAML file of names and plain values."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = Path(file).read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise CommandError(f"{file}: it has aliases (*name), which can expand without end; write out their values")
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CommandError(f"{file}: cannot be read as YAML ({reason})") from error
     if not isinstance(content, dict):

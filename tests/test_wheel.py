@@ -95,7 +95,8 @@ sys.exit(result.failed)
 """
 
 
-def test_readme_example_runs_as_printed_with_the_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/library.md"])
+def test_examples_run_as_printed_with_the_installed_wheel(wheel: Path, tmp_path: Path, document: str) -> None:
     site = tmp_path / "site"
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)],
@@ -104,7 +105,7 @@ def test_readme_example_runs_as_printed_with_the_installed_wheel(wheel: Path, tm
     )
     code = f"import sys; sys.path.insert(0, {str(site)!r})\n{EXAMPLE}"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(site), str(ROOT / "README.md")],
+        [sys.executable, "-c", code, str(site), str(ROOT / document)],
         cwd=tmp_path,
         capture_output=True,
         text=True,

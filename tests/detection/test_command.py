@@ -207,6 +207,8 @@ def test_mistakes_in_files_name_the_file(tmp_path: Path) -> None:
         ("lr: -0.5", "--lr -0.5: expected above 0"),
         ("- 3", "expected a YAML file of names and values"),
         ("a: [", "cannot be read as YAML"),
+        ("a: &a [1, 2]\nb: *a", "it has aliases"),
+        ("[" * 5000, "cannot be read as YAML"),
     ):
         file.write_text(content)
         with pytest.raises(CommandError) as caught:
