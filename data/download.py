@@ -100,6 +100,14 @@ def download_data(file: str | Path, data_root: str | Path | None = None, say: Ca
     return folder
 
 
+def download_missing(file: str | Path, data_root: str | Path | None = None) -> None:
+    """As ``download_data``; nothing to do is also a set that is there whose yaml has no address, such as one's own."""
+    content = read_description(Path(file))
+    described = content.get("download")
+    if isinstance(described, list) or _is_address(described) or not is_there(content, Path(file), data_root):
+        download_data(file, data_root)
+
+
 def _described_archives(content: Mapping[str, Any], file: Path) -> list[Archive]:
     """What ``download`` describes; DataError naming the key that cannot be followed. A script is refused."""
     described = content.get("download")

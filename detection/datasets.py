@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data import Augment, DataConfig, DataError, DataSettings, DetectionDataset, build_loader, load_data_config
 from data.dataset import Draw
-from data.download import download_data
+from data.download import download_missing
 from data.shapes import make_described_shapes
 
 
@@ -24,7 +24,7 @@ def open_data(settings: DataSettings) -> DataConfig:
     if settings.data is None:
         raise DataError("--data: none given; name the description of a data set, such as data/bccd.yaml")
     if not make_described_shapes(settings.data, settings.data_root) and settings.download:
-        download_data(settings.data, settings.data_root)
+        download_missing(settings.data, settings.data_root)
     config = load_data_config(settings.data, settings.data_root)
     config = replace(config, max_pixels=settings.images.max_pixels)
     config = config.select(settings.classes) if settings.classes else config

@@ -137,8 +137,19 @@ def test_failures_are_one_line(script: Runner, tmp_path: Path) -> None:
         data = ("--data", describe(tmp_path, f"{server.url}/none.zip"), "--data-root", tmp_path / "root", "--download")
         done = script("train_sparse", *data, "--project", tmp_path)
         fails(done, "none.zip: the server answers 404 (Not Found)")
-    data = ("--data", describe(tmp_path, "import os"), "--download")
+    data = ("--data", describe(tmp_path, "import os"), "--data-root", tmp_path / "root", "--download")
     fails(
         script("train_sparse", *data, "--project", tmp_path),
         "download is a script ('import os'), and scripts are never run",
     )
+
+
+@pytest.mark.parametrize("download", ["", "download: bash get_coco.sh\n"])
+def test_a_set_that_is_there_needs_no_address(
+    script: Runner, own: Path, small_weights: Path, tmp_path: Path, download: str
+) -> None:
+    own.write_text(own.read_text() + download)
+    done = script(
+        "val", "--weights", small_weights, "--data", own, *SMALL, "--download", "--project", tmp_path / "runs"
+    )
+    assert done.code == 0, done.err
