@@ -116,6 +116,19 @@ def test_every_cell_of_a_table(tmp_path: Path) -> None:
     make_tables(root, check=True)
 
 
+def test_a_brief_table_has_ap_alone(tmp_path: Path) -> None:
+    root = write(tmp_path, ROWS, document="<!-- table small:brief -->\n<!-- end small:brief -->\n")
+    make_tables(root)
+    assert text_of(root) == (
+        "<!-- table small:brief -->\n| AP val | 30 % of the MACs | 10 % of the MACs |\n| --- | --- | --- |\n"
+        "| dense | 0.6200 ± 0.0200 (3) | 0.6200 ± 0.0200 (3) |\n"
+        "| gate | 0.6100 ± 0.0300 (3) | 0.5000 (1) |\n"
+        "| l1 | 0.5100 ± 0.0100 (3) | – |\n| scratch | – | – |\n\n"
+        "Mean ± standard deviation (number of seeds).\n<!-- end small:brief -->\n"
+    )
+    make_tables(root, check=True)
+
+
 def test_latex_is_a_booktabs_table_with_its_blocks_below_one_another(tmp_path: Path) -> None:
     root = write(tmp_path, ROWS)
     make_tables(root)
@@ -207,6 +220,10 @@ def test_a_grid_without_rows_says_so(tmp_path: Path) -> None:
     ("document", "message"),
     [
         ("<!-- table other -->\n<!-- end other -->\n", r"results\.md: table other stands in no grid .*: small"),
+        (
+            "<!-- table small:long -->\n<!-- end small:long -->\n",
+            r"table small:long stands in no grid .*, or with :brief",
+        ),
         ("<!-- table small -->\n", r"results\.md: unpaired table markers"),
         ("<!-- table small -->\n<!-- end smal -->\n", r"results\.md: unpaired table markers"),
     ],
