@@ -1,23 +1,30 @@
 # make demo: set up, then the main job on shapes that the project draws itself; make test: set up, then the tests;
 # make quick: the tests that a change in a minute deserves; make test-long: tests of minutes each (processes killed, data sets exchanged);
 # make zoo: the pruning library on many networks of others (about a quarter of an hour); make bench: slim's speed;
-# make tables: the tables and plots of docs/ from the rows of experiments/results.
+# make tables: the tables and plots of docs/ from the rows of experiments/results; make docs: the pages of docs/ as a site.
 # Every one takes PYTHON=python3.13, say, and keeps an environment for it beside the default one.
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick test-long zoo bench tables lint clean
+.PHONY: demo test quick test-long zoo bench tables docs lint clean
 
-$(STAMP): setup.cfg
+# What each needs of setup.cfg's extras; $(VENV)/.demo is newer than setup.cfg where what the demo needs is installed.
+EXTRAS_demo := train,deploy,experiments
+EXTRAS_test := train,deploy,video,experiments,docs,test
+EXTRAS_long := $(EXTRAS_test),bench,ray,slurm
+EXTRAS_zoo := $(EXTRAS_test),zoo
+EXTRAS_bench := train,bench
+EXTRAS_docs := docs
+
+$(VENV)/.%: setup.cfg
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77"
-	$(PY) -m pip install --quiet --editable '.[detect,experiments,test]'
+	$(PY) -m pip install --quiet --editable '.[$(EXTRAS_$*)]'
 	touch $@
 
 DEMO := dense slim
-demo: $(STAMP)
+demo: $(VENV)/.demo
 	$(PY) -m experiments.run experiments/grids/demo.yaml --store runs/demo --results runs/demo
 	$(PY) benchmark.py --weights $(DEMO:%=runs/demo/by-name/demo/%-seed=0-shapes/weights/last.pt) --img 128 --project runs/demo --name benchmark
 	$(PY) export.py --weights runs/demo/by-name/demo/slim-seed=0-shapes/weights/last.pt --img 128 --data data/shapes.yaml \
@@ -28,35 +35,35 @@ demo: $(STAMP)
 test quick test-long zoo: export OMP_NUM_THREADS = 1
 test quick test-long zoo: export OMP_WAIT_POLICY = PASSIVE
 
-test: $(STAMP)
+test: $(VENV)/.test
 	$(PY) -m pytest -n 2 --dist worksteal
 
 # No folder whose tests export files or run scripts, but one script from end to end; nothing marked slow.
 LENGTHY := $(addprefix tests/,benchmarks/ deploy/ experiments/ scripts/)
 QUICK := $(filter-out $(LENGTHY),$(wildcard tests/*/)) tests/test_architecture.py
 QUICK += tests/scripts/test_pipeline.py::test_sparse_training_fills_its_run_folder
-quick: $(STAMP)
+quick: $(VENV)/.test
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not long and not zoo" $(QUICK)
 
-test-long: $(STAMP)
-	$(PY) -m pip install --quiet --editable '.[detect,experiments,test,bench,ray,slurm]'
+test-long: $(VENV)/.long
 	$(PY) -m pytest -n 2 -m long
 
-zoo: $(STAMP)
-	$(PY) -m pip install --quiet --editable '.[detect,experiments,test,zoo]'
+zoo: $(VENV)/.zoo
 	$(PY) -m pytest -n 2 -m zoo
 
-bench: $(STAMP)
-	$(PY) -m pip install --quiet --editable '.[detect,bench]'
+bench: $(VENV)/.bench
 	$(PY) -m benchmarks.slim_speed
 
-tables: $(STAMP)
+tables: $(VENV)/.demo
 	$(PY) -m experiments.tables
 
-lint: $(STAMP)
+docs: $(VENV)/.docs
+	$(PY) -m mkdocs build --strict
+
+lint: $(VENV)/.test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -166,7 +166,13 @@ def load_data_config(path: str | Path, data_root: str | Path | None = None) -> D
 
 
 def read_description(file: Path) -> Mapping[str, Any]:
-    """A description as it is written, unchecked but for being a mapping."""
+    """A description as it is written, unchecked but for being a mapping.
+
+    ``data/NAME`` and ``NAME`` that are missing are those of this folder: an installed command runs anywhere.
+    """
+    own = Path(__file__).with_name(file.name)
+    if not file.exists() and file.parent in (Path(), Path("data")) and own.is_file():
+        file = own
     try:
         text = regular(file).read_text(encoding="utf-8")
         aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) if "*" in text else 0

@@ -7,6 +7,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def machine_text() -> str:
-    """The processor, its cores and the runtimes' versions."""
-    runtimes = [f"{name} {version(name)}" for name in ("torch", "onnxruntime", "openvino")]
+    """The processor, its cores and the versions of the runtimes that are installed."""
+    runtimes = [f"{name} {version(name)}" for name in ("torch", "onnxruntime", "openvino") if find_spec(name)]
     return f"{processor_name()}, {threads_of(0)} cores; {', '.join(runtimes)}"
 
 

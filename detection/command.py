@@ -54,6 +54,10 @@ OF_THE_COMMAND_LINE_ALONE = ("debug", "resume", "exist_ok")
 """Keys that older config.yaml files hold, and that say nothing about what to do again."""
 GONE = {"closed_share": None, "cost_aware": False}
 """Flags that are no more, or not of every script: older config.yaml files may hold them with these values, their defaults."""
+EXTRAS = dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "onnxslim", "openvino", "nncf"), "deploy") | {
+    "av": "video"
+}
+"""Which extra of the installation has a package that not every script needs; all others are in ``train``."""
 INTERRUPTED = 130
 """Exit code of a run that was interrupted."""
 
@@ -393,6 +397,9 @@ def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, CommandError) or (isinstance(error, OSError) and error.filename is not None):
         return text
+    if isinstance(error, ModuleNotFoundError) and (missing := (error.name or "").partition(".")[0]) in EXTRAS:
+        extra = EXTRAS[missing]
+        return f"{missing} is not installed; pip install -e '.[{extra}]' has it (of a wheel: 'channel-slim[{extra}]')"
     from slim import SlimError
 
     if isinstance(error, SlimError):

@@ -34,8 +34,13 @@ class LayerSpec:
 
 
 def load_description(path: str | Path) -> dict[str, Any]:
-    """Read a YOLOv5 model YAML to a plain dict; ModelError when the file is missing, damaged or not a description."""
-    path = Path(path)
+    """Read a YOLOv5 model YAML to a plain dict; ModelError when the file is missing, damaged or not a description.
+
+    ``models/NAME`` and ``NAME`` that are missing are those of this folder: an installed command runs anywhere.
+    """
+    path, own = Path(path), Path(__file__).with_name(Path(path).name)
+    if not path.exists() and path.parent in (Path(), Path("models")) and own.is_file():
+        path = own
     try:
         text = path.read_text(encoding="utf-8")
         aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) if "*" in text else 0
