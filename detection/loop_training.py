@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import slim
 from data import DetectionDataset
+from deploy import LatencySettings
 from engine import (
     TRAINING_STATE_KEY,
     WARM_START_KEY,
@@ -47,6 +48,7 @@ def finetune_flags(flags: IterateFlags, weights: Path, epochs: int) -> FinetuneF
 
 def prune_flags(flags: IterateFlags, weights: Path, macs: int | None, latency_share: float | None) -> PruneFlags:
     """The settings of a cut to so many MACs or such a share of the dense network's latency."""
+    latency = LatencySettings() if latency_share is None else flags.latency
     return with_pairs(
         PruneFlags(
             device=flags.device,
@@ -54,7 +56,7 @@ def prune_flags(flags: IterateFlags, weights: Path, macs: int | None, latency_sh
             weights=str(weights),
             img=flags.img,
             target=TargetSettings(macs=macs),
-            latency=replace(flags.latency, latency_ms=None, latency_share=latency_share),
+            latency=replace(latency, latency_ms=None, latency_share=latency_share),
             widths=flags.widths,
             recalibrate=flags.recalibrate,
             dataset=flags.dataset,
