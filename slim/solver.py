@@ -50,8 +50,9 @@ def make_plan(
     Args:
         graph: what ``slim.trace`` found
         scores: {group name: [size]}, larger is kept, see ``slim.score``
-        macs, params, channels: exactly one target: a keep ratio up to 1, or a whole number above 1 to keep; ``channels`` of
-            the groups with scores
+        macs: exactly one target: a keep ratio up to 1, or a whole number above 1 to keep; of all MACs
+        params: the same of the parameters
+        channels: the same of the channels of the groups with scores
         threshold: in place of these: every channel with a score below it goes and nothing at or above it, in any scope
         round_to: every layer that produces a group's channels keeps a multiple of this, or all
         min_channels: such a layer keeps at least so many channels, or all

@@ -101,7 +101,7 @@ def apply_plan(model: Any, plan: Plan, *, optimizer: Any = OMITTED, ema: Any = O
         Conv2d(2, 2, kernel_size=(1, 1), stride=(1, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> pruned, optimizer, _ = slim.apply_plan(model, plan, optimizer=optimizer)
-        >>> optimizer.param_groups[0]["params"][0] is pruned[0].weight
+        >>> optimizer.param_groups[0].get("params")[0] is pruned[0].weight
         True
     """
     model = without_ddp(model)

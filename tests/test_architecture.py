@@ -147,10 +147,10 @@ def test_no_file_is_named_after_nothing() -> None:
 
 
 def test_the_ways_through_the_code_are_those_of_the_files() -> None:
-    """CONTRIBUTING.md names the files to follow a cut, a step, the loop and a frame, with their lines."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    """docs/design.md names the files to follow a cut, a step, the loop and a frame, with their lines."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\d+\. `([\w/]+\.py)` \((\d+)\)", text, re.MULTILINE)
     assert len(listed) >= 20
     for name, lines in listed:
         found = len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        assert abs(found - int(lines)) <= 0.2 * found, f"{name} has {found} lines, CONTRIBUTING.md says {lines}"
+        assert abs(found - int(lines)) <= 0.2 * found, f"{name} has {found} lines, docs/design.md says {lines}"
