@@ -18,11 +18,11 @@ import slim
 from data import DetectionDataset
 from models import YOLO
 from slim import SlimError, write_text_atomically
-from tracking import RunFolder, plot_channels, plot_widths, read_png, save_png, side_by_side, write_report
+from tracking import RunFolder, plot_channels, plot_widths, read_png, write_report
 from tracking.journal import Journal
 from tracking.stages import Stages
 
-from .evaluator import draw_networks
+from .evaluator import draw_side_by_side
 from .flags import IterateFlags, share_of_drop
 from .latency import TOLERANCE, Measurer
 from .network import Network, example_image
@@ -244,9 +244,7 @@ def write_reports(
     `metrics` are metrics.json's, with those of the dense network as "baseline"; `networks` are drawn side by side on
     images of `val_set`, in TensorBoard at `step`, the number of rounds.
     """
-    picture = side_by_side(draw_networks(networks, val_set))
-    save_png(picture, run.path / "side_by_side.png")
-    run.log_picture("detections", picture, step)
+    run.log_picture("detections", draw_side_by_side(networks, val_set, run.path / "side_by_side.png"), step)
     widths = plot_widths(metrics["baseline"]["channels"], metrics["channels"], run.path / "widths.png")
     run.log_picture("widths", read_png(widths), step)
     run.write_metrics(metrics)

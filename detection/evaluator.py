@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from data import DetectionDataset, build_loader
 from data.dataset import Draw
 from engine import Evaluation, evaluate
 from models import non_max_suppression
-from tracking import draw_detections
+from tracking import Painter, draw_detections, drawn_by, save_png, side_by_side
 
 from .datasets import real_images
 
@@ -79,6 +80,13 @@ def draw_networks(
             for image, boxes in zip(images, found, strict=True)
         ]
     return drawn
+
+
+def draw_side_by_side(networks: Mapping[str, nn.Module], dataset: DetectionDataset, path: Path) -> Tensor:
+    """The pictures of ``draw_networks``, a column a network, uint8 [3, H, W]; they are written to a file, too."""
+    picture = side_by_side(draw_networks(networks, dataset))
+    save_png(picture, path, drawn_by(draw_networks, draw_detections, Painter, side_by_side))
+    return picture
 
 
 def draw_truth(dataset: DetectionDataset, count: int = 4, canvas_hw: tuple[int, int] | None = None) -> list[Tensor]:

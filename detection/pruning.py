@@ -17,11 +17,11 @@ from data import DetectionDataset
 from engine import Evaluation, recalibrate
 from models import YOLO
 from slim import SlimError
-from tracking import RunFolder, plot_widths, read_png, save_png, side_by_side, write_report
+from tracking import RunFolder, plot_widths, read_png, write_report
 
 from .command import flat
 from .datasets import open_data, real_images, training_batches
-from .evaluator import Evaluator, draw_networks
+from .evaluator import Evaluator, draw_side_by_side
 from .flags import ROUND_TO, PruneFlags, ScoreSettings
 from .latency import ROUNDINGS, CandidateFactory, LatencySearch, Measurer
 from .losses import training_loss
@@ -103,8 +103,7 @@ def prune(flags: PruneFlags, pruning_round: int = 1) -> Path:
     save_network(out, done.model, inputs.network.build)
     if inputs.evaluator:
         networks = {"before the cut": inputs.network.model, "after it": done.model}
-        picture = side_by_side(draw_networks(networks, inputs.evaluator.dataset))
-        save_png(picture, run.path / "side_by_side.png")
+        picture = draw_side_by_side(networks, inputs.evaluator.dataset, run.path / "side_by_side.png")
         run.log_picture("detections", picture, pruning_round)
     record(run, planned, inputs.network.model, done, flags.score.criterion, pruning_round)
     print(f"saved {out}")

@@ -25,6 +25,7 @@ from PIL import Image
 
 from detection.command import run_script
 from slim import SlimError, write_atomically, write_text_atomically
+from tracking import drawn_by
 
 from .comparisons import BOOTSTRAP, Block, Contrast, TableSpec, blocks_of, read_bootstrap, read_rows, read_specs, select
 
@@ -125,7 +126,8 @@ def make_tables(root: Path, *, check: bool = False) -> list[Path]:
             continue
         latex, plot = docs / "tables" / f"{name}.tex", docs / "plots" / f"{name}.png"
         same_latex = latex.exists() and latex.read_text(encoding="utf-8") == table.latex()
-        stale = [*([] if same_latex else [latex]), *([] if _digest_in(plot) == _digest(table) else [plot])]
+        same_plot = len(table.blocks) == 1 or _digest_in(plot) == _digest(table)  # of one block nothing is plotted
+        stale = [*([] if same_latex else [latex]), *([] if same_plot else [plot])]
         differs += [str(path.relative_to(root)) for path in stale]
         for path in [] if check else stale:
             write_text_atomically(path, table.latex()) if path == latex else draw(table, path)
@@ -162,7 +164,7 @@ def draw(table: Table, path: Path) -> None:
     axes.set(title=table.spec.title, xlabel="G MACs an image", ylabel=f"AP, {table.spec.split}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    metadata = {"Software": None, "Description": _digest(table)}
+    metadata = {"Software": drawn_by(draw), "Description": _digest(table)}
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata=metadata))
 
 
@@ -286,8 +288,8 @@ def _fill(text: str, document: Path, tables: dict[str, Table], plots: str) -> tu
 
 
 def _digest(table: Table) -> str:
-    """Of what the plot shows; it stands in the file, since the picture's bytes differ between versions of matplotlib."""
-    shown: list[Any] = [table.spec.title, table.spec.split, table.points]
+    """Of what the plot shows, and how; it stands in the file: the picture's bytes differ between versions of matplotlib."""
+    shown: list[Any] = [table.spec.title, table.spec.split, table.points, drawn_by(draw)]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 

@@ -1,5 +1,6 @@
 from .drawing import Painter as Painter
 from .drawing import draw_detections as draw_detections
+from .plots import drawn_by as drawn_by
 from .plots import plot_channels as plot_channels
 from .plots import plot_gates as plot_gates
 from .plots import plot_labels as plot_labels

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import inspect
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -218,6 +223,9 @@ def plot_runtimes(points: Sequence[tuple[str, str, float, float]], path: str | P
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
+        for name in runtimes:
+            line = sorted(point[2:] for point in points if point[1] == name)
+            axis.plot(*zip(*line, strict=True), color="lightgrey", linewidth=1, zorder=0)
         for network, runtime, milliseconds, ap in points:
             axis.plot([milliseconds], [ap], linestyle="", marker=markers[runtime], color=colours[network], alpha=0.8)
         for name in networks:
@@ -245,11 +253,31 @@ def side_by_side(columns: Mapping[str, Sequence[Tensor]]) -> Tensor:
     return torch.cat(parts[:-1], 2)[:, :-gap]
 
 
-def save_png(image: Tensor, path: str | Path) -> Path:
-    """uint8 [3, H, W] -> a PNG file."""
-    path = Path(path)
+def drawn_by(*code: Callable[..., Any]) -> str:
+    """For a picture's file: the functions and classes that drew it, as module:name, and a digest of their source.
+
+    Of a function inside another one the outer is named. So a picture says whether the code is still that which drew it.
+    """
+    started = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+    modules = [started.name if one.__module__ == "__main__" and started else one.__module__ for one in code]
+    names = [f"{module}:{one.__qualname__.partition('.')[0]}" for module, one in zip(modules, code, strict=True)]
+    return " ".join([*names, digest_of_code(names)])
+
+
+def digest_of_code(names: Sequence[str]) -> str:
+    """Of the source of functions and classes that are given as module:name."""
+    parts = (name.partition(":") for name in names)
+    sources = [inspect.getsource(getattr(importlib.import_module(module), name)) for module, _, name in parts]
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
+
+
+def save_png(image: Tensor, path: str | Path, software: str = "") -> Path:
+    """uint8 [3, H, W] -> a PNG file, which says what drew it (``drawn_by``)."""
+    path, info = Path(path), PngInfo()
+    if software:
+        info.add_text("Software", software)
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    write_atomically(path, lambda temporary: picture.save(temporary, format="png"))
+    write_atomically(path, lambda temporary: picture.save(temporary, format="png", pnginfo=info))
     return path
 
 
@@ -262,8 +290,8 @@ def read_png(path: str | Path) -> Tensor:
 
 
 def save_figure(path: str | Path, inches: tuple[float, float], draw: Callable[[Figure], None]) -> Path:
-    """A PNG file of so many inches of what ``draw`` puts on a figure."""
-    path = Path(path)
+    """A PNG file of so many inches of what ``draw`` puts on a figure; it says what drew it (``drawn_by``)."""
+    path, metadata = Path(path), {"Software": drawn_by(draw, save_figure)}
     with matplotlib.rc_context({"text.parse_math": False}):  # names of classes and layers are no formulae
         figure = Figure(figsize=inches, layout="constrained")
         FigureCanvasAgg(figure)
@@ -272,5 +300,5 @@ def save_figure(path: str | Path, inches: tuple[float, float], draw: Callable[[F
             if scale.get_scale() == "log":
                 scale.set_major_formatter("{x:g}")  # matplotlib's own is a formula
                 scale.set_minor_formatter(NullFormatter())
-        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, metadata=metadata))
     return path

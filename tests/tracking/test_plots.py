@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from slim import SlimError
 from tracking import (
     RunFolder,
     draw_detections,
+    drawn_by,
     plot_channels,
     plot_class_curves,
     plot_confusions,
@@ -26,6 +28,7 @@ from tracking import (
     side_by_side,
     summarise_gates,
 )
+from tracking.plots import digest_of_code
 
 
 def assert_picture(path: Path) -> None:
@@ -140,12 +143,27 @@ def test_runtimes_have_a_colour_a_network_and_a_marker_an_engine(tmp_path: Path,
     points = [(name, engine, 3.0 + k, 0.5) for name in ("dense", "slim") for k, engine in enumerate(engines)]
     assert_picture(plot_runtimes(points, tmp_path / "t.png"))
     (axis,) = drawn[0].axes
-    looks = [(line.get_color(), line.get_marker()) for line in axis.get_lines() if len(line.get_xdata())]
+    lines = [line for line in axis.get_lines() if len(line.get_xdata())]
+    joined = [line for line in lines if line.get_linestyle() != "None"]
+    assert [list(line.get_xdata()) for line in joined] == [[3.0, 3.0], [4.0, 4.0]], (
+        "a line joins the networks of an engine"
+    )
+    looks = [(line.get_color(), line.get_marker()) for line in lines if line not in joined]
     assert len(looks) == 4 and len(set(looks)) == 4
     assert looks[0][0] == looks[1][0] != looks[2][0] == looks[3][0]
     assert looks[0][1] == looks[2][1] != looks[1][1] == looks[3][1]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["dense", "slim", *engines]
     assert overlaps(drawn[0]) == []
+
+
+def test_a_picture_says_what_drew_it(tmp_path: Path) -> None:
+    plot = plot_widths({"a": 4}, {"a": 2}, tmp_path / "widths.png")
+    save_png(torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / "blank.png", drawn_by(side_by_side, Path))
+    for path, names in ((plot, ["plot_widths", "save_figure"]), (tmp_path / "blank.png", ["side_by_side", "Path"])):
+        with Image.open(path) as image:
+            *found, digest = image.info["Software"].split()
+        assert [name.partition(":")[2] for name in found] == names
+        assert digest == digest_of_code(found) != digest_of_code(found[:1])
 
 
 def test_ground_truth_has_no_confidence() -> None:
