@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import copy
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import onnx
 import pytest
 import torch
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -54,6 +58,25 @@ def test_a_segmentation_network(tmp_path: Path) -> None:
     assert before > 0.7 and after > 0.7
     assert out.count("pruned = masked, equal to") == 2
     assert "net.pt: differs from the network in memory by 0.0e+00" in out
+
+
+@pytest.mark.slow
+def test_the_notebook_prints_what_stands_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many lines from every cell, since scores are other numbers with another release of torch."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    stored = nbformat.read(ROOT / "examples" / "slim_a_resnet.ipynb", as_version=4)
+    ran = copy.deepcopy(stored)
+    NotebookClient(ran, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    before, after = ([printed(cell) for cell in notebook.cells] for notebook in (stored, ran))
+    assert [text.count("\n") for text in after] == [text.count("\n") for text in before]
+    assert "pruned = masked: True" in "".join(after) and "0.0" in after
+    assert sum(map(len, after)) > 3000
+
+
+def printed(cell: Any) -> str:
+    """What a cell printed, and the value of its last line."""
+    outputs = cell.get("outputs", ())
+    return "".join(output.get("text") or output["data"]["text/plain"] for output in outputs)
 
 
 @pytest.mark.zoo
