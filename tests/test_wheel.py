@@ -99,6 +99,19 @@ def test_installed_commands_find_their_descriptions(site: Path, tmp_path: Path) 
     assert done.returncode == 1 and "bccd" in done.stderr and "data set description" not in done.stderr
 
 
+def test_docker_sees_what_the_wheel_is_made_of() -> None:
+    seen = {line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[0] == "!"}
+    assert seen == {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "*.py", *PACKAGES}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("docker") is None, reason="needs docker")
+def test_the_image_runs_the_commands() -> None:
+    subprocess.run(["docker", "build", "--tag", "slim-test", str(ROOT)], check=True, capture_output=True)
+    command = ["docker", "run", "--rm", "slim-test", "slim-detect", "--help"]
+    assert "usage: slim-detect" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 @pytest.mark.parametrize("missing", ["yaml", "lazy_loader"])
 def test_commands_without_their_extra_say_so(site: Path, missing: str) -> None:
     code = f"import sys; sys.path.insert(0, {str(site)!r}); sys.modules[{missing!r}] = None\n"
