@@ -1,4 +1,4 @@
-"""What mkdocs does beside its own: README.md and CONTRIBUTING.md are pages of the site, and links lead to files of the checkout."""
+"""What mkdocs does beside its own: README.md and CONTRIBUTING.md become pages, and links lead to files of the checkout."""
 
 from __future__ import annotations
 

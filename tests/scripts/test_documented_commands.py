@@ -62,7 +62,8 @@ def place(tiny: Path, small_weights: Path, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "data").mkdir()
     for name in ("data.yaml", "data/bccd.yaml", "data/cards.yaml"):
         shutil.copy(tiny, tmp_path / name)
-    shutil.copy(small_weights, tmp_path / "yolov5n.pt")
+    for name in ("yolov5n", "dense", "slim-30", "slim-20", "slim-10"):
+        shutil.copy(small_weights, tmp_path / f"{name}.pt")
     short_video(tmp_path / "video.mp4")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     FakeClock().install(monkeypatch)
