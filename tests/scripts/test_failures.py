@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.data.videos import short_video
 from tests.scripts.runs import NAMES, ROOT, SMALL, Runner
 
 SCRIPTS = ("train_sparse", "finetune", "val", "prune", "iterate", "benchmark", "export", "detect")
@@ -231,3 +233,35 @@ def test_help_names_units_and_defaults(name: str) -> None:
     )
     assert done.returncode == 0 and done.stderr == ""
     assert "--seed" in done.stdout and "default" in done.stdout and "pixels" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "missing", "extra"),
+    [
+        ("export", ("--img", 64), "onnx", "deploy"),
+        ("export", ("--img", 64, "--include", "openvino"), "openvino", "deploy"),
+        ("benchmark", ("--img", 64, "--engine", "onnxruntime"), "onnxruntime", "deploy"),
+        ("detect", ("--source", "VIDEO"), "av", "video"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    name: str,
+    arguments: tuple[object, ...],
+    missing: str,
+    extra: str,
+    small_weights: Path,
+    script: Runner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    video = short_video(tmp_path / "video.mp4")
+    for loaded in [module for module in sys.modules if module.partition(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, missing, None)
+    words = [str(video) if word == "VIDEO" else word for word in arguments]
+    done = script(name, "--weights", small_weights, *words, "--project", tmp_path / "runs")
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith(
+        f"error: {missing} is not installed; pip install -e '.[{extra}]' has it"
+    )
+    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
