@@ -79,7 +79,7 @@ def export_network(
         metadata: written into the file
         prove: the difference between two networks on images, or an error
 
-    Example:
+    Examples:
         >>> import deploy, tempfile, torch
         >>> network, images = torch.nn.Conv2d(3, 8, 3), torch.rand(1, 3, 32, 32)
         >>> with tempfile.TemporaryDirectory() as folder:

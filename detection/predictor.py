@@ -75,7 +75,7 @@ class Predictor:
             SlimError: an array of another type or shape, a class that the network does not know
             DataError: a file that cannot be read
 
-        Example:
+        Examples:
             >>> import detection
             >>> detection.load("yolov5n.pt").predict("bus.jpg").names  # doctest: +SKIP
             ['person', 'bus', 'person', 'person']
@@ -117,7 +117,7 @@ def load(
     Raises:
         SlimError: a file that is no detector, or that the engine does not run
 
-    Example:
+    Examples:
         >>> import detection
         >>> found = detection.load("slim.onnx").predict("bus.jpg")  # doctest: +SKIP
         >>> found.boxes_xyxy, found.scores, found.names  # doctest: +SKIP

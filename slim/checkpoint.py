@@ -83,7 +83,7 @@ def save(
     Raises:
         SlimError: when the file cannot be written, and where ``extra`` uses names of the format's own entries.
 
-    Example:
+    Examples:
         >>> import slim, tempfile, torch
         >>> from pathlib import Path
         >>> from torch import nn
@@ -149,7 +149,7 @@ def load(path: str | os.PathLike[str], builder: Callable[[dict[str, Any]], Model
     Raises:
         SlimError: when the file is missing, damaged or of another kind, or does not fit the network that was built.
 
-    Example:
+    Examples:
         >>> import slim
         >>> slim.load("nowhere.pt", lambda build: None)
         Traceback (most recent call last):

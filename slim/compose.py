@@ -29,7 +29,7 @@ def compose(first: Plan, second: Plan) -> Plan:
     Raises:
         SlimError: naming the parameter, where the second plan does not fit what the first one leaves.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 8, 8)
@@ -163,7 +163,7 @@ def compare(first: Plan, second: Plan) -> str:
     Raises:
         SlimError: when the plans are of different networks.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
@@ -226,7 +226,7 @@ def chart(plan: Plan, width: int = 60) -> str:
     Raises:
         SlimError: for a width below 1.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))

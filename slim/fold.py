@@ -156,7 +156,7 @@ def fold_gates(model: Model, example_inputs: Any = None) -> Model:
     Raises:
         SlimError: when a gate is negative, and when example inputs are needed.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.rand(1, 3, 8, 8)

@@ -141,7 +141,7 @@ def open_channels(graph: ChannelGraph, vectors: Mapping[str, Tensor]) -> dict[st
         vectors: the model's gate vectors by name, see ``slim.gate_vectors``, or weights of norms by the norm's path. A channel
             with several is open while one of them is; one without any always is.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
@@ -211,7 +211,7 @@ def add_gates(
     Raises:
         SlimError: for another ``tie`` or ``where``, and when no channels that can be pruned pass a place for a gate.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))

@@ -53,7 +53,7 @@ class Plan:
         shapes: the traced network's shape of every parameter that the groups occupy, by name
         example: shapes and types of the inputs with which it was traced; None where they were no tensors by position
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))

@@ -32,7 +32,7 @@ def max_difference(first: nn.Module, second: nn.Module, inputs: Any) -> float:
     Raises:
         SlimError: when the outputs differ in shape, and when there is nothing to compare among them.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> one, two = nn.Identity(), nn.Threshold(0.5, 0.0)
@@ -93,7 +93,7 @@ def prove(
     Raises:
         SlimError: when they differ, and when there is nothing to compare among their outputs.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.rand(1, 3, 8, 8)

@@ -421,7 +421,7 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
     Raises:
         SlimError: when the model does not run on the inputs.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> found = slim.cost(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))

@@ -327,7 +327,7 @@ def register_rule(op: Any, rule: str | Rule) -> None:
     Raises:
         SlimError: for a kind that does not exist.
 
-    Example:
+    Examples:
         >>> import slim
         >>> slim.register_rule("mylib::scaled_tanh", "elementwise")  # each element alone: channels keep their place
     """

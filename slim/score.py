@@ -73,7 +73,7 @@ def score(
     Raises:
         SlimError: for an unknown choice, a graph of another model, a criterion that finds nothing or returns what is no score.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 1))

@@ -71,7 +71,7 @@ def make_plan(
         SlimError: for options out of range, patterns that match nothing, scores that do not fit the graph, and a target
             that cannot be reached, with how far it can go and what binds.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))

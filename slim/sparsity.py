@@ -152,7 +152,7 @@ class SmallestHalfL1(L1Step):
 
     Other arguments and errors are those of ``L1Step``.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
@@ -226,7 +226,7 @@ class BudgetL1(L1Step):
 
     Other arguments and errors are those of ``L1Step`` and ``slim.make_plan``.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
@@ -344,7 +344,7 @@ def strength_for(total_lr: float, travel: float = 2.0) -> float:
     Raises:
         SlimError: when ``total_lr`` is not above 0.
 
-    Example:
+    Examples:
         >>> import slim
         >>> slim.strength_for(total_lr=0.5, travel=2.0)
         4.0

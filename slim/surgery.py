@@ -37,7 +37,7 @@ def mask(model: Model, plan: Plan) -> Model:
     Raises:
         SlimError: naming the parameter that the plan does not fit.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.rand(1, 3, 8, 8)
@@ -91,7 +91,7 @@ def apply_plan(model: Any, plan: Plan, *, optimizer: Any = OMITTED, ema: Any = O
     Raises:
         SlimError: naming the layer that the plan does not fit or would break.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 8, 8)

@@ -28,7 +28,7 @@ def trace(model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False,
     Raises:
         SlimError: when the model does not run on the inputs.
 
-    Example:
+    Examples:
         >>> import slim, torch
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
