@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import logging
 import os
 import re
@@ -60,6 +61,13 @@ EXTRAS = dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "onnxslim", "openvi
 """Which extra of the installation has a package that not every script needs; all others are in ``train``."""
 INTERRUPTED = 130
 """Exit code of a run that was interrupted."""
+
+
+def check_installed(*packages: str) -> None:
+    """ModuleNotFoundError for a package that is missing: before there is a run folder, or hours of work that end with it."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 
 class CommandError(ValueError):

@@ -16,13 +16,13 @@ from deploy import SUFFIXES, Int8Settings, open_exported, size_text
 from slim import SlimError
 from tracking import RunFolder
 
-from .command import flat
+from .command import check_installed, flat
 from .datasets import open_data, so_many_images
 from .flags import SHAPES, ExportFlags
 from .network import Network, check_image_size, head_path, read_network
 from .published import find_weights
 from .quantise import Int8Writer, calibration_images, measure_on
-from .write_file import SUFFIX_OF, write_file
+from .write_file import PACKAGES_OF, SUFFIX_OF, write_file
 
 OPENVINO_FOLDER = "_openvino_model"
 """How the name of a folder for an OpenVINO network ends in YOLOv5."""
@@ -42,6 +42,8 @@ def export(flags: ExportFlags) -> list[Path]:
     options: dict[str, Any] = {"images": images, "dynamic": flags.dynamic, "uint8_input": flags.uint8_input}
     options |= {"half": flags.half, "opset": flags.opset}
     int8 = int8_writer(flags, network, config, sides_px, options) if flags.int8.int8 else None
+    for kind in kinds:
+        check_installed(*PACKAGES_OF.get(kind, ()))
     run = RunFolder.create(flags.run.project, flags.run.name)
     run.write_config(flat(flags), "export.py")
     made = []

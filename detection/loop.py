@@ -38,7 +38,7 @@ from .candidates import (
     write_reports,
     write_tensorboard,
 )
-from .command import flat
+from .command import check_installed, flat
 from .datasets import data_digest, open_data, real_images
 from .evaluator import Evaluator
 from .flags import IterateFlags, PruneFlags, TrainFlags
@@ -57,7 +57,7 @@ from .network import (
 from .pruning import PROOF_IMAGES, choose_plan, cut, open_prune_inputs, output_widths, proven
 from .published import find_weights
 from .training import MAY_CHANGE
-from .write_file import SUFFIX_OF, write_file
+from .write_file import PACKAGES_OF, SUFFIX_OF, write_file
 
 NOT_OF_THE_RUN = {"project", "name", *MAY_CHANGE}
 """Flags that may change when a loop continues: what it finds does not depend on them."""
@@ -93,6 +93,7 @@ class Loop:
         self.flags, self.run, self.world = flags, run, world or World()
         self.world.share(flags.loading.batch_size)
         self.device = choose_device(flags.device, self.world)
+        check_installed(*PACKAGES_OF.get(flags.export, ()))
         self.dense = read_network(flags.weights)
         check_image_size(self.dense.model, flags.img)
         check_classes(self.dense, config, flags.weights, str(flags.dataset.data))

@@ -48,7 +48,9 @@ def finetune_flags(flags: IterateFlags, weights: Path, epochs: int) -> FinetuneF
 
 def prune_flags(flags: IterateFlags, weights: Path, macs: int | None, latency_share: float | None) -> PruneFlags:
     """The settings of a cut to so many MACs or such a share of the dense network's latency."""
-    latency = LatencySettings() if latency_share is None else flags.latency
+    latency = (
+        replace(flags.latency, latency_ms=None, latency_share=latency_share) if latency_share else LatencySettings()
+    )
     return with_pairs(
         PruneFlags(
             device=flags.device,
@@ -56,7 +58,7 @@ def prune_flags(flags: IterateFlags, weights: Path, macs: int | None, latency_sh
             weights=str(weights),
             img=flags.img,
             target=TargetSettings(macs=macs),
-            latency=replace(latency, latency_ms=None, latency_share=latency_share),
+            latency=latency,
             widths=flags.widths,
             recalibrate=flags.recalibrate,
             dataset=flags.dataset,

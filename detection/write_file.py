@@ -15,6 +15,8 @@ from models import YOLO, NmsSettings, activation_name, fuse_norms
 
 from .network import Network
 
+PACKAGES_OF = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
+"""What writes the files of a kind; TorchScript needs torch alone."""
 SUFFIX_OF: dict[str, str] = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".torchscript"}
 
 

@@ -20,7 +20,7 @@ from deploy import threads_of, torch_threads
 from tracking import Painter, RunFolder
 from tracking.progress import progress
 
-from ..command import flat
+from ..command import check_installed, flat
 from ..detector import Detector, is_exported, open_detector
 from ..flags import DetectFlags
 from ..network import choose_device
@@ -183,6 +183,8 @@ def detect(flags: DetectFlags) -> Path:
     """Detect in all sources; returns the run folder, filled."""
     find_weights(flags.weights, flags.download)
     sources = find_sources(flags.source)
+    if not all(source.is_image for source in sources):
+        check_installed("av")
     if flags.encoder:
         check_encoder(flags.encoder)
     device = choose_device(flags.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -241,6 +240,7 @@ def test_help_names_units_and_defaults(name: str) -> None:
         ("export", ("--img", 64), "onnx", "deploy"),
         ("export", ("--img", 64, "--include", "openvino"), "openvino", "deploy"),
         ("benchmark", ("--img", 64, "--engine", "onnxruntime"), "onnxruntime", "deploy"),
+        ("iterate", ("--img", 64, "--data", "DATA"), "onnxruntime", "deploy"),
         ("detect", ("--source", "VIDEO"), "av", "video"),
     ],
 )
@@ -250,6 +250,7 @@ def test_a_missing_extra_is_named(
     missing: str,
     extra: str,
     small_weights: Path,
+    tiny: Path,
     script: Runner,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -258,10 +259,9 @@ def test_a_missing_extra_is_named(
     for loaded in [module for module in sys.modules if module.partition(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, missing, None)
-    words = [str(video) if word == "VIDEO" else word for word in arguments]
+    words = [{"VIDEO": video, "DATA": tiny}.get(str(word), word) for word in arguments]
     done = script(name, "--weights", small_weights, *words, "--project", tmp_path / "runs")
     assert done.code == 1
     assert done.err.splitlines()[-1].startswith(
         f"error: {missing} is not installed; pip install -e '.[{extra}]' has it"
     )
-    shutil.rmtree(tmp_path / "runs", ignore_errors=True)
