@@ -41,7 +41,7 @@ import models
 import slim
 from deploy import threads_of
 from detection.benchmark_table import processor_name
-from detection.command import run_script
+from detection.command import check_installed, run_script
 from slim import SlimError
 from tracking.report.markdown import table
 
@@ -101,15 +101,6 @@ def build(name: str, img: int, seed: int) -> Subject:
     return Subject(name, model, image, tuple(last))
 
 
-def torch_pruning() -> Any:
-    """The module; SlimError where it is not installed."""
-    try:
-        import torch_pruning as module
-    except ImportError as error:
-        raise SlimError("torch-pruning is not installed; pip install '.[bench]' brings it") from error
-    return module
-
-
 def slim_cut(network: Subject, *, channels: float | None = None, macs: float | None = None) -> Pruned:
     """Cut by slim to a share of the channels or of the MACs."""
     graph = slim.trace(network.model, network.image)
@@ -120,7 +111,8 @@ def slim_cut(network: Subject, *, channels: float | None = None, macs: float | N
 
 def torch_pruning_cut(network: Subject, model: nn.Module, ratio: float = 1 - KEEP) -> Pruned:
     """Cut ``model``, a copy of the network's, by torch-pruning, which takes away this share of the channels; in place."""
-    tp = torch_pruning()
+    import torch_pruning as tp
+
     tp.pruner.BasePruner(
         model,
         (network.image,),
@@ -140,9 +132,10 @@ def search_on_copies(network: Subject) -> Pruned:
     By false position: MACs go with the square of the channels that are kept, so the root of what is kept is nearly a line,
     and a chord of it soon meets the target. The first ratio is what torch-pruning's own documentation advises: 0.29.
     """
+    import torch_pruning as tp
 
     def count(model: nn.Module) -> int:  # norms, activations and pools too
-        return int(torch_pruning().utils.count_ops_and_params(model, (network.image,))[0])
+        return int(tp.utils.count_ops_and_params(model, (network.image,))[0])
 
     goal, dense, kept = math.sqrt(KEEP), count(network.model), 1.0
     low, high = (0.0, 1.0), (1.0, 0.0)
@@ -200,7 +193,7 @@ JOBS: dict[str, dict[str, Callable[[Subject, nn.Module], Pruned]]] = {
 
 def main(flags: SlimSpeedFlags) -> None:
     """Print both tables."""
-    torch_pruning()
+    check_installed("torch_pruning")
     if flags.num_cores:
         torch.set_num_threads(flags.num_cores)
     networks = [build(name, flags.img, flags.seed) for name in flags.models]

@@ -56,7 +56,10 @@ OF_THE_COMMAND_LINE_ALONE = ("debug", "resume", "exist_ok")
 GONE = {"closed_share": None, "cost_aware": False}
 """Flags that are no more, or not of every script: older config.yaml files may hold them with these values, their defaults."""
 EXTRAS = dict.fromkeys(("onnx", "onnxruntime", "onnxscript", "onnxslim", "openvino", "nncf"), "deploy") | {
-    "av": "video"
+    "av": "video",
+    "ray": "ray",
+    "submitit": "slurm",
+    "torch_pruning": "bench",
 }
 """Which extra of the installation has a package that not every script needs; all others are in ``train``."""
 INTERRUPTED = 130

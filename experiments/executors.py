@@ -5,7 +5,6 @@ Each runs ``store.run_node`` on tasks, so that all leave the same folders, and r
 
 from __future__ import annotations
 
-import importlib
 import os
 import queue
 import threading
@@ -85,7 +84,8 @@ class RayExecutor:
     """Tasks of a Ray cluster, ``threads`` cores each. Ray hands out anew what a lost node was running."""
 
     def __init__(self, address: str | None, threads: int) -> None:
-        ray = _extra("ray", "ray")
+        import ray
+
         ray.init(
             address=address,
             ignore_reinit_error=True,
@@ -124,7 +124,8 @@ class SubmititExecutor:
     """Jobs of a SLURM cluster, or with ``cluster="local"`` processes of this machine."""
 
     def __init__(self, folder: Path, cluster: str | None, at_once: int, threads: int, minutes: int) -> None:
-        submitit = _extra("submitit", "slurm")
+        import submitit
+
         self.capacity, self.threads = at_once, threads
         self._executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
         self._executor.update_parameters(timeout_min=minutes, cpus_per_task=threads)
@@ -138,11 +139,3 @@ class SubmititExecutor:
 
     def close(self) -> None:
         pass
-
-
-def _extra(module: str, extra: str) -> Any:
-    """A library that only one executor needs."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise SlimError(f"--executor: {module} is not installed; pip install '.[{extra}]'") from error

@@ -19,14 +19,14 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
 import slim
 from data.settings import DataSettings, LoaderSettings
-from detection.command import flat, run_script
+from detection.command import check_installed, flat, run_script
 from detection.flags import ROUND_TO, PruneFlags, ScriptFlags
 from detection.network import example_image, read_network, save_network
 from detection.pruning import NOT_EVALUATED, open_prune_inputs, output_widths
@@ -66,18 +66,11 @@ class Found:
     ratio: float
 
 
-def library() -> Any:
-    """The module torch_pruning; SlimError where it is not installed."""
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise SlimError("torch-pruning is not installed; pip install '.[bench]' brings it") from error
-    return torch_pruning
-
-
 def cut_by_ratio(model: YOLO, img: int, ratio: float, scope: str, round_to: int) -> YOLO:
     """A copy of ``model`` without this share, 0..1, of its channels."""
-    tp, pruned = library(), copy.deepcopy(model).eval()
+    import torch_pruning as tp
+
+    pruned = copy.deepcopy(model).eval()
     pruner = tp.pruner.BasePruner(
         pruned,
         (example_image(img),),
@@ -135,7 +128,7 @@ def reload_difference(out: Path, model: nn.Module, images: torch.Tensor) -> floa
 
 def main(flags: TorchPruningFlags) -> None:
     """Cut, save, read back, evaluate."""
-    library()
+    check_installed("torch_pruning")
     inputs = open_prune_inputs(
         PruneFlags(
             device=flags.device,

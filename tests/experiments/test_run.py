@@ -181,6 +181,22 @@ def test_grid_that_cannot_be_meant_is_refused_in_a_line(
     assert told in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("executor", "extra"), [("ray", "ray"), ("submitit", "slurm")])
+def test_executor_of_a_missing_extra_is_named_and_nothing_runs(
+    executor: str,
+    extra: str,
+    write_grid: Grid,
+    executed: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, executor, None)
+    assert command(write_grid(), tmp_path, "--executor", executor) == 1
+    assert capsys.readouterr().err.startswith(f"error: {executor} is not installed; pip install -e '.[{extra}]' has it")
+    assert executed == []
+
+
 def test_claim_lasts_as_long_as_any_process_that_holds_it(tmp_path: Path) -> None:
     with store.claimed(tmp_path, "x") as descriptor:
         child = subprocess.Popen(["sleep", "600"], pass_fds=[descriptor])
