@@ -5,17 +5,11 @@ from __future__ import annotations
 import argparse
 import filecmp
 import hashlib
-import http.client
 import json
 import os
 import re
 import shutil
 import sys
-import tarfile
-import time
-import urllib.error
-import urllib.request
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,18 +17,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
-from tqdm import tqdm
 
+from .archives import unpack
 from .config import data_folder, described_entries, is_there, read_description
 from .errors import DataError
-
-TIMEOUT_S = 30.0
-ATTEMPTS = 6
-"""How many attempts in a row may bring no new byte."""
-MAX_LINKS = 1000
-"""Of a tar; pictures are files."""
-PAUSE_S = 1.0
-"""Before the second attempt; doubled for each further one."""
+from .transfer import check_space, fetch
 
 _DEFAULTS: dict[str, Any] = {"url": None, "sha256": "", "size": 0, "from": ".", "into": ".", "voc": {}}
 
@@ -178,7 +165,7 @@ def _download(
     work = folder.with_name(f"{folder.name}.download")
     work.mkdir(exist_ok=True)
     needed = 2 * sum(archive.size for archive in missing)  # pictures are packed as they are
-    _check_space(work, needed - sum(f.stat().st_size for f in work.iterdir() if f.is_file()), "the download")
+    check_space(work, needed - sum(f.stat().st_size for f in work.iterdir() if f.is_file()), "the download")
     for archive in missing:
         pinned = record.get(archive.url, {}).get("sha256", "")
         _write_record(record_path, record | {archive.url: {"sha256": pinned, "made": []}})
@@ -278,171 +265,6 @@ def _is_unpacked(archive: Archive, record: Mapping[str, Any], folder: Path) -> b
     known = record.get(archive.url, {})
     is_right = archive.sha256 in ("", known.get("sha256"))
     return is_right and bool(known.get("made")) and all((folder / path).exists() for path in known["made"])
-
-
-def fetch(url: str, target: Path, sha256: str = "", size: int | None = None) -> str:
-    """Download ``url`` to ``target`` and return its SHA-256; a file that is there already is verified and kept.
-
-    Until the digest is right the bytes lie in ``target.part``, with the server's mark of their version in ``target.version``.
-    An interruption of any kind leaves these two; the next call asks for the missing bytes alone (HTTP's Range with
-    If-Range, RFC 9110), and starts afresh where the server knows no ranges or holds another file by now.
-
-    Args:
-        url: an http(s) address.
-        target: where the file goes.
-        sha256: 64 lower-case hexadecimal digits, where known.
-        size: in bytes, where known.
-
-    Raises:
-        DataError: the address answers otherwise, or digest or size are wrong.
-        OSError: the file cannot be written; what came so far is kept.
-    """
-    if target.is_file() and sha256 in ("", digest := _sha256(target)):
-        return digest
-    part, version_file = (target.with_name(f"{target.name}.{suffix}") for suffix in ("part", "version"))
-    failures, most = 0, 0
-    while True:
-        try:
-            _request(url, part, version_file, sha256, size)
-            break
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            code, cause = getattr(error, "code", None), getattr(error, "reason", error)
-            reason = f"the server answers {code}" if code else "no connection"
-            if code and code < 500 and code not in (408, 429):
-                raise DataError(f"{url}: {reason} ({cause}); correct the address in the description") from error
-            failures = 1 if _length(part) > most else failures + 1
-            most = max(most, _length(part))
-            if failures >= ATTEMPTS:
-                kept = f"; {tqdm.format_sizeof(_length(part), 'B')} are kept" if _length(part) else ""
-                raise DataError(
-                    f"{url}: {reason} ({cause or type(cause).__name__}), {failures} times in a row{kept}; run again later"
-                ) from error
-        time.sleep(min(PAUSE_S * 2 ** (failures - 1), 30.0))
-    digest = _sha256(part)
-    version_file.unlink(missing_ok=True)
-    if sha256 not in ("", digest):
-        part.unlink()
-        raise DataError(
-            f"{url}: expected SHA-256 {sha256}, found {digest}; what came is discarded and nothing else is touched; try "
-            "again, or correct the description if the publisher replaced the file"
-        )
-    os.replace(part, target)
-    return digest
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_space(folder: Path, needed: int, what: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        sizes = f"needs {tqdm.format_sizeof(needed, 'B')}, the disk has {tqdm.format_sizeof(free, 'B')} free"
-        raise DataError(f"{folder}: {what} {sizes}; free some or choose another --data-root")
-
-
-def _length(part: Path) -> int:
-    return part.stat().st_size if part.is_file() else 0
-
-
-def _request(url: str, part: Path, version_file: Path, sha256: str, size: int | None) -> None:
-    """One request; returns when the file is whole."""
-    known = version_file.read_text(encoding="utf-8") if version_file.is_file() else ""
-    start = _length(part) if known or sha256 else 0  # else nobody could tell whether the bytes belong to the same file
-    headers = {"User-Agent": "slim-data/1", "Accept-Encoding": "identity"}
-    headers |= {"Range": f"bytes={start}-"} if start else {}
-    headers |= {"If-Range": known} if start and known else {}
-    changed = ConnectionError("the file changed while it was fetched")
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not start:
-            raise
-        part.unlink()
-        raise changed from error
-    with response:
-        if url.startswith("https:") and not response.url.startswith("https:"):
-            raise DataError(f"{url}: leads to {response.url}, which is not encrypted; correct the address")
-        etag, length = response.headers.get("ETag", ""), response.headers.get("Content-Length", "")
-        version = (etag if not etag.startswith("W/") else "") or response.headers.get("Last-Modified", "")
-        if response.status != http.client.PARTIAL_CONTENT:
-            start = 0
-        elif version and known not in ("", version):
-            part.unlink()
-            raise changed
-        total = int(length) + start if length.isdigit() else size
-        if size not in (None, total):
-            raise DataError(
-                f"{url}: holds {total} bytes, expected {size}; the publisher replaced the file: correct the description"
-            )
-        _check_space(part.parent, (total or start) - start, part.name)
-        version_file.write_text(version if not start else known, encoding="utf-8")
-        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem)
-        # Without a buffer: whatever ends the process, the bytes are there to go on from.
-        most = start + shutil.disk_usage(part.parent).free // 2 if total is None else total
-        with part.open("ab" if start else "wb", buffering=0) as file, bar as progress:
-            while chunk := response.read(1 << 18):
-                if file.tell() + len(chunk) > most:
-                    limit = (
-                        "half of what the disk has free" if total is None else "what it said or the description says"
-                    )
-                    raise DataError(f"{url}: sends more than {most:,} bytes, {limit}; correct the description")
-                rest = memoryview(chunk)
-                while rest:
-                    rest = rest[file.write(rest) :]
-                progress.update(len(chunk))
-    if total is not None and (received := _length(part)) != total:
-        raise ConnectionError(f"the connection ended at byte {received} of {total}")
-
-
-def unpack(archive: Path, target: Path) -> None:
-    """Unpack a zip or tar (plain, gz, bz2, xz), told by its content, into the new folder ``target``.
-
-    Nothing is written outside of it: tarfile's filter ``data`` refuses what leads out, links and devices among it, and zipfile
-    takes such names as if they were inside. What macOS packs by the way is removed again.
-
-    Raises:
-        DataError: the archive is of no known kind, damaged or refused; nothing of it is kept then.
-    """
-    try:
-        target.mkdir(parents=True)
-        if tarfile.is_tarfile(archive):  # first, since any file that ends in a zip passes for one
-            with tarfile.open(archive) as tar:
-                tar.extractall(target, filter=_bounded(shutil.disk_usage(target).free))
-        elif zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as opened:
-                if sum(info.file_size for info in opened.infolist()) > shutil.disk_usage(target).free:
-                    raise ValueError("it holds more than the disk has free")
-                opened.extractall(target)
-        else:
-            with archive.open("rb") as file:
-                raise ValueError(f"neither a zip nor a tar; it starts with {file.read(40)!r}: correct the address")
-        for junk in [*target.rglob("__MACOSX"), *target.rglob(".DS_Store")]:
-            shutil.rmtree(junk) if junk.is_dir() else junk.unlink()
-    except Exception as error:  # a damaged archive can fail in any way
-        shutil.rmtree(target, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{archive}: cannot be unpacked ({reason}); nothing of it is kept; free some space, or download it again"
-        ) from error
-
-
-def _bounded(free: int) -> Callable[[tarfile.TarInfo, str], tarfile.TarInfo | None]:
-    """tarfile's filter ``data`` for an archive of so many bytes and few links: each link is looked for among all members."""
-    links, size = 0, 0
-
-    def checked(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
-        nonlocal links, size
-        links, size = links + (member.islnk() or member.issym()), size + member.size
-        if links > MAX_LINKS:
-            raise ValueError(f"more than {MAX_LINKS} links")
-        if size > free:
-            raise ValueError("it holds more than the disk has free")
-        return tarfile.data_filter(member, folder)
-
-    return checked
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from data import DataError
-from data.download import fetch
+from data.transfer import fetch
 from slim import SlimError, write_text_atomically
 
 RELEASE = "https://github.com/ultralytics/yolov5/releases/download/v7.0"

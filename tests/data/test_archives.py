@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from data import DataError
-from data.download import unpack
+from data.archives import unpack
 
 
 def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:

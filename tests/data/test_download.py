@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import data.download
+import data.transfer
 from data import DataError, load_data_config
 from data.download import download_data, main
 from tests.data.file_server import serve
@@ -21,7 +22,7 @@ from tests.data.test_archives import tarred, zipped
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     for name, value in {"TIMEOUT_S": 5, "ATTEMPTS": 2, "PAUSE_S": 0.001}.items():
-        monkeypatch.setattr(data.download, name, value)
+        monkeypatch.setattr(data.transfer, name, value)
     monkeypatch.delenv("SLIM_DATA_ROOT", raising=False)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")

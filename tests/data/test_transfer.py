@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-import data.download
+import data.transfer
 from data import DataError
-from data.download import fetch
+from data.transfer import fetch
 from tests.data.file_server import serve
 from tests.data.scenes import ROOT
 
@@ -33,7 +33,7 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> None:
     """No proxy of the person who runs the tests."""
     monkeypatch.setenv("no_proxy", "*")
     for name, value in {"TIMEOUT_S": 5, "ATTEMPTS": 3, "PAUSE_S": 0.001}.items():
-        monkeypatch.setattr(data.download, name, value)
+        monkeypatch.setattr(data.transfer, name, value)
 
 
 def left(target: Path) -> set[str]:
@@ -151,8 +151,8 @@ def test_no_server(tmp_path: Path) -> None:
 
 
 def test_a_silent_server_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.download, "TIMEOUT_S", 0.1)
-    monkeypatch.setattr(data.download, "ATTEMPTS", 1)
+    monkeypatch.setattr(data.transfer, "TIMEOUT_S", 0.1)
+    monkeypatch.setattr(data.transfer, "ATTEMPTS", 1)
     with serve({"f": CONTENT}, slow_s=0.6) as server, pytest.raises(DataError, match="timed out"):
         fetch(f"{server.url}/f", tmp_path / "f")
 
@@ -191,7 +191,7 @@ def wait_for_bytes(part: Path) -> None:
 
 def test_a_killed_process_leaves_what_the_next_one_goes_on_from(tmp_path: Path) -> None:
     with serve({"f": CONTENT}, slow_s=0.02) as server:
-        code = "import sys; from pathlib import Path; from data.download import fetch\n"
+        code = "import sys; from pathlib import Path; from data.transfer import fetch\n"
         code += "fetch(sys.argv[1], Path(sys.argv[2]))"
         process = subprocess.Popen(
             [sys.executable, "-c", code, f"{server.url}/f", str(tmp_path / "f")], cwd=ROOT, stderr=subprocess.DEVNULL
