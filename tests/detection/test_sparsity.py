@@ -13,7 +13,8 @@ from torch import nn
 import slim
 from detection.flags import FinetuneFlags, NetworkSettings, SparseFlags, WidthSettings
 from detection.network import example_image, make_build, save_network
-from detection.training import auto_strength, make_sparsity, norm_weights, starting_network
+from detection.sparsity import auto_strength, make_sparsity, norm_weights
+from detection.training import starting_network
 from engine import OptimConfig, SparsitySettings, TrainConfig, learning_rate_sum
 from models import YOLO, build_model, load_description
 from slim import BudgetL1, SlimError, SmallestHalfL1
