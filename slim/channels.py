@@ -9,20 +9,25 @@ single channels and on operators instead of on layer types.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from slim.gate import Gate
 from slim.graph import Role
-from slim.ops import ACTIVATIONS, KINDS, LAYERS, NONZERO_AT_ZERO, READERS, SCALABLE
+from slim.ops import ACTIVATIONS, KINDS, LAYERS, NONZERO_AT_ZERO, READERS, is_scalable
 from slim.propagate import Call, Propagation, collapse, memory_of, varying_axes
 
 WITHOUT_ARITHMETIC = {"alias", "clone", "contiguous", "detach", "empty_like", "lift_fresh"}
 """Operators that compute nothing with the numbers of their argument, which may not be filled yet."""
+SAME_NUMBERS = ("elementwise", "spatial", "reduce", "along_axis", "convolution", "batch_norm", "im2col", "windows")
+"""Kinds whose numbers (factors, kernel sizes, strides, axes), but for a convolution's groups, are none of channels."""
+MOST_NUMBERS = 64
+"""Of a tensor that is a constant of the code: so many are compared between a whole network and a cut one."""
 
 
 class UnionFind:
@@ -120,8 +125,9 @@ class ChannelPropagation(Propagation):
         allow_inexact: bool = False,
         original: ChannelPropagation | None = None,
         muted: bool = False,
+        copy_of: Mapping[int, str] | None = None,
     ) -> None:
-        super().__init__(model, muted=muted)
+        super().__init__(model, muted=muted, copy_of=copy_of)
         self.rules = rules
         self.allow_inexact = allow_inexact
         # A cut can leave a grouped convolution one channel a group, or unequal parts equally wide: to the dry run they are what
@@ -144,6 +150,8 @@ class ChannelPropagation(Propagation):
         self.module_outputs: dict[str, list[Tensor]] = {}
         self.steps: list[Step] = []
         self.called: list[tuple[str, str, tuple[float, ...]]] = []
+        # The memory of what is computed from inputs, parameters and buffers; other tensors are constants of the code.
+        self.computed: set[int] = set()
         self.shapes: list[torch.Size] = []
         # Channels that an operator took by position or counted: where code could hold a number of channels.
         self.position_sensitive: list[Tensor] = []
@@ -155,7 +163,9 @@ class ChannelPropagation(Propagation):
 
     def again(self, model: nn.Module, *, muted: bool) -> ChannelPropagation:
         """A new propagation over a copy of the model that has fewer channels."""
-        return ChannelPropagation(model, self.rules, allow_inexact=self.allow_inexact, original=self, muted=muted)
+        return ChannelPropagation(
+            model, self.rules, allow_inexact=self.allow_inexact, original=self, muted=muted, copy_of=self.tensors
+        )
 
     # -- labels of tensors --------------------------------------------------------------------------------------
 
@@ -349,14 +359,26 @@ class ChannelPropagation(Propagation):
         return True
 
     def note(self, call: Call) -> None:
-        numbers: list[float] = []
-        if KINDS.get(call.name) == "elementwise" and call.name not in WITHOUT_ARITHMETIC:
-            # Plain numbers among the arguments, and lone numbers that come as tensors but not from the inputs.
-            numbers = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, (int, float))]
-            lone = (t for t in call.inputs if t.ndim == 0 and not t.is_meta and id(t) not in self.data_dependent)
-            numbers += [float(t) for t in lone]
+        kind, numbers = KINDS.get(call.name), list[float]()
+        if kind in SAME_NUMBERS and call.name not in WITHOUT_ARITHMETIC:
+            named = zip((a.name for a in call.func._schema.arguments), call.args, strict=False)
+            given = [value for name, value in (*named, *call.kwargs.items()) if name != "groups"]
+        else:
+            given = [call.argument(name) for name in ("value", "fill_value")]
+        numbers = [number for number in tree_flatten(given)[0] if isinstance(number, (int, float))]
+        if kind == "elementwise" and call.name not in WITHOUT_ARITHMETIC:
+            # Numbers that come as tensors: lone ones but not from the inputs, and some more that come from no parameter either.
+            for tensor in call.inputs:
+                few = tensor.numel() <= MOST_NUMBERS and memory_of(tensor) not in self.computed
+                if not tensor.is_meta and (few or (tensor.ndim == 0 and id(tensor) not in self.data_dependent)):
+                    numbers += tensor.flatten().tolist()
+        if kind != "fresh" and not self.computed.isdisjoint(map(memory_of, call.inputs)):
+            self.computed.update(map(memory_of, call.outputs))
         self.called.append((call.name, self.here(), tuple(numbers)))
         self.shapes.append(call.outputs[0].shape)
+
+    def begin(self, given: list[Tensor]) -> None:
+        self.computed = {memory_of(t) for t in [*given, *self.model.parameters(), *self.model.buffers()]}
 
     def before_module(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         # An activation in place overwrites what it was given, so this must be seen before it runs.
@@ -368,7 +390,7 @@ class ChannelPropagation(Propagation):
             return
         # Behind a sum a gate would scale some terms twice; an Identity straight behind a layer is an activation too.
         activates = isinstance(module, (*ACTIVATIONS, nn.Identity))
-        if activates or (isinstance(module, SCALABLE) and module.weight is not None):
+        if activates or (is_scalable(module) and module.weight is not None):
             self.module_outputs.setdefault(path, []).append(output)
             if direct or not activates:
                 self.flow.append(("activation" if activates else "layer", path, (), (id(output),)))

@@ -23,8 +23,8 @@ from slim.forward import like
 from slim.gate import count_params, gate_layout, restore_gates
 from slim.propagate import cost
 from slim.surgery import swap_tensors
-from slim.widths import counts_of, layer_widths, norm_widths, refresh_widths, set_counts, set_norm_widths
-from slim.wrapped import Model
+from slim.widths import counts_of, layer_widths, norm_widths, note_buffers, refresh_widths, set_counts, set_norm_widths
+from slim.wrapped import Model, without_ddp
 
 FORMAT = "slim-checkpoint"
 FORMAT_VERSION = 3
@@ -42,11 +42,9 @@ def pack(model: nn.Module, build: Mapping[str, Any]) -> dict[str, Any]:
     Nothing runs and what is FP32 on the CPU already is not copied: MACs follow from the widths and from the output
     positions of each layer, which were seen when the gates were placed.
     """
+    model = without_ddp(model)
     example = getattr(model, "slim_example", None)
-    state = {
-        k: (v.float() if v.is_floating_point() else v).detach().cpu().contiguous()
-        for k, v in model.state_dict().items()
-    }
+    state = {name: _kept(value) for name, value in model.state_dict().items()}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -54,12 +52,20 @@ def pack(model: nn.Module, build: Mapping[str, Any]) -> dict[str, Any]:
         "widths": layer_widths(model),
         "norms": norm_widths(model),
         "counts": counts_of(model),
+        "buffers": {name: _kept(t) for name, t in model.named_buffers() if name in getattr(model, "slim_buffers", ())},
         "gates": gate_layout(model),
         "example": None if example is None else [[list(shape), kind] for shape, kind in example],
         "params": count_params(model),
         "macs": None if example is None else macs_from_widths(model),
         "state_dict": state,
     }
+
+
+def _kept(value: Any) -> Any:
+    """As it is saved: a tensor in FP32 on the CPU; what a module gives as its extra state stays what it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value.float() if value.is_floating_point() else value).detach().cpu().contiguous()
 
 
 def macs_from_widths(model: nn.Module) -> int:
@@ -190,12 +196,17 @@ def _put_in(model: nn.Module, content: Mapping[str, Any], origin: str) -> None:
             f"{origin}: does not fit the network that was built: missing {missing[:3]}, unexpected {unexpected[:3]} "
             f"({len(missing)} and {len(unexpected)} in all); was it saved with another builder?"
         )
+    buffers, kept = dict(model.named_buffers()), content.get("buffers", {})
     resized = {
-        name: torch.empty_like(t, dtype=own[name].dtype) for name, t in state.items() if own[name].shape != t.shape
+        own[name]: torch.empty_like(t, dtype=own[name].dtype)
+        for name, t in state.items()
+        if isinstance(t, Tensor) and own[name].shape != t.shape
     }
-    swap_tensors(model, {id(own[name]): like(own[name], tensor) for name, tensor in resized.items()})
-    refresh_widths(model)
+    resized |= {buffers[name]: t.to(buffers[name].dtype) for name, t in kept.items()}
+    swap_tensors(model, {id(old): like(old, tensor) for old, tensor in resized.items()})
+    note_buffers(model, kept)
     set_norm_widths(model, content.get("norms", {}))
+    refresh_widths(model)
     set_counts(model, content.get("counts", {}))
     model.load_state_dict(state)
 

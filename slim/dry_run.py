@@ -207,6 +207,8 @@ class DryRun:
                 again.run(self.example_inputs)
         except SlimError as error:
             cause = error.__cause__
+            if cause is None:
+                raise
             where, inputs = again.failed_at or (again.here(), [])
             text = (str(cause).strip() or repr(cause)).splitlines()[0]
             return Failure(

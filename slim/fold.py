@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slim.errors import SlimError
 from slim.gate import Gate, detach_gate, gate_parameters, gated_path, gates_in, vectors_in
 from slim.graph import inputs_like
-from slim.ops import SCALABLE
+from slim.ops import is_scalable
 from slim.propagate import Call, Propagation, spread
 from slim.surgery import named_tensors
 from slim.wrapped import Model
@@ -24,10 +24,12 @@ from slim.wrapped import Model
 logger = logging.getLogger(__name__)
 HOMOGENEOUS = {
     "relu", "leaky_relu", "prelu", "_prelu_kernel", "clone", "contiguous", "detach", "alias", "to", "_to_copy", "neg",
-    "dropout", "native_dropout", "copy",
+    "dropout", "native_dropout", "copy", "abs",
 }  # fmt: skip
 """f(g * x) = g * f(x) for g >= 0."""
 ADDITIVE = {"add", "sub", "maximum", "minimum"}
+SCALING = {"mean", "sum", "amax", "amin", "max", "min", "median", "linalg_vector_norm", "norm"}
+"""Summaries that grow with a factor of all that they sum up."""
 
 
 class GatePropagation(Propagation):
@@ -104,7 +106,7 @@ class GatePropagation(Propagation):
         """Means and maxima over axes along which the factor does not change."""
         labels = self.get(call.inputs[0])
         axes = call.axes(call.inputs[0])
-        if labels is None or call.name in ("var", "std", "prod") or any(labels.shape[a] > 1 for a in axes):
+        if labels is None or call.name not in SCALING or any(labels.shape[a] > 1 for a in axes):
             return self.unknown(call)
         keep = call.outputs[0].ndim == call.inputs[0].ndim
         self.put(call.outputs[0], labels.reshape([s for a, s in enumerate(labels.shape) if keep or a not in axes]))
@@ -118,10 +120,11 @@ class GatePropagation(Propagation):
         # Grouped: input i meets rows of its own group only, so its factor belongs to a block, not to a whole column.
         per_group = len(entries) // groups
         if transposed:
-            self.record_reader(known[0], entries.reshape(-1, 1).expand(-1, weight.shape[1]))
+            block = entries.reshape(-1, 1).expand(-1, weight.shape[1])
         else:
             block = entries.reshape(groups, 1, per_group).expand(-1, weight.shape[0] // groups, -1)
-            self.record_reader(known[0], block.reshape(weight.shape[0], per_group))
+            block = block.reshape(weight.shape[0], per_group)
+        self.record_reader(known, block)
         self.put(call.outputs[0], None)
 
     def matmul(self, call: Call) -> None:
@@ -129,14 +132,16 @@ class GatePropagation(Propagation):
         known, entries = self.weight_of(weight), self.channel_labels(x, x.ndim - 1)
         if known is None or entries is None:
             return self.unknown(call)
-        stored_in_axis = known[1][1] if call.name == "linear" else known[1][0]
-        out = weight.shape[0] if call.name == "linear" else weight.shape[1]
-        block = entries.reshape(1, -1).expand(out, -1)
-        self.record_reader(known[0], block if stored_in_axis == 1 else block.t())
+        inputs = (1, -1) if call.name == "linear" else (-1, 1)
+        self.record_reader(known, entries.reshape(inputs).expand(*weight.shape))
         self.put(call.outputs[0], None)
 
-    def record_reader(self, param: str, entries: Tensor) -> None:
-        """A weight reads these entries' channels, by its first two axes."""
+    def record_reader(self, weight: tuple[str, tuple[int, ...]], entries: Tensor) -> None:
+        """A weight, as ``weight_of`` knows it, reads these entries' channels, by its first two axes."""
+        param, (first, second, *_) = weight
+        if {first, second} != {0, 1}:
+            return self.mark_unfoldable(entries, f"{param} in another order of its axes")
+        entries = entries if first == 0 else entries.t()
         before = self.readers.setdefault(param, entries)
         if before is not entries and not torch.equal(before, entries):
             self.mark_unfoldable(before, f"{param} is used again on other channels")
@@ -227,11 +232,13 @@ def fold_into_producers(model: nn.Module, vectors: set[int]) -> None:
 
 
 def folds_back(model: nn.Module, gate_path: str) -> bool:
-    """Whether the module that a gate follows can take it up: a layer whose weight and bias no other module shares."""
+    """Whether the module that a gate follows can take it up: a layer whose weight and bias are parameters that no other module
+    shares, and to whose result nothing but the gate is done."""
     layer = model.get_submodule(gated_path(gate_path))
     own = {id(p) for p in layer._parameters.values() if p is not None}
     shared = sum(id(p) in own for m in model.modules() for p in m._parameters.values()) > len(own)
-    return isinstance(layer, SCALABLE) and layer.weight is not None and not shared
+    is_plain = is_scalable(layer) and layer._parameters.get("weight") is not None and len(layer._forward_hooks) == 1
+    return is_plain and not shared
 
 
 def remove_gates(model: nn.Module, folded: set[int]) -> None:

@@ -23,9 +23,10 @@ from slim.wrapped import Model
 def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A tensor, a tuple or list of positional arguments, or a dictionary of keyword arguments.
 
-    Subclasses of tensors become plain: whatever is computed from one is wrapped anew, behind the operators' back.
+    Tensors are copied, since a network may write into its inputs. Subclasses of tensors become plain: whatever is computed
+    from one is wrapped anew, behind the operators' back.
     """
-    example_inputs = tree_map_only(Tensor, lambda t: t if type(t) is Tensor else t.as_subclass(Tensor), example_inputs)
+    example_inputs = tree_map_only(Tensor, lambda t: t.detach().as_subclass(Tensor).clone(), example_inputs)
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, dict):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slim.errors import SlimError
 from slim.graph import ChannelGraph, GateSite
+from slim.wrapped import without_ddp
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +220,9 @@ def add_gates(
         >>> {name: gate.tolist() for name, gate in slim.add_gates(model, graph).items()}
         {'0': [1.0, 1.0, 1.0, 1.0]}
     """
+    model = without_ddp(model)
+    if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
+        raise SlimError("the model is compiled, and its code would not see the gates; place them first, then compile")
     if tie not in ("group", "layer"):
         raise SlimError(f"tie is {tie!r}; expected 'group' or 'layer'")
     if where not in ("activation", "norm"):
@@ -226,7 +230,7 @@ def add_gates(
     if gates_in(model):
         return gate_vectors(model)
     shared: dict[str, nn.Parameter] = {}
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), None)
     for site in graph.gate_sites if where == "activation" else graph.norm_sites:
         numbers = list(dict.fromkeys(group for group, _ in site.channels))
         groups = [graph.groups[n] for n in numbers]
@@ -242,12 +246,10 @@ def add_gates(
         gate = Gate([g.name for g in groups], vectors, gate_index(site, numbers, [g.size for g in groups]), site.axis)
         attach_gate(model.get_submodule(site.path), gate.to(device))
     if not shared:
-        what = (
-            "no channels that can be pruned"
-            if where == "activation"
-            else "none that can be pruned before an activation"
+        place = "an activation or a layer" if where == "activation" else "a layer before an activation"
+        raise SlimError(
+            f"no gate could be placed: the graph has no channels that can be pruned behind {place}; see graph.report()"
         )
-        raise SlimError(f"no gate could be placed: the graph has {what}; see graph.report()")
     model.slim_example, model.slim_layers = graph.example, graph.layers  # type: ignore[assignment]
     return gate_vectors(model)
 

@@ -237,7 +237,7 @@ class ChannelGraph:
                 lines.append(f"{op.reason}: froze {self.macs_share(groups):.1%} of the MACs ({', '.join(op.groups)})")
         for reason in dict.fromkeys(self.unfollowed_reasons):
             calls = [c for c, why in zip(self.unfollowed, self.unfollowed_reasons, strict=True) if why == reason]
-            share = sum(call.macs for call in calls) / self.macs
+            share = sum(call.macs for call in calls) / max(1, self.macs)
             lines.append(f"{reason}: froze {share:.1%} of the MACs ({', '.join(dict.fromkeys(c.path for c in calls))})")
         if self.unused:
             lines.append(

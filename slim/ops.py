@@ -126,6 +126,15 @@ ACTIVATIONS = (
 SCALABLE = (nn.modules.batchnorm._BatchNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers into whose weight and bias a gate behind them folds."""
 
+
+def is_scalable(module: nn.Module) -> bool:
+    """Whether a module is such a layer with torch's own forward: one that does more (a norm or activation within) is not."""
+    kind = next((kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")), nn.Module)
+    own = [name for name in ("forward", "_conv_forward") if name in vars(module)]
+    own += [name for name in ("forward", "_conv_forward") if getattr(type(module), name, 0) != getattr(kind, name, 0)]
+    return isinstance(module, SCALABLE) and not own
+
+
 BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
 NORMS = (*BATCH_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """Normalisation layers: their weights scale channels, and weight decay has nothing to do with them."""

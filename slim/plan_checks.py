@@ -110,10 +110,13 @@ def calls_on_shapes(model: nn.Module, example: Example) -> list[tuple[str, str, 
     for module in shell.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             module.forward = partial(keep_shape, module)  # torch's own takes a millisecond on shapes
-    run = ChannelPropagation(shell, RULES, muted=True)
+    names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    run = ChannelPropagation(shell, RULES, muted=True, copy_of=names)
     try:
         run.run(inputs)
     except SlimError as error:
+        if error.__cause__ is None:
+            raise
         return f"{run.failed_in()}: {str(error.__cause__).strip().splitlines()[0]}"
     rearranging = {*WITHOUT_ARITHMETIC, "copy", "as_strided"}
     calls = [call for call in run.called if KINDS.get(call[0]) != "move" and call[0] not in rearranging]

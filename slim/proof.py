@@ -39,12 +39,11 @@ def max_difference(first: nn.Module, second: nn.Module, inputs: Any) -> float:
         >>> slim.max_difference(one, two, torch.tensor([0.25, 1.0]))
         0.25
     """
-    args, kwargs = call_arguments(inputs)
+    outputs = []
     with torch.no_grad(), evaluation_mode(first), evaluation_mode(second):
-        outputs = [
-            [t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point() and t.numel()]
-            for model in (first, second)
-        ]
+        for model in (first, second):
+            args, kwargs = call_arguments(inputs)
+            outputs.append([t for t in tensors_in(model(*args, **kwargs)) if t.is_floating_point() and t.numel()])
     shapes = [[tuple(t.shape) for t in found] for found in outputs]
     if shapes[0] != shapes[1]:
         raise SlimError(f"outputs differ in shape: {shapes[0]} and {shapes[1]}")

@@ -10,7 +10,7 @@ subclasses' business (channels in ``slim.channels``, gate factors in ``slim.fold
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map
 
 from slim.errors import SlimError
 from slim.forward import call_arguments, evaluation_mode, tensors_in, transparent_gates, untouched
@@ -72,6 +72,13 @@ def usual_arithmetic() -> Iterator[None]:
         yield
 
 
+def batches_in(value: Any) -> list[int]:
+    """How many images an input may hold: as many as its first axis is long, or as a list has of unbatched ones, [C, H, W]."""
+    tensors = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor) and leaf.ndim]
+    listed = isinstance(value, (list, tuple)) and all(tensor.ndim == 3 for tensor in tensors)
+    return [*([len(value)] if listed else []), *(tensor.shape[0] for tensor in tensors)]
+
+
 def varying_axes(labels: Tensor) -> list[int]:
     """Axes along which the labels change."""
     return [axis for axis, size in enumerate(labels.shape) if size > 1]
@@ -102,7 +109,7 @@ class Call:
     """One operator as the model called it, as a channel rule gets it.
 
     ``inputs`` and ``outputs`` are the tensors among arguments and results; ``contiguous`` says whether the first input lay
-    row by row in memory before the call.
+    row by row in memory before the call, ``shape`` what shape it had, which an operator in place may change.
     """
 
     name: str
@@ -113,6 +120,7 @@ class Call:
     outputs: list[Tensor]
     in_place: bool = False
     contiguous: bool = True
+    shape: tuple[int, ...] = ()
 
     def argument(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema."""
@@ -127,9 +135,12 @@ class Call:
 
 
 class Propagation(TorchDispatchMode):
-    """Base of the label propagations; use through ``run``. ``muted``: follow no labels, count costs alone."""
+    """Base of the label propagations; use through ``run``. ``muted``: follow no labels, count costs alone.
 
-    def __init__(self, model: nn.Module, *, muted: bool = False) -> None:
+    ``copy_of``: the names of tensors, by identity, of the model of which this one is a copy: what runs them is no copy.
+    """
+
+    def __init__(self, model: nn.Module, *, muted: bool = False, copy_of: Mapping[int, str] | None = None) -> None:
         super().__init__()
         model = without_ddp(model)
         check_open(model)
@@ -138,6 +149,7 @@ class Propagation(TorchDispatchMode):
         self.tensors: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.tensors.setdefault(id(tensor), name)
+        self.foreign = {key: name for key, name in (copy_of or {}).items() if key not in self.tensors}
         self.memories = {memory_of(tensor) for tensor in model.parameters() if not is_lazy(tensor)}
         # Parameters and buffers that an operator has seen, by identity.
         self.seen: set[int] = set()
@@ -156,20 +168,21 @@ class Propagation(TorchDispatchMode):
         self.failed_at: tuple[str, list[Tensor]] | None = None
         self.layers: list[LayerCost] = []
         self.outputs: list[Tensor] = []
-        self.batch_size = 1
+        self.batches: list[int] = []
+        self.batch_size = 0  # until the first layer runs
 
     # -- running ------------------------------------------------------------------------------------------------
 
     def run(self, example_inputs: Any) -> None:
         """Forward once in evaluation mode without gradients; ``outputs`` holds the tensors among the outputs."""
-        args, kwargs = call_arguments(example_inputs)
         with (
             usual_arithmetic(), untouched(self.model), self.watched_modules(), evaluation_mode(self.model), torch.no_grad()
         ):  # fmt: skip
-            args, kwargs = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, (args, kwargs))
+            args, kwargs = call_arguments(example_inputs)
             given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
             self.data_dependent = {id(tensor) for tensor in given}
-            self.batch_size = next((t.shape[0] for t in given if t.ndim), 1)
+            self.begin(given)
+            self.batches = [n for value in (*args, *kwargs.values()) for n in batches_in(value)]
             try:
                 with self:
                     self.outputs = tensors_in(self.model(*args, **kwargs))
@@ -187,6 +200,9 @@ class Propagation(TorchDispatchMode):
                     f"the model does not run on the example inputs: {type(error).__name__} in {where}: "
                     f"{text}; give inputs as model(*example_inputs) would take them"
                 ) from error
+
+    def begin(self, given: list[Tensor]) -> None:
+        """Called with the tensors among the inputs before the model runs on them."""
 
     def failed_in(self) -> str:
         """The module whose operator or own code failed, in words."""
@@ -275,7 +291,12 @@ class Propagation(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        contiguous = bool(inputs) and inputs[0].is_contiguous()
+        if foreign := next((self.foreign[id(t)] for t in inputs if id(t) in self.foreign), None):
+            raise SlimError(
+                f"a copy of the model runs {foreign} of the model itself in {self.where() or 'its own forward'}: copies keep a "
+                "function (a forward that was replaced, a lambda) as it is, and with it what it holds; make it a method"
+            )
+        contiguous, shape = bool(inputs) and inputs[0].is_contiguous(), tuple(inputs[0].shape) if inputs else ()
         try:
             out = func(*args, **kwargs)
         except Exception:
@@ -293,7 +314,7 @@ class Propagation(TorchDispatchMode):
             self.data_dependent.update(map(id, outputs))
         if name in LIKE_PARAMETER and inputs and inputs[0].ndim > 1 and self.view_of_weight(name, args, outputs[0]):
             return out
-        call = Call(name, func, args, kwargs, inputs, outputs, in_place, contiguous)
+        call = Call(name, func, args, kwargs, inputs, outputs, in_place, contiguous, shape)
         self.count(call)
         self.note(call)
         if self.muted:
@@ -330,7 +351,8 @@ class Propagation(TorchDispatchMode):
     def count(self, call: Call) -> None:
         """Note the cost of a convolution or linear layer."""
         args, out, repeated = call.args, call.outputs[0], list[int]()
-        if KINDS.get(call.name) == "convolution":
+        is_convolution = KINDS.get(call.name) == "convolution"
+        if is_convolution:
             weight, transposed = args[1], bool(args[6])
             applied = args[0] if transposed else out
             positions = applied.shape[0] * prod(applied.shape[2:])
@@ -343,6 +365,9 @@ class Propagation(TorchDispatchMode):
             repeated = [axis for axis in range(weight.ndim) if not weight.stride(axis)]
         else:
             return
+        if not self.batch_size:
+            rows = applied.shape[0] if is_convolution else positions
+            self.batch_size = next((n for n in self.batches if n and rows % n == 0), rows if is_convolution else 1)
         param, axes = self.weight_of(weight) or ("", tuple(n for n in range(weight.ndim) if n not in repeated))
         shape = tuple(weight.shape[axes.index(axis)] for axis in sorted(set(axes) - {NO_AXIS}))
         self.layers.append(LayerCost(self.where(), param, shape, positions // self.batch_size))
@@ -393,7 +418,10 @@ class Propagation(TorchDispatchMode):
         """Operators that rearrange elements: apply the very same operator to the labels."""
         # Where an operator takes indices, they are no elements that it moves.
         moving = call.inputs[:1] if call.name.startswith("index") else call.inputs
-        labelled = {id(t): spread(self.get(t), t) for t in moving}
+        labelled = {id(t): spread(self.get(t), t) for t in moving if not call.in_place}
+        if call.in_place:  # only the first argument is, and has its new shape already
+            own = self.get(call.inputs[0])
+            labelled = {id(call.inputs[0]): torch.zeros(()) if own is None else own.expand(call.shape).clone()}
 
         def swap(leaf: Any) -> Any:
             return labelled.get(id(leaf), leaf.cpu()) if isinstance(leaf, Tensor) else leaf
@@ -416,7 +444,8 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
 
     Args:
         model: any model; it runs once in evaluation mode and is left as it was
-        example_inputs: a tensor, a tuple of positional or a dictionary of keyword arguments; MACs are for one image of them
+        example_inputs: a tensor, a tuple of positional or a dictionary of keyword arguments; MACs are for one image of them:
+            what the first layer gets is divided by the first of their batch sizes that divides it
 
     Raises:
         SlimError: when the model does not run on the inputs.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,13 @@ from slim.propagate import varying_axes
 def find_gate_sites(run: ChannelPropagation, owners: Tensor) -> list[GateSite]:
     """Where gates can go: behind activations, and behind layers whose channels reach a reader past no activation of their own.
 
-    Activations count straight behind layers, where they run once per forward and their every channel belongs to a group
+    Activations count straight behind layers, where all their runs have the same channels and each belongs to a group
     (a ResNet block runs one ReLU module three times, and its last norm is summed before it). ``owners`` [labels, 2]: group
     and channel of each label, -1 for none.
     """
-    activations = [path for kind, path, _, _ in run.flow if kind == "activation"]
-    sites = [site for path in dict.fromkeys(activations) if (site := site_at(run, owners, path))]
+    activations = Counter(path for kind, path, _, _ in run.flow if kind == "activation")
+    direct = [path for path, runs in activations.items() if runs == len(run.module_outputs[path])]
+    sites = [site for path in direct if (site := site_at(run, owners, path))]
     layers = ungated_layers(run, {site.path for site in sites})
     return sites + [site for path in layers if (site := site_at(run, owners, path))]
 
@@ -38,15 +41,18 @@ def find_norm_sites(run: ChannelPropagation, owners: Tensor) -> list[GateSite]:
 
 
 def site_at(run: ChannelPropagation, owners: Tensor, path: str) -> GateSite | None:
-    outputs = run.module_outputs[path]
-    labels = run.get(outputs[0])
-    if len(outputs) != 1 or labels is None or len(varying_axes(labels)) != 1:
-        return None
-    axis = varying_axes(labels)[0]
-    channels = owners[labels.flatten()]
-    if len(channels) != outputs[0].shape[axis] or not bool((channels >= 0).all()):
-        return None
-    return GateSite(path, axis, tuple(zip(*channels.t().tolist(), strict=True)))
+    """The place behind a module; None where a run of it has other channels than the others, or some that are in no group."""
+    sites = set()
+    for output in run.module_outputs[path]:
+        labels = run.get(output)
+        if labels is None or len(varying_axes(labels)) != 1:
+            return None
+        (axis,) = varying_axes(labels)
+        channels = owners[labels.flatten()]
+        if len(channels) != output.shape[axis] or not bool((channels >= 0).all()):
+            return None
+        sites.add(GateSite(path, axis, tuple(zip(*channels.t().tolist(), strict=True))))
+    return sites.pop() if len(sites) == 1 else None
 
 
 def ungated_layers(run: ChannelPropagation, gated: set[str]) -> list[str]:

@@ -17,7 +17,7 @@ from slim.gate import gates_in, vectors_in
 from slim.graph import Member
 from slim.plan import Plan
 from slim.plan_checks import check_members, check_shapes
-from slim.widths import check_layers, refresh_widths, set_count
+from slim.widths import check_layers, note_buffers, refresh_widths, set_count
 from slim.wrapped import Model, without_ddp
 
 KeptIndices = dict[str, dict[int, Tensor]]
@@ -114,7 +114,8 @@ def apply_plan(model: Any, plan: Plan, *, optimizer: Any = OMITTED, ema: Any = O
         return pruned
     new_ema = new_optimizer = None
     if ema not in (None, OMITTED):
-        new_ema = copied(ema, {id(ema.module): cut(ema.module, kept_with_gates(ema.module, plan))})
+        averaged = without_ddp(ema.module)
+        new_ema = copied(ema, {id(ema.module): cut(averaged, kept_with_gates(averaged, plan))})
     if optimizer not in (None, OMITTED):
         new_optimizer = cut_optimizer(optimizer, model, pruned, keep)
     return pruned, new_optimizer, new_ema
@@ -202,6 +203,7 @@ def finish_cut(pruned: nn.Module, model: nn.Module, keep: KeptIndices) -> None:
     for name, axes in keep.items():
         for axis, kept in axes.items() if name not in tensors else ():
             set_count(pruned, name, axis, len(kept))
+    note_buffers(pruned, keep.keys() & dict(model.named_buffers()).keys() - model.state_dict(keep_vars=True).keys())
     cut_gates(pruned, model, keep)
     refresh_widths(pruned)
 
@@ -263,6 +265,12 @@ def cut_optimizer(optimizer: Optimizer, model: nn.Module, pruned: nn.Module, kee
                 )
             name = names[id(old)]
             new_group["params"].append(successors[name])
+            for key, value in optimizer.state.get(old, {}).items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != old.shape and keep:
+                    raise SlimError(
+                        f"{type(optimizer).__name__} keeps {key} of {name} in another shape, {tuple(value.shape)}, which cannot "
+                        "be cut along; leave optimizer= out and make a new one for the pruned model"
+                    )
             if old in optimizer.state:
                 new.state[successors[name]] = {
                     key: sliced(value, keep.get(name, {}))

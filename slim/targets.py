@@ -50,7 +50,9 @@ class Target:
         return Target(kind, value)  # type: ignore[arg-type]
 
     def budget(self, whole: int) -> float:
-        """How much may remain of ``whole``."""
+        """How much may remain of ``whole``; SlimError where there is nothing of it."""
+        if not whole:
+            raise SlimError(f"{self}: the network has no {UNITS[self.kind]} that could be counted; see graph.report()")
         return self.value if self.value > 1 else self.value * whole
 
     def __str__(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ def refresh_widths(model: nn.Module) -> None:
     """Set the modules' channel counts from their tensors, in place."""
     for module in model.modules():
         tensors: Any = {**module._parameters, **module._buffers}
-        vector = tensors.get("weight") if tensors.get("weight") is not None else tensors.get("running_mean")
+        # A hook makes the weight of weight_v or weight_orig (torch.nn.utils.weight_norm, spectral_norm).
+        names = ("weight", "weight_v", "weight_orig", "running_mean")
+        vector = next((tensors[name] for name in names if tensors.get(name) is not None), None)
         if is_parametrized(module, "weight"):
             with evaluation_mode(module), torch.no_grad():  # in training mode a spectral norm changes its estimate
                 vector = module.weight
@@ -51,8 +53,9 @@ NORM_COUNTS: dict[Any, tuple[str, ...]] = {
     BATCH_NORMS: ("num_features",),
     nn.LayerNorm: ("normalized_shape",),
     nn.GroupNorm: ("num_channels", "num_groups"),
+    nn.modules.conv._ConvNd: ("groups",),
 }
-"""Counts of norms, which may have no tensor that tells them."""
+"""Counts that no tensor may tell: of norms, and the groups of convolutions."""
 
 
 def layer_widths(model: nn.Module) -> dict[str, list[int]]:
@@ -67,7 +70,7 @@ def layer_widths(model: nn.Module) -> dict[str, list[int]]:
 
 
 def norm_widths(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """{path: {attribute: count}} of every norm: plain data."""
+    """{path: {attribute: count}} of every norm and convolution: plain data."""
     return {
         path: {name: list(n) if isinstance(n := getattr(module, name), tuple) else n for name in names}
         for path, module in model.named_modules()
@@ -82,6 +85,12 @@ def set_norm_widths(model: nn.Module, widths: Mapping[str, Mapping[str, Any]]) -
         module = model.get_submodule(path)
         for name, count in counts.items():
             setattr(module, name, tuple(count) if isinstance(count, list) else count)
+
+
+def note_buffers(model: nn.Module, names: Iterable[str]) -> None:
+    """Note buffers that a cut has narrowed and that no state dict holds, in place."""
+    if noted := sorted({*getattr(model, "slim_buffers", ()), *names}):
+        model.slim_buffers = noted  # type: ignore[assignment]
 
 
 def set_count(model: nn.Module, name: str, axis: int, count: int) -> None:
