@@ -8,8 +8,10 @@ so a video's frames need no conversion.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +38,8 @@ PALETTE = (
 _TO_YUV = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) / 255
 """Of ITU-R BT.601, for 8 bits: luma from 16, chroma around 128."""
 _LABELS_KEPT = 4096
+_SYSTEM_FONTS = ("NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "Arial Unicode.ttf", "malgun.ttf")
+"""Fonts with many scripts by the names of their files, as Linux, Windows and macOS have them."""
 
 
 class Painter:
@@ -76,7 +80,7 @@ class Painter:
 
     def _drawn_strip(self, text: str, colour: int, font_px: int, chroma_factor: int) -> tuple[Plane, ...]:
         """A label's planes; sides are even."""
-        font = _font(font_px)
+        font = _font(font_px, text)
         left, top, right, bottom = (int(side) for side in font.getbbox(text))
         size = 2 * ((right - left + 7) // 2), 2 * ((bottom - top + 5) // 2)
         red, green, blue = ImageColor.getrgb(PALETTE[colour])[:3]
@@ -99,9 +103,38 @@ def draw_detections(image: Tensor, detections: Tensor, names: Sequence[str], *, 
     return drawn
 
 
-@lru_cache(maxsize=8)
-def _font(size_px: int) -> Any:
-    return ImageFont.load_default(size_px)
+def _font(size_px: int, text: str) -> Any:
+    """Pillow's own, which has ASCII alone; for other letters the first that has them all, of matplotlib and of the system."""
+    if text.isascii():
+        return ImageFont.load_default(size_px)
+    import matplotlib
+
+    own = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    found = [font for file in (own, *_SYSTEM_FONTS) if (font := _font_of(str(file), size_px))]
+    fitting = next((font for font in found if all(_has(font, letter) for letter in set(text))), None)
+    if fitting is None:
+        _say_once()
+    return fitting or found[0]
+
+
+@lru_cache(maxsize=64)
+def _font_of(file: str, size_px: int) -> Any:
+    try:
+        return ImageFont.truetype(file, size_px)
+    except OSError:
+        return None
+
+
+def _has(font: Any, letter: str) -> bool:
+    """Whether it draws something else for a letter than for one that no font has."""
+    return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))
+
+
+@cache
+def _say_once() -> None:
+    logging.getLogger(__name__).warning(
+        "warning: no font here has all letters of the class names; expected one of %s", ", ".join(_SYSTEM_FONTS)
+    )
 
 
 def _within(place: float, size: int) -> int:

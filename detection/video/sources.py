@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,8 +48,13 @@ def find_sources(given: Sequence[str]) -> list[MediaSource]:
                 raise DataError(
                     f"--source {source.where}: a camera does not end; give it alone, in a process of its own"
                 )
-    names = distinct(source.name for source in found)
-    return [replace(source, name=name) for source, name in zip(found, names, strict=True)]
+    moving = {source.name for source in found if not source.is_image}
+    # clip_1.jpg beside clip.mp4 has the name of that video's first frame.
+    like_frames = (re.fullmatch(r"(.*)_\d+", source.name) for source in found)
+    wanted = [
+        f"{match[0]}-2" if match and match[1] in moving else s.name for s, match in zip(found, like_frames, strict=True)
+    ]
+    return [replace(source, name=name) for source, name in zip(found, distinct(wanted), strict=True)]
 
 
 def distinct(names: Iterable[str]) -> list[str]:
@@ -75,7 +81,7 @@ def _named(word: str) -> list[MediaSource]:
         last = Path(word.split("://", 1)[1].split("?", 1)[0].rstrip("/"))
         return [MediaSource(word, "stream", last.stem.replace(":", "-") or "stream")]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if _is_known(file))
+        files = sorted(file for file in path.iterdir() if _is_known(file) and not file.name.startswith("."))
         if not files:
             raise DataError(f"{word}: no image and no video in this folder; folders below it are not looked at")
         return [_of_file(file) for file in files]

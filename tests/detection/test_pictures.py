@@ -199,7 +199,7 @@ def test_of_a_source_that_does_not_wait_the_newest_counts(tmp_path: Path) -> Non
 
 
 def test_sources_by_kind_and_order(tmp_path: Path) -> None:
-    for name in ("b.jpg", "a.png", "c.MP4", "notes.txt", "b.mkv"):
+    for name in ("b.jpg", "a.png", "c.MP4", "c_1.jpg", "d_1.png", "notes.txt", "b.mkv", "._a.png"):
         (tmp_path / name).touch()
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "d.jpg").touch()
@@ -209,8 +209,10 @@ def test_sources_by_kind_and_order(tmp_path: Path) -> None:
         ("b.jpg", "image", "b"),
         ("b.mkv", "video", "b-2"),
         ("c.MP4", "video", "c"),
+        ("c_1.jpg", "image", "c_1-2"),
+        ("d_1.png", "image", "d_1"),
     ]
-    assert [Path(s.where).name for s in find_sources([f"{tmp_path}/**/*.jpg"])] == ["b.jpg", "d.jpg"]
+    assert [Path(s.where).name for s in find_sources([f"{tmp_path}/**/*.jpg"])] == ["b.jpg", "d.jpg", "c_1.jpg"]
     assert [s.kind for s in find_sources([str(tmp_path / "a.png"), "rtsp://user@host/door?x=1"])] == ["image", "stream"]
     assert find_sources(["0"]) == [MediaSource("/dev/video0", "camera", "video0")]
     assert find_sources(["rtsp://host:554/door"])[0].name == "door"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 
-from tracking import Painter
+from tracking import Painter, drawing
 from tracking.drawing import PALETTE, _values
 
 NAMES = ["cat", "dog"]
@@ -68,3 +70,22 @@ def test_luma_and_chroma_of_known_colours() -> None:
     assert _values((255, 255, 255), "yuv") == (235, 128, 128)
     assert _values((0, 0, 0), "yuv") == (16, 128, 128)
     assert _values((255, 0, 0), "yuv") == (81, 90, 240)
+
+
+@pytest.mark.parametrize("pair", ["éè", "ßö", "ğş", "ЖД", "αβ"])
+def test_letters_beyond_ascii_can_be_told_apart(pair: str) -> None:
+    first, second = (np.full((3, 64, 64), 255, np.uint8) for _ in pair)
+    for letter, planes in zip(pair, (first, second), strict=True):
+        Painter([letter], "rgb", scores=False).draw(tuple(planes), [[2, 30, 60, 60, 1.0, 0]])
+    assert not np.array_equal(first, second)
+
+
+def test_letters_that_no_font_has_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(drawing, "_SYSTEM_FONTS", ())
+    drawing._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for name in ("\ue000", "\ue001"):
+            Painter([name], "rgb").draw(tuple(np.zeros((3, 64, 64), np.uint8)), [[2, 30, 60, 60, 1.0, 0]])
+    assert [record.message for record in caplog.records].count(caplog.records[0].message) == len(caplog.records) == 1
