@@ -130,7 +130,7 @@ class DetectJob:
             return
         if isinstance(picture, ImagePicture):
             self.painters["rgb"].draw(picture.planes(), rows)
-            out = self.folder / (source.name + Path(source.where).suffix)
+            out = self.folder / (source.name + source.suffix)
             write_image(picture.pixels, out)
             self.outputs.append(str(out))
             return

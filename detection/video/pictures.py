@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from data.errors import DataError
 from data.images import FILL, Canvas, read_image
 from data.letterbox import Letterbox
 from data.settings import MAX_PIXELS
+from data.transfer import fetch
 
 from .sources import MediaSource
 
@@ -139,6 +141,19 @@ class VideoInfo:
     """How luma and chroma stand for colours: the attributes of a codec that say so."""
 
 
+def _image_of(where: str, max_pixels: int) -> Tensor:
+    """An image's pixels, of a file or from an address."""
+    if "://" not in where:
+        return read_image(Path(where), max_pixels)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "image"
+        fetch(where, file)
+        try:
+            return read_image(file, max_pixels)
+        except DataError as error:
+            raise DataError(str(error).replace(str(file), where)) from error
+
+
 def read_pictures(source: MediaSource, vid_stride: int = 1, max_pixels: int = MAX_PIXELS) -> Iterator[Picture]:
     """An image, or every ``vid_stride``-th frame of a video; of a source that does not wait, always the newest.
 
@@ -146,7 +161,7 @@ def read_pictures(source: MediaSource, vid_stride: int = 1, max_pixels: int = MA
     that could be read was given.
     """
     if source.is_image:
-        yield ImagePicture(source, read_image(Path(source.where), max_pixels))
+        yield ImagePicture(source, _image_of(source.where, max_pixels))
         return
     with _open(source) as container:
         if not container.streams.video:

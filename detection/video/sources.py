@@ -29,6 +29,10 @@ class MediaSource:
     """For what is written of it: the file's name without suffix, with a number where another source has it already."""
 
     @property
+    def suffix(self) -> str:
+        return Path(self.where.partition("?")[0] if "://" in self.where else self.where).suffix
+
+    @property
     def is_image(self) -> bool:
         return self.kind == "image"
 
@@ -36,8 +40,8 @@ class MediaSource:
 def find_sources(given: Sequence[str]) -> list[MediaSource]:
     """What the words of a command line name, in their order, a folder's and a glob's files sorted by name.
 
-    A number or ``/dev/video...`` is a camera, what holds ``://`` a stream, a ``.txt`` a list of all these, one a line, with
-    paths from the working folder or the list's own. DataError where a word names nothing.
+    A number or ``/dev/video...`` is a camera, what holds ``://`` a stream, or by its suffix an image; a ``.txt`` is a list of
+    all these, one a line, with paths from the working folder or the list's own. DataError where a word names nothing.
     """
     found = dict.fromkeys(source for word in given for source in _named(word))
     if not found:
@@ -79,7 +83,8 @@ def _named(word: str) -> list[MediaSource]:
         return [MediaSource(device, "camera", Path(device).name)]
     if "://" in word:
         last = Path(word.split("://", 1)[1].split("?", 1)[0].rstrip("/"))
-        return [MediaSource(word, "stream", last.stem.replace(":", "-") or "stream")]
+        is_image = word.startswith("http") and last.suffix.lower() in IMAGE_SUFFIXES
+        return [MediaSource(word, "image" if is_image else "stream", last.stem.replace(":", "-") or "stream")]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if _is_known(file) and not file.name.startswith("."))
         if not files:

@@ -20,6 +20,7 @@ from data.images import letterbox, read_image
 from data.letterbox import Letterbox
 from detection.detector import open_detector
 from detection.network import read_network, save_network, start_network
+from detection.video.writer import write_image
 from detection.write_file import write_file
 from tests.data.file_server import serve
 from tests.data.videos import SIZE_HW, cut_short, decoded, short_video
@@ -290,6 +291,21 @@ def test_a_stream_over_http(weights: Path, video: Path, script: Runner, tmp_path
         done = script("detect", "--weights", weights, "--source", url, "--img", 64, "--project", tmp_path)
     assert done.code == 0, done.err
     assert len(decoded(tmp_path / "exp" / "door.mp4")) == 40
+
+
+def test_an_image_behind_an_address_is_an_image(weights: Path, script: Runner, tmp_path: Path) -> None:
+    file = tmp_path / "door.png"
+    write_image(torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8), file)
+    common = ("--weights", weights, "--img", 64, "--conf", 0.001, "--save-txt", "--project", tmp_path, "--name")
+    with serve({"door.png": file.read_bytes(), "noise.png": b"noise"}) as server:
+        done = script("detect", *common, "address", "--source", f"{server.url}/door.png")
+        noise = script("detect", *common, "noise", "--source", f"{server.url}/noise.png")
+        assert noise.code == 1
+        assert noise.err.splitlines()[-1].startswith(f"error: {server.url}/noise.png: the image cannot be read")
+    assert done.code == 0, done.err
+    assert script("detect", *common, "file", "--source", file).code == 0
+    for name in ("door.png", "labels/door.txt"):
+        assert (tmp_path / "address" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
 
 
 def test_sources_that_cannot_be(weights: Path, video: Path, script: Runner, tmp_path: Path) -> None:
