@@ -97,7 +97,12 @@ class Collector:
 
     def annotations(self) -> Annotations:
         rows, ignored = (as_rows(list(self._rows[kind])) for kind in (False, True))
-        return Annotations(rows, ignored, tuple(self._problems), tuple(self._out_of_range))
+        # Without one usable object it would teach that nothing is there.
+        unusable = bool(self._problems) and not len(rows) + len(ignored)
+        problems = (
+            [*self._problems[:-1], f"{self._problems[-1]}, and with it the image"] if unusable else self._problems
+        )
+        return Annotations(rows, ignored, tuple(problems), tuple(self._out_of_range), unusable)
 
 
 def unusable_image(problem: str) -> Annotations:

@@ -113,9 +113,9 @@ class DataConfig:
 def load_data_config(path: str | Path, data_root: str | Path | None = None) -> DataConfig:
     """Read the description of a data set.
 
-    A relative ``path`` in it, or without one the splits, are looked for under ``data_root``, then beside the YAML, then in
-    the working folder; the first place that holds one of the splits is taken. Its keys ``download`` and ``synthetic`` are
-    not followed (``data.download`` and ``data.shapes`` do).
+    A relative ``path`` in it is looked for under ``data_root``, then beside the YAML, then in the working folder; without one
+    the splits are, beside the YAML first. The first place that holds one of the splits is taken. Its keys ``download`` and
+    ``synthetic`` are not followed (``data.download`` and ``data.shapes`` do).
 
     Args:
         path: a YOLOv5 ``data.yaml``.
@@ -250,13 +250,14 @@ def _base_candidates(content: Mapping[str, Any], file: Path, data_root: str | Pa
     if given.is_absolute():
         return [given]
     root = find_root(data_root)
+    if given == Path():
+        # Another data set may lie in the root itself. Entries may begin with the name of the folder in which the YAML lies.
+        return [file.parent, *([] if folder else [file.absolute().parent.parent]), given, root]
     places = [root / given]
     if given.parts[:1] == ("..",):
         # YOLOv5's own files say ../datasets/NAME, its name for the place that --data-root sets here.
         places.append(root / given.name)
-    places += [file.parent / given, given]
-    # Exports without a path may begin their entries with the name of the folder in which the YAML lies.
-    return places if folder else [*places, file.absolute().parent.parent]
+    return [*places, file.parent / given, given]
 
 
 def _locate(base: Path, entry: str) -> Path:

@@ -67,7 +67,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Return (height, width), upright; DataError as ``read_image`` for what is visibly wrong. As a rule no pixel is decoded."""
+    """Return (height, width), upright; DataError as ``read_image`` for what is visibly wrong.
+
+    No pixel is decoded of a file in whose format damage shows without; a TIFF's size may also be turned already, or not.
+    """
     try:
         with _open(path, max_pixels) as image:
             image.verify()
@@ -75,10 +78,11 @@ def read_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         with _open(path, max_pixels) as image:
             width, height = image.size
             turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            is_jpeg = image.format in ("JPEG", "MPO")
-        if is_jpeg and not _ends_as_jpeg(path):
-            # Cut off, or whole with something appended: only decoding tells.
-            read_image(path, max_pixels)
+            kind = image.format
+        if not (kind in ("PNG", "WEBP") or (kind in ("JPEG", "MPO") and _ends_as_jpeg(path))):
+            # Cut off, whole with something appended, or of a format that has no mark of its end: only decoding tells.
+            _, height, width = read_image(path, max_pixels).shape
+            return height, width
     except DataError:
         raise
     except _UNREADABLE as error:

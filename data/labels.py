@@ -60,15 +60,16 @@ def label_path(image: Path) -> Path:
 
 
 def read_labels(path: Path, num_classes: int) -> Annotations:
-    """Labels of one image, boxes clipped to it. A missing or empty file means that nothing is in the image."""
+    """Labels of one image, boxes clipped to it. A missing or empty file means that nothing is in the image.
+
+    An image of whose lines none can be used is left out: it would teach that nothing is there.
+    """
     try:
         lines = regular(path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         lines = []
     except (OSError, UnicodeDecodeError) as error:
-        return Annotations(
-            as_rows([]), problems=(f"{path}: cannot be read as text ({error}); all its lines were left out",)
-        )
+        return unusable_image(f"{path}: cannot be read as text ({error})")
     found = Collector()
     for number, line in enumerate(lines, start=1):
         if line.strip():

@@ -129,15 +129,20 @@ def _images_of(source: Path, base: Path) -> Iterator[Path]:
         yield from sorted(p for p in _files_below(source) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     elif source.suffix.lower() == ".txt":
         for line in read_list(source):
-            entry = Path(line)
-            beside = source.parent / entry
-            yield beside if line.startswith("./") or beside.exists() else base / entry
+            # Beside the list or below the data set's folder, else, as darknet writes them, from the working folder.
+            places = (
+                [source.parent / line] if line.startswith("./") else [source.parent / line, base / line, Path(line)]
+            )
+            yield next((place for place in places if place.exists()), places[:2][-1])
     else:
         yield source
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Files at any depth, in folders that links lead to as well; of a folder that is reached twice the first way counts."""
+    """Files at any depth, in folders that links lead to as well; of a folder that is reached twice the first way counts.
+
+    Hidden ones, whose names begin with a dot, are left out: what notebooks and file managers put there is no data.
+    """
 
     def refuse(error: OSError) -> NoReturn:
         raise DataError(f"{error.filename}: the folder cannot be read ({error.strerror}); make it readable") from error
@@ -150,9 +155,9 @@ def _files_below(folder: Path) -> Iterator[Path]:
                 folders.clear()
                 continue
             seen.add(real)
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             ways += [way for name in folders if os.path.islink(way := os.path.join(place, name))]
-            yield from (Path(place, name) for name in files)
+            yield from (Path(place, name) for name in files if not name.startswith("."))
 
 
 def read_list(source: Path) -> list[str]:

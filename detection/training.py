@@ -177,8 +177,11 @@ def begin_run(
         for split in run.note_data({"train": train_set.digest(), "val": val_set.digest()}):
             print(f"the labels of {split} are not those that the run began with; it goes on with what is there now")
     run.adopt(world.broadcast_from_rank0(lambda: run.path))
-    for message in [*train_set.problems, *val_set.problems][:10]:
-        print(f"left out: {message}")
+    for problems in (train_set.problems, val_set.problems):
+        for message in problems[:10]:
+            print(f"left out: {message}")
+        if len(problems) > 10:
+            print(f"left out: {len(problems) - 10} more of the same split")
     if is_new and world.is_first:
         plot_labels(train_set.ground_truth(), train_set.names, run.path / "labels.png")
         log_start(run, network.model, train_set, flags)

@@ -297,3 +297,32 @@ def test_aliases_that_expand_without_end_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bomb.yaml").write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError, match=r"bomb\.yaml: 78 aliases, which can expand without end"):
         load_data_config(tmp_path / "bomb.yaml")
+
+
+def test_without_a_path_the_images_beside_the_yaml_come_before_another_set_in_the_root(tmp_path: Path) -> None:
+    make_set(Path("datasets"), "train/images", "valid/images")
+    (tmp_path / "export").mkdir()
+    text = "train: ../train/images\nval: ../valid/images\n" + NAMES
+    for path in ("", "path: .\n"):
+        file = write(tmp_path / "export", path + text)
+        assert load_data_config(file).path == Path("datasets")
+    make_set(tmp_path / "export", "train/images", "valid/images")
+    for path in ("", "path: .\n"):
+        assert load_data_config(write(tmp_path / "export", path + text)).path == tmp_path / "export"
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / ".set", "images/.ipynb_checkpoints", "images/below") / "images"
+    (folder / "below" / "._b.jpg").touch()
+    assert [path.name for path in find_images([folder], tmp_path)] == ["a.PNG", "b.jpg"]
+    assert len(find_images([folder / ".ipynb_checkpoints"], tmp_path)) == 2, "named explicitly"
+
+
+def test_lists_may_name_images_from_the_working_folder(tmp_path: Path) -> None:
+    make_set(Path("mine"))
+    listed = Path("mine/train.txt")
+    listed.write_text("mine/images/train/b.jpg\nimages/train/a.PNG\nimages/train/none.jpg\n")
+    found = find_images([listed], Path("mine"))
+    assert [str(path) for path in found] == [
+        "mine/images/train/b.jpg", "mine/images/train/a.PNG", "mine/images/train/none.jpg"
+    ]  # fmt: skip

@@ -265,3 +265,23 @@ def test_the_first_picture_of_an_mpo_counts(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # within the first picture
     with pytest.raises(DataError, match=r"left-and-right\.mpo: the image cannot be read"):
         read_size(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_the_size_is_that_of_the_pixels(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"image{suffix}"
+    Image.new("RGB", (20, 10), "red").save(file, **({} if suffix == ".bmp" else {"exif": exif}))
+    assert read_size(file) == tuple(read_image(file).shape[1:])
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_a_file_that_is_cut_off_is_found_when_it_is_opened(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"image{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(file)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_size(file)

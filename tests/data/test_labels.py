@@ -146,3 +146,16 @@ def test_a_label_file_that_never_ends_is_a_problem_and_no_hang(tmp_path: Path, k
             sparse.truncate(1 << 33)
     (problem,) = read_labels(file, 4).problems
     assert problem.startswith(f"{file}: cannot be read as text (")
+
+
+@pytest.mark.parametrize(
+    "content", [b"0 0.5 0.5 0.2 0.2 0.9\n", "0 0.5 0.5 0.2 0.2\n".encode("utf-16"), b"0 0.5 0.5 0 0\n"]
+)
+def test_an_image_of_whose_lines_none_can_be_used_is_left_out(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(content)
+    found = read_labels(file, 1)
+    assert found.unusable and len(found.rows) == 0 and "the image" in found.problems[-1]
+    file.write_bytes(b"0 0.5 0.5 0.2 0.2\n1 2 3\n")
+    found = read_labels(file, 1)
+    assert not found.unusable and len(found.rows) == 1 and "the image" not in found.problems[-1]
