@@ -420,8 +420,8 @@ class Propagation(TorchDispatchMode):
         moving = call.inputs[:1] if call.name.startswith("index") else call.inputs
         labelled = {id(t): spread(self.get(t), t) for t in moving if not call.in_place}
         if call.in_place:  # only the first argument is, and has its new shape already
-            own = self.get(call.inputs[0])
-            labelled = {id(call.inputs[0]): torch.zeros(()) if own is None else own.expand(call.shape).clone()}
+            own, nothing = self.get(call.inputs[0]), torch.zeros((), dtype=torch.int64)
+            labelled = {id(call.inputs[0]): (nothing if own is None else own).expand(call.shape).clone()}
 
         def swap(leaf: Any) -> Any:
             return labelled.get(id(leaf), leaf.cpu()) if isinstance(leaf, Tensor) else leaf
