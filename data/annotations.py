@@ -69,6 +69,8 @@ class Entry:
     """The id of a COCO file."""
     category_ids: Mapping[str, int] = field(default_factory=dict)
     """A COCO file's ids of classes by name."""
+    sought: Sequence[Path] = ()
+    """Where a list's image that is nowhere was looked for."""
 
 
 class Collector:
@@ -97,11 +99,11 @@ class Collector:
 
     def annotations(self) -> Annotations:
         rows, ignored = (as_rows(list(self._rows[kind])) for kind in (False, True))
+        problems = self._problems
         # Without one usable object it would teach that nothing is there.
-        unusable = bool(self._problems) and not len(rows) + len(ignored)
-        problems = (
-            [*self._problems[:-1], f"{self._problems[-1]}, and with it the image"] if unusable else self._problems
-        )
+        unusable = bool(problems) and not len(rows) + len(ignored)
+        if unusable:
+            problems = [f"{problems[0]}, and as no other can be used, the image"]
         return Annotations(rows, ignored, tuple(problems), tuple(self._out_of_range), unusable)
 
 

@@ -64,8 +64,8 @@ class DetectionDataset(Dataset[Sample]):
 
     Without ``augment``, item i is image i letterboxed to a grey square of ``image_size_px``, as YOLOv5 evaluates: shrunk by
     averages of areas. With it, item i is a random sample that depends on (seed, epoch, i) alone, of images shrunk bilinearly,
-    as YOLOv5 trains. Opening a data set reads image sizes and labels, and decodes nothing. Bad label lines and unreadable
-    images are left out and listed in ``problems``.
+    as YOLOv5 trains. Opening a data set reads image sizes and labels, and decodes only what ``read_size`` must. Bad label
+    lines, images of whose labels none can be used and unreadable images are left out and listed in ``problems``.
 
     Args:
         config: the data set, see ``load_data_config``.
@@ -304,11 +304,12 @@ class DetectionDataset(Dataset[Sample]):
 
 
 def _read_size_and_labels(entry: Entry, max_pixels: int) -> tuple[tuple[int, int], Annotations] | str:
-    """The (height, width) and annotations of an image, or why its file cannot be read; nothing is decoded."""
+    """The (height, width) and annotations of an image, or why its file cannot be read."""
     try:
         size = read_size(entry.image, max_pixels)
     except DataError as error:
-        return str(error)
+        places = ", ".join(str(place) for place in dict.fromkeys(entry.sought))
+        return f"{error}; looked for it at {places}" if places else str(error)
     return size, entry.read(size)
 
 

@@ -15,6 +15,7 @@ import functools
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,7 +48,7 @@ def find_entries(
             problems += left_out
         else:
             images, labelled = _labelled(source, base, labels)
-            found = [_entry(image, names, labelled) for image in images]
+            found = [replace(_entry(image, names, labelled), sought=sought) for image, sought in images.items()]
             if labelled == "voc" and found and not any(entry.labels.is_file() for entry in found):
                 logger.warning("%s: no annotation at all; its %d images count as background", source, len(found))
         for entry in found:
@@ -80,10 +81,12 @@ def class_names(sources: Sequence[Path], base: Path, labels: str | None = None) 
     return tuple(dict.fromkeys([*in_order, *sorted(objects)]))
 
 
-def find_images(sources: Sequence[Path], base: Path) -> list[Path]:
-    """Images of folders (searched deeply, links too; sorted), lists and single files, each once, in the sources' order."""
-    found = (image for source in sources for image in _images_of(source, base))
-    return list(dict.fromkeys(found))
+def find_images(sources: Sequence[Path], base: Path) -> dict[Path, list[Path]]:
+    """Images of folders (searched deeply, links too; sorted), lists and single files, each once, in the sources' order.
+
+    With each that a list names and that is nowhere, the places where it was looked for.
+    """
+    return {image: sought for source in sources for image, sought in _images_of(source, base)}
 
 
 def _is_coco(source: Path) -> bool:
@@ -94,10 +97,10 @@ def _is_voc_list(source: Path) -> bool:
     return source.suffix.lower() == ".txt" and source.parts[-3:-1] == ("ImageSets", "Main")
 
 
-def _labelled(source: Path, base: Path, labels: str | None) -> tuple[list[Path], str]:
-    """The images of a folder, list or file, and the format of their annotations."""
+def _labelled(source: Path, base: Path, labels: str | None) -> tuple[dict[Path, list[Path]], str]:
+    """The images of a folder, list or file as ``find_images`` has them, and the format of their annotations."""
     if _is_voc_list(source):
-        return list(dict.fromkeys(_voc_images(source))), "voc"
+        return {image: [] for image in _voc_images(source)}, "voc"
     images = find_images([source], base)
     if labels is None:
         text = any(label_path(image).is_file() for image in images)
@@ -124,18 +127,19 @@ def _voc_images(source: Path) -> Iterator[Path]:
             yield next((place for place in places if place.is_file()), places[0])
 
 
-def _images_of(source: Path, base: Path) -> Iterator[Path]:
+def _images_of(source: Path, base: Path) -> Iterator[tuple[Path, list[Path]]]:
     if source.is_dir():
-        yield from sorted(p for p in _files_below(source) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        found = sorted(p for p in _files_below(source) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        yield from ((image, []) for image in found)
     elif source.suffix.lower() == ".txt":
         for line in read_list(source):
             # Beside the list or below the data set's folder, else, as darknet writes them, from the working folder.
             places = (
                 [source.parent / line] if line.startswith("./") else [source.parent / line, base / line, Path(line)]
             )
-            yield next((place for place in places if place.exists()), places[:2][-1])
+            yield next(((place, []) for place in places if place.exists()), (places[:2][-1], places))
     else:
-        yield source
+        yield source, []
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

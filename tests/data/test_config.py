@@ -115,14 +115,15 @@ def test_a_list_file_may_be_relative_to_the_set_and_lie_elsewhere(tmp_path: Path
     (tmp_path / "set" / "lists").mkdir()
     (tmp_path / "set" / "lists" / "val.txt").write_text("images/one/a.PNG\n")
     config = load_data_config(write(tmp_path, f"path: set\nval: lists/val.txt\n{NAMES}"))
-    assert find_images(config.split("val"), config.path) == [tmp_path / "set" / "images" / "one" / "a.PNG"]
+    assert list(find_images(config.split("val"), config.path)) == [tmp_path / "set" / "images" / "one" / "a.PNG"]
 
 
 def test_a_list_file_may_be_relative_to_its_own_folder(tmp_path: Path) -> None:
     make_set(tmp_path / "set", "images/one", "lists/images/one")
     (tmp_path / "set" / "lists" / "val.txt").write_text("images/one/a.PNG\n")
     config = load_data_config(write(tmp_path, f"path: set\nval: lists/val.txt\n{NAMES}"))
-    assert find_images(config.split("val"), config.path) == [tmp_path / "set" / "lists" / "images" / "one" / "a.PNG"]
+    found = find_images(config.split("val"), config.path)
+    assert list(found) == [tmp_path / "set" / "lists" / "images" / "one" / "a.PNG"]
 
 
 def test_links_to_folders_are_followed_and_circles_end(tmp_path: Path) -> None:
@@ -137,7 +138,9 @@ def test_links_to_folders_are_followed_and_circles_end(tmp_path: Path) -> None:
     found = [p.relative_to(train).as_posix() for p in find_images(config.split("train"), config.path)]
     folders = ("linked/one", "linked/two", "plain")
     assert found == [f"{folder}/{name}" for folder in folders for name in ("a.PNG", "b.jpg")]
-    assert find_images(config.split("val"), config.path) == [tmp_path / "val" / "a.PNG", tmp_path / "val" / "b.jpg"]
+    assert list(find_images(config.split("val"), config.path)) == [
+        tmp_path / "val" / name for name in ("a.PNG", "b.jpg")
+    ]
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +325,8 @@ def test_lists_may_name_images_from_the_working_folder(tmp_path: Path) -> None:
     make_set(Path("mine"))
     listed = Path("mine/train.txt")
     listed.write_text("mine/images/train/b.jpg\nimages/train/a.PNG\nimages/train/none.jpg\n")
-    found = find_images([listed], Path("mine"))
-    assert [str(path) for path in found] == [
-        "mine/images/train/b.jpg", "mine/images/train/a.PNG", "mine/images/train/none.jpg"
-    ]  # fmt: skip
+    found = find_images([listed], Path("elsewhere"))
+    places = ["mine/images/train/none.jpg", "elsewhere/images/train/none.jpg", "images/train/none.jpg"]
+    assert {str(path): [str(place) for place in sought] for path, sought in found.items()} == {
+        "mine/images/train/b.jpg": [], "mine/images/train/a.PNG": [], "elsewhere/images/train/none.jpg": places
+    }  # fmt: skip

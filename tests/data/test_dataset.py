@@ -218,11 +218,15 @@ def test_problems_are_logged_once(rectangles: DataConfig, caplog: pytest.LogCapt
 
 
 def test_a_listed_image_that_is_missing_is_named(rectangles: DataConfig) -> None:
-    (rectangles.path / "train.txt").write_text("./images/train/image0.png\n./images/train/absent.png\n")
+    (rectangles.path / "train.txt").write_text("./images/train/image0.png\nimages/train/absent.png\n")
     config = DataConfig(names=rectangles.names, train=(rectangles.path / "train.txt",), path=rectangles.path)
     dataset = DetectionDataset(config, "train", SIZE)
     assert len(dataset) == 1
-    assert "absent.png: the image cannot be read (No such file or directory)" in dataset.problems[0]
+    file = rectangles.path / "images" / "train" / "absent.png"
+    assert dataset.problems == [
+        f"{file}: the image cannot be read (No such file or directory); restore or remove it; looked for it at {file}, "
+        "images/train/absent.png; the image was left out"
+    ]
 
 
 def test_a_split_without_usable_images_is_an_error(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_classes_out_of_range_are_counted_and_an_error(tmp_path: Path, wrong: st
 
 def test_labels_in_pixels_are_an_error_not_an_empty_set(tmp_path: Path) -> None:
     image = rectangle(32, 32, (8, 8, 20, 20))
-    with pytest.raises(DataError, match=r"^split 'train': not one of its labels can be used: 2 problems, the first: "):
+    with pytest.raises(DataError, match=r"^split 'train': not one of its labels can be used: 1 problems, the first: "):
         lines = ["1 16 16 12 12", "0 16 16 12 12"]
         DetectionDataset(write_set(tmp_path, {"a": image}, {"a": lines}), "train", 32)
 
@@ -149,13 +149,24 @@ def test_a_label_file_that_never_ends_is_a_problem_and_no_hang(tmp_path: Path, k
 
 
 @pytest.mark.parametrize(
-    "content", [b"0 0.5 0.5 0.2 0.2 0.9\n", "0 0.5 0.5 0.2 0.2\n".encode("utf-16"), b"0 0.5 0.5 0 0\n"]
+    "content", [b"0 0.5 0.5 0.2 0.2 0.9\n" * 12, "0 0.5 0.5 0.2 0.2\n".encode("utf-16"), b"0 0.5 0.5 0 0\n"]
 )
 def test_an_image_of_whose_lines_none_can_be_used_is_left_out(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(content)
     found = read_labels(file, 1)
-    assert found.unusable and len(found.rows) == 0 and "the image" in found.problems[-1]
+    assert found.unusable and len(found.rows) == 0 and len(found.problems) == 1 and "the image" in found.problems[0]
     file.write_bytes(b"0 0.5 0.5 0.2 0.2\n1 2 3\n")
     found = read_labels(file, 1)
     assert not found.unusable and len(found.rows) == 1 and "the image" not in found.problems[-1]
+
+
+def test_an_image_without_a_usable_line_is_no_background(tmp_path: Path) -> None:
+    image = rectangle(32, 32, (8, 8, 20, 20))
+    config = write_set(tmp_path, {"a": image, "b": image, "c": image}, {"a": [GOOD], "b": ["1 2 3", "4"], "c": [" "]})
+    dataset = DetectionDataset(config, "train", 32)
+    assert [file.stem for file in dataset.files] == ["a", "c"]
+    assert dataset.problems == [
+        f"{tmp_path / 'labels' / 'train' / 'b.txt'}:1: found 3 fields, expected 5 (class cx cy w h) or a polygon (class x1 y1 "
+        "x2 y2 ...); the line was left out, and as no other can be used, the image"
+    ]

@@ -37,6 +37,18 @@ def test_labels_that_are_not_found_stop_before_the_first_epoch(
     assert done.code == 0, done.err
 
 
+def test_what_is_left_out_is_told_for_each_split(own: Path, small_cfg: Path, script: Runner, tmp_path: Path) -> None:
+    labels = {split: sorted((tmp_path / "own" / "labels" / split).iterdir()) for split in ("train", "val")}
+    for file in (*labels["train"][:12], labels["val"][0]):
+        file.write_text("1 2 3")
+    done = script("finetune", "--data", own, *SMALL, "--project", tmp_path / "runs", "--cfg", small_cfg, "--epochs", 1)
+    assert done.code == 0, done.err
+    told = [line.removeprefix("left out: ") for line in done.out.splitlines() if line.startswith("left out: ")]
+    files = [str(file) for file in (*labels["train"][:10], labels["val"][0])]
+    assert [line.partition(":")[0] for line in (*told[:10], *told[11:])] == files
+    assert told[10] == "2 more of the same split"
+
+
 def test_pixels_of_16_bits_give_the_same_training_and_evaluation(
     own: Path, small_weights: Path, script: Runner, tmp_path: Path
 ) -> None:
